@@ -1,0 +1,64 @@
+"""Counts bytes and products while code runs: what "memory grows linearly" and "masked tiles are skipped" are measured with."""
+import math
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Meter(TorchDispatchMode):
+    """Inside `with Meter() as meter:` every tensor that an operation returns is watched until its memory is freed.
+
+    peak      bytes of such tensors alive at the same time, at most; what existed before does not count
+    largest   bytes of the largest of them
+    products  multiply-adds of all matrix products
+
+    It sees what PyTorch allocates for results, forward and backward, not the scratch memory inside one kernel. The backward pass of
+    the CPU runs in the caller's thread and is seen too; on CUDA see peak_bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.alive, self.peak, self.largest, self.products = {}, 0, 0, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages((args, kwargs))}  # a view or an in-place result is nothing new
+        for storage in storages(out):
+            if storage._cdata not in given:
+                self.watch(storage)
+        name = function.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.products += math.prod(args[0].shape) * args[1].shape[-1]
+        return out
+
+    def watch(self, storage):
+        key = storage._cdata
+        if key in self.live or storage.nbytes() == 0:
+            return
+        size = storage.nbytes()
+        self.live[key] = weakref.ref(storage, lambda _: self.forget(key, size))
+        self.alive += size
+        self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
+
+    def forget(self, key, size):
+        del self.live[key]
+        self.alive -= size
+
+
+def storages(tree):
+    return [leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def peak_bytes(run, device="cpu"):
+    """Peak memory in bytes of run() above what is allocated before: by the Meter, or by CUDA's own counter where device is a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with Meter() as meter:
+        run()
+    return meter.peak

@@ -1,0 +1,484 @@
+"""model.py against the float64 oracle, and what has to hold of any LLaMA: cache, loss, generation, initial values, sizes."""
+import dataclasses
+import math
+
+import model as llama
+import numpy as np
+import pytest
+import reference
+import torch
+from meter import Meter
+from torch.utils.flop_counter import FlopCounterMode
+
+from cli import UserError
+from model import KVCache, LLaMA, ModelConfig, generate
+from rope import RopeConfig
+
+IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
+VOCAB = 61
+LLAMA3 = RopeConfig("llama3", 8.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)
+DYNAMIC = RopeConfig("dynamic", 2.0, 16)
+
+
+def build(seed=0, attention="auto", **changes):
+    """A small LLaMA with weights large enough that every part matters to the logits, which are about 1."""
+    config = ModelConfig(**{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCAB, "multiple_of": 16,
+                            "max_seq_len": 64, **changes})
+    model, generator = LLaMA(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            embedding = name == "tok_embeddings.weight" and not config.tied
+            p.copy_(1 + 0.3 * noise if p.dim() == 1 else noise if embedding else 1.5 * noise / math.sqrt(p.shape[1]))
+    model.attention = attention
+    return model
+
+
+def draw(*shape, seed=0):
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def oracle(model, tokens, positions=None, moved=None):
+    """Logits of the float64 model with the same weights, moved by the arrays in `moved`."""
+    weights = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
+    weights = {name: w + moved[name] if moved else w for name, w in weights.items()}
+    return reference.forward(weights, dataclasses.asdict(model.config), tokens.numpy(), None if positions is None else positions.numpy())
+
+
+# --- logits ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [
+    {"n_kv_heads": None}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tied": True}, {"norm_eps": 0.3}, {"ffn_dim_multiplier": 1.7},
+    {"n_layers": 3, "dim": 24, "n_heads": 2}, {"rope": RopeConfig(rope_theta=500.0)}, {"rope": RopeConfig("linear", 4.0)},
+    {"rope": RopeConfig("ntk", 4.0)}, {"rope": DYNAMIC}, {"rope": LLAMA3},
+], ids=lambda c: "-".join(f"{name}={getattr(value, 'rope_type', value)}" for name, value in c.items()))
+def test_logits_are_the_oracles(changes):
+    model, tokens = build(**changes), draw(2, 19)
+    expected = oracle(model, tokens)
+    for model.attention in ("auto", *IMPLEMENTATIONS):
+        logits = model(tokens)
+        assert logits.shape == (2, 19, VOCAB) and logits.dtype == torch.float32
+        np.testing.assert_allclose(logits.detach(), expected, atol=2e-5, err_msg=model.attention)
+
+
+@pytest.mark.parametrize("positions", [
+    torch.arange(7, 18), torch.arange(11) * 5, torch.stack([torch.arange(11), torch.arange(11) * 3 + 40]),
+], ids=["offset", "gaps", "by row"])
+def test_logits_at_other_positions(positions):
+    model, tokens = build(rope=RopeConfig("linear", 2.0)), draw(2, 11)
+    np.testing.assert_allclose(model(tokens, positions).detach(), oracle(model, tokens, positions), atol=2e-5)
+
+
+def test_the_rope_of_a_model_can_be_changed_at_any_time():
+    model, tokens = build(), draw(1, 19)
+    before = model(tokens)
+    model.config.rope = RopeConfig("linear", 4.0)
+    np.testing.assert_allclose(model(tokens).detach(), oracle(model, tokens), atol=2e-5)
+    assert (model(tokens) - before).abs().max() > 0.01
+
+
+def test_a_long_input_leaves_nothing_behind_for_a_short_one():
+    model, tokens = build(rope=DYNAMIC), draw(1, 40)
+    fresh = model(tokens[:, :10])
+    model(tokens)
+    assert torch.equal(model(tokens[:, :10]), fresh)
+
+
+@pytest.mark.parametrize("select", [slice(-1, None), [-1], [0, 3, 8], slice(2, 7), torch.tensor([5, 1])], ids=str)
+def test_selected_logits_are_those_of_the_whole(select):
+    model, tokens = build(), draw(2, 9)
+    torch.testing.assert_close(model(tokens, select=select), model(tokens)[:, select])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_causality(implementation):
+    model, tokens = build(attention=implementation), draw(1, 20)
+    changed = tokens.clone()
+    changed[0, 12] = (tokens[0, 12] + 1) % VOCAB
+    difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    assert difference[:12].max() == 0 and difference[12:].min() > 1e-4
+
+
+def test_a_bfloat16_model_has_float32_positions():
+    model, tokens = build(rope=RopeConfig(rope_theta=1e4)).bfloat16(), draw(1, 24)
+    with torch.no_grad():
+        here, far = model(tokens), model(tokens, torch.arange(24) + 30000)
+    # all that a shift may change is how q and k are rounded to bfloat16; positions in bfloat16 would be 128 apart at 30,000
+    assert (here - far).square().mean().sqrt() < 0.03 * here.std()
+
+
+@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 4.0), LLAMA3], ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_made_on_the_meta_device_has_the_right_frequencies(rope, assign):
+    source = build(rope=rope)
+    with torch.device("meta"):
+        model = LLaMA(source.config)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(model(draw(1, 9)), source(draw(1, 9)))
+
+
+def test_tensor_names_are_metas():
+    per_layer = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+                 "attention_norm", "ffn_norm"]
+    names = {f"layers.{n}.{name}.weight" for n in range(2) for name in per_layer} | {"tok_embeddings.weight", "norm.weight"}
+    assert set(build(tied=True).state_dict()) == names
+    assert set(build().state_dict()) == names | {"output.weight"}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_to_bfloat16(implementation):
+    model, tokens = build(attention=implementation), draw(2, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        logits = model(tokens)
+    loss.backward()
+    assert loss.dtype == logits.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    exact = model.loss(tokens[:, :-1], tokens[:, 1:])
+    exact.backward()
+    assert 0 < abs(loss - exact) < 0.03 * exact
+    assert torch.cosine_similarity(gradients, torch.cat([p.grad.flatten() for p in model.parameters()]), dim=0) > 0.99
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+
+def cached(model, tokens, sizes, positions=None, dtype=torch.float32):
+    """Logits of tokens [B,T] fed in pieces of the given sizes."""
+    cache, out, start = KVCache(model.config, len(tokens), tokens.shape[1] + 3, "cpu", dtype), [], 0
+    for size in sizes:
+        piece = slice(start, start + size)
+        out.append(model(tokens[:, piece], None if positions is None else positions[..., piece], cache=cache))
+        start += size
+    assert start == tokens.shape[1]
+    return torch.cat(out, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 4.0), RopeConfig("ntk", 4.0), LLAMA3], ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("sizes", [[12] + [1] * 8, [1] * 20, [5, 5, 5, 5], [1, 7, 2, 10], [20]],
+                         ids=["12 then one by one", "one by one", "chunks", "uneven", "at once"])
+def test_prefill_and_decode_are_the_whole(implementation, rope, sizes):
+    model, tokens = build(attention=implementation, rope=rope), draw(2, 20)
+    torch.testing.assert_close(cached(model, tokens, sizes), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [RopeConfig(), DYNAMIC], ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("positions", [
+    torch.arange(20) * 3 + 5, torch.stack([torch.arange(20), torch.arange(20) + 100]),
+], ids=["gaps", "by row"])
+def test_a_cache_at_other_positions(rope, positions):
+    model, tokens = build(rope=rope), draw(2, 20)
+    got, whole = cached(model, tokens, [11, 4, 5], positions), model(tokens, positions)
+    torch.testing.assert_close(got[:, -5:], whole[:, -5:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [[12] + [1] * 20, [1] * 32, [5, 5, 5, 5, 5, 7], [20, 1, 1, 10]],
+                         ids=["12 then one by one", "one by one", "chunks", "across at once"])
+def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implementation, n_layers, sizes):
+    """Dynamic NTK, L = 16: what each piece answers last is what the model answers to the whole text up to there."""
+    model, tokens = build(attention=implementation, rope=DYNAMIC, n_layers=n_layers), draw(2, 32)
+    got = cached(model, tokens, sizes)
+    for end in np.cumsum(sizes):
+        torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], atol=1e-5, rtol=1e-5, msg=lambda m: f"at {end}: {m}")
+
+
+def test_a_cache_of_keys_rotated_once_would_fail_that():
+    """The frequencies of L = 16 at 32 tokens move the logits by much more than the tolerance above."""
+    model, tokens = build(rope=DYNAMIC), draw(2, 32)
+    dynamic = model(tokens)[:, -1]
+    model.config.rope = RopeConfig()
+    assert (model(tokens)[:, -1] - dynamic).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_full_cache_says_so():
+    model = build()
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float32)
+    model(draw(1, 6), cache=cache)
+    with pytest.raises(UserError, match="8 tokens"):
+        model(draw(1, 3), cache=cache)
+
+
+def test_a_cache_keeps_no_graph():
+    """Outside no_grad too: a graph that grows with every token is a leak."""
+    model, tokens = build(), draw(1, 8)
+    cache = KVCache(model.config, 1, 8, "cpu", torch.float32)
+    for piece in tokens.split(4, dim=1):
+        model(piece, cache=cache)
+    assert not cache.k.requires_grad and not cache.v.requires_grad
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+def targets_with_gaps(B, T):
+    targets = draw(B, T, seed=1)
+    targets[0, 3:7] = -100
+    targets[-1, -2] = -100
+    return targets
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_is_the_oracles_cross_entropy(tied):
+    model, tokens, targets = build(tied=tied), draw(2, 13), targets_with_gaps(2, 13)
+    expected = reference.cross_entropy(oracle(model, tokens), targets.numpy())
+    assert model.loss(tokens, targets).item() == pytest.approx(expected, abs=1e-5)
+    positions = torch.arange(13) * 2 + 3
+    expected = reference.cross_entropy(oracle(model, tokens, positions), targets.numpy())
+    assert model.loss(tokens, targets, positions).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_row_without_targets_costs_nothing():
+    model, tokens = build(), draw(1, 5)
+    loss = model.loss(tokens, torch.full((1, 5), -100))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def gradients(model, tokens, targets):
+    model.zero_grad(set_to_none=True)
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens_a_chunk", [1, 5, 26, 27])
+def test_a_loss_in_chunks_is_the_same_loss(monkeypatch, tokens_a_chunk, tied):
+    model, tokens, targets = build(tied=tied), draw(2, 13), targets_with_gaps(2, 13)
+    whole = gradients(model, tokens, targets)
+    monkeypatch.setattr(llama, "LOSS_CHUNK", tokens_a_chunk * VOCAB)
+    torch.testing.assert_close(gradients(model, tokens, targets), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loss_in_chunks_never_holds_all_logits(monkeypatch):
+    V, T = 4096, 512
+    model, tokens = build(vocab_size=V, dim=8, n_heads=1, n_kv_heads=1, n_layers=1), draw(1, T)
+    measured = []
+    for chunk in (T * V, 32 * V):
+        monkeypatch.setattr(llama, "LOSS_CHUNK", chunk)
+        with Meter() as meter:
+            model.loss(tokens, tokens).backward()
+        measured.append(meter)
+    whole, chunked = measured
+    assert whole.largest >= 4 * T * V  # the meter sees them when they are there
+    assert chunked.largest <= 4 * 32 * V + 4 * T * T and chunked.peak < 4 * T * V / 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recomputing_blocks_changes_memory_but_not_gradients(implementation):
+    model, tokens, targets = build(attention=implementation, n_layers=4), draw(2, 64), targets_with_gaps(2, 64)
+    loss, whole = gradients(model, tokens, targets)
+    model.recompute = True
+    again, recomputed = gradients(model, tokens, targets)
+    assert loss == again and all(torch.equal(a, b) for a, b in zip(whole, recomputed))
+    peaks = []
+    for model.recompute in (False, True):
+        with Meter() as meter:
+            gradients(model, tokens, targets)
+        peaks.append(meter.peak)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_of_the_loss_is_the_oracles_difference(tied):
+    """A derivative along a random direction in all weights, against the float64 model on both sides."""
+    model, tokens, targets = build(tied=tied), draw(2, 9), targets_with_gaps(2, 9)
+    _, gradient = gradients(model, tokens, targets)
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(p.shape, generator=generator).double().numpy() for name, p in model.named_parameters()}
+    losses = [reference.cross_entropy(oracle(model, tokens, moved={name: step * d for name, d in direction.items()}), targets.numpy())
+              for step in (1e-5, -1e-5)]
+    slope = sum((g.double().numpy() * d).sum() for g, d in zip(gradient, direction.values()))
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_training_step_compiles_as_one_graph(implementation):
+    """fullgraph=True refuses graph breaks; the backend "eager" needs no compiler."""
+    model = build(attention=implementation, rope=RopeConfig("ntk", 4.0), n_layers=1)
+    tokens, targets = draw(2, 9), targets_with_gaps(2, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, targets), model.loss(tokens, targets))
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def greedy(model, tokens, new):
+    """The definition: the whole text anew for every token."""
+    for _ in range(new):
+        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 4.0), DYNAMIC], ids=lambda r: r.rope_type)
+def test_greedy_generation_is_the_argmax_of_the_whole(implementation, rope):
+    model, prompt = build(attention=implementation, rope=rope), draw(3, 7)
+    assert torch.equal(generate(model, prompt, 20), greedy(model, prompt, 20))
+
+
+def test_generation_is_a_function_of_the_seed_and_leaves_the_global_one_alone():
+    model, prompt = build(), draw(2, 5)
+    state = torch.get_rng_state()
+    first = generate(model, prompt, 20, temperature=1.0, seed=1)
+    torch.manual_seed(123)
+    assert torch.equal(generate(model, prompt, 20, temperature=1.0, seed=1), first)
+    assert not torch.equal(generate(model, prompt, 20, temperature=1.0, seed=2), first)
+    torch.set_rng_state(state)
+    generate(model, prompt, 3, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.shape == (2, 25) and torch.equal(first[:, :5], prompt)
+
+
+@pytest.mark.parametrize("sampling", [
+    {"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 5.0, "top_p": 0.0},
+], ids=str)
+def test_limits_of_sampling_are_greedy(sampling):
+    model, prompt = build(), draw(3, 5)
+    assert torch.equal(generate(model, prompt, 15, **sampling), greedy(model, prompt, 15))
+
+
+def test_temperature_and_top_p_shape_the_distribution():
+    probabilities = torch.tensor([0.5, 0.1, 0.25, 0.15])
+    class Constant(torch.nn.Module):  # a model whose next-token distribution is known
+        config, tok_embeddings = build().config, torch.nn.Embedding(1, 1)
+        def forward(self, tokens, positions=None, cache=None, select=None):
+            return probabilities.log().expand(len(tokens), 1, 4)
+
+    def frequencies(**sampling):
+        new = generate(Constant(), torch.zeros(400, 1, dtype=torch.long), 10, **sampling)[:, 1:]
+        return torch.bincount(new.flatten(), minlength=4) / new.numel()
+
+    close = {"atol": 0.03, "rtol": 0}
+    torch.testing.assert_close(frequencies(temperature=1.0), probabilities, **close)
+    torch.testing.assert_close(frequencies(temperature=0.5), probabilities**2 / (probabilities**2).sum(), **close)
+    # the smallest set that reaches 0.7 is {0, 2} (0.75); 0.76 needs token 3 as well; 1 keeps all
+    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.7), torch.tensor([2 / 3, 0, 1 / 3, 0]), **close)
+    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.76), torch.tensor([0.5, 0, 0.25, 0.15]) / 0.9, **close)
+    assert frequencies(temperature=1.0, top_p=0.7)[[1, 3]].sum() == 0
+
+
+def test_stop_tokens_end_rows():
+    model, prompt = build(), draw(2, 5)
+    free = generate(model, prompt, 12)
+    row = free[0, 5:].tolist()
+    at = next(i for i, token in enumerate(row) if i >= 2 and token not in row[:i] and token not in free[1, 5:].tolist())
+    stopped = generate(model, prompt, 12, stop=(row[at],))
+    assert torch.equal(stopped[1], free[1]) and torch.equal(stopped[0, :5 + at + 1], free[0, :5 + at + 1])
+    assert (stopped[0, 5 + at:] == row[at]).all()                       # the row that is done repeats its stop token
+    other = free[1, 5].item()                                           # the other row stops at once
+    both = generate(model, prompt, 12, stop=(row[at], other))
+    end = min(i for i, token in enumerate(row) if token in (row[at], other))
+    assert both.shape[1] == 5 + end + 1                                 # when all rows are done, generation ends
+    assert generate(model, prompt, 0).shape == (2, 5)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match="prompt"):
+        generate(build(), draw(1, 0), 3)
+
+
+# --- initial values and sizes ----------------------------------------------------------------------------------------
+
+def test_initial_values():
+    torch.manual_seed(0)
+    n_layers = 8
+    model = LLaMA(ModelConfig(dim=128, n_layers=n_layers, n_heads=4, vocab_size=256, multiple_of=32))
+    for layer in model.layers:
+        a, f = layer.attention, layer.feed_forward
+        for module in (a.wq, a.wk, a.wv, f.w1, f.w3):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        for module in (a.wo, f.w2):  # what writes into the residual stream
+            assert module.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * n_layers), rel=0.03)
+        assert (layer.attention_norm.weight == 1).all() and (layer.ffn_norm.weight == 1).all()
+    assert model.tok_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert model.output.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    tokens = draw(2, 30)
+    assert model.loss(tokens, draw(2, 30, seed=1)).item() == pytest.approx(math.log(256), abs=0.1)  # knows nothing yet
+
+
+KNOWN = {  # parameters (the sum over the published checkpoint's tensors), feed-forward width
+    "LLaMA 7B": (dict(dim=4096, n_layers=32, n_heads=32), 6_738_415_616, 11008),
+    "LLaMA-2 70B": (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
+                    68_976_648_192, 28672),
+    "Llama-3 8B": (dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3, vocab_size=128256),
+                   8_030_261_248, 14336),
+    "Llama-3.2 1B": (dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5, vocab_size=128256, tied=True),
+                     1_235_814_400, 8192),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_of_known_models(name):
+    changes, parameters, ffn_dim = KNOWN[name]
+    config = ModelConfig(**changes)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    assert config.parameters() == sum(p.numel() for p in model.parameters()) == parameters
+    assert config.ffn_dim == model.layers[0].feed_forward.w1.out_features == ffn_dim
+
+
+@pytest.mark.parametrize("dim, multiple_of, multiplier", [
+    (5120, 256, None), (6656, 256, None), (8192, 256, None), (128, 32, None), (96, 32, 1.3), (6, 1, 0.7),
+])
+def test_the_width_rule(dim, multiple_of, multiplier):
+    config = ModelConfig(dim=dim, n_heads=1, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+    assert config.ffn_dim == reference.ffn_width(dim, multiple_of, multiplier)
+
+
+def test_the_oracles_width_rule_on_known_models():
+    assert [reference.ffn_width(dim, 256) for dim in (4096, 5120, 6656, 8192)] == [11008, 13824, 17920, 22016]
+    assert reference.ffn_width(8192, 4096, 1.3) == 28672 and reference.ffn_width(4096, 1024, 1.3) == 14336
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 1, "n_layers": 3}])
+def test_flops_are_what_a_counter_counts(changes):
+    B, T = 2, 24
+    model = build(attention="naive", **changes)
+    c, tokens = model.config, draw(B, T)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens)
+    above = 4 * c.n_layers * c.dim * (T - 1) / 2  # naive attention also multiplies what the mask throws away
+    assert counter.get_total_flops() == B * T * (c.flops_per_token(T, training=False) + above)
+    assert c.flops_per_token(T) == pytest.approx(3 * c.flops_per_token(T, training=False), abs=3)
+
+
+@pytest.mark.parametrize("attention, recompute", [("tiled", False), ("naive", False), ("tiled", True)])
+def test_the_estimate_of_memory_is_near_the_measured_peak(attention, recompute):
+    rows, T = 2, 256
+    model = build(attention=attention, dim=64, n_layers=6, n_kv_heads=4, multiple_of=32, vocab_size=128)
+    model.recompute, tokens = recompute, draw(rows, T)
+    with Meter() as meter:  # sees activations and gradients; weights and moments are the other 12 bytes a parameter
+        model.loss(tokens, tokens).backward()
+    measured = meter.peak + 12 * model.config.parameters()
+    estimate = model.config.training_bytes(rows, T, recompute=recompute, attention=attention)
+    assert 0.65 < estimate / measured < 1.5
+
+
+# --- what a user may write -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"n_heads": 5}, ["dim", "n_heads"]), ({"n_heads": 32}, ["head_dim"]), ({"n_kv_heads": 3}, ["n_kv_heads"]),
+    ({"vocab_size": -1}, ["vocab_size"]),
+    ({"n_layers": 0}, ["n_layers"]), ({"max_seq_len": 2.5}, ["max_seq_len"]), ({"dim": "32"}, ["dim"]),
+], ids=str)
+def test_a_model_that_cannot_be_is_one_line(wrong, words):
+    with pytest.raises(UserError) as error:
+        ModelConfig(**{"dim": 32, "n_heads": 4, "n_layers": 1, "vocab_size": VOCAB, **wrong})
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_an_unknown_attention_names_the_choices():
+    with pytest.raises(UserError, match="auto.*naive.*tiled.*sdpa"):
+        build(attention="flash")(draw(1, 3))
