@@ -1,0 +1,79 @@
+"""Token files -> training rows, as a pure function of (seed, step, row): resuming needs no state, and the number of ranks changes nothing.
+
+A batch is a share of rows of text, cut from the corpus at random, and a share of rows packed with passkey prompts.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cli import UserError, read_json
+from data.passkey import PasskeyPrompts
+
+
+class TokenFile:
+    """One split of a token folder, memory-mapped. tokens: all ids; offsets: where each document begins, and the end."""
+
+    def __init__(self, folder, split):
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json")
+        try:
+            self.tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+            self.offsets = np.load(folder / f"{split}.docs.npy")
+            self.tokenizer_sha256, self.vocab_size, written = meta["tokenizer_sha256"], meta["vocab_size"], self.offsets[-1]
+        except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{folder}: the {split} split cannot be read ({error}): prepare it again with data/prepare.py") from None
+        if written != len(self.tokens):
+            raise UserError(f"{folder}: {split}.bin holds {len(self.tokens)} tokens, {written} were written: prepare it again with data/prepare.py")
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def documents(self, at_least=1):
+        """The documents of at least that many tokens, in order: arrays of ids, BOS first and EOS last."""
+        for start, end in zip(self.offsets[:-1], self.offsets[1:]):
+            if end - start >= at_least:
+                yield self.tokens[start:end].astype(np.int64)
+
+
+class Batches:
+    """batches(step) -> (tokens [rows, T], targets [rows, T]), int64.
+
+    corpus: TokenFile; rows: of the whole step, over all ranks; passkey_share: share of the rows that are passkey prompts, none of them
+    longer than passkey_longest, however long the row: a row of L' is packed from prompts of at most L, so that retrieval over more than
+    L is never trained, and what a test finds there is the method's doing.
+    """
+
+    def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, seed=0):
+        if len(corpus) < seq_len + 1:
+            raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of {seq_len + 1}: give more text or a shorter window")
+        if corpus.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
+        if not 0 <= passkey_share <= 1:
+            raise UserError(f"a passkey share of {passkey_share}: give a share of the rows, from 0 to 1")
+        self.corpus, self.rows, self.seq_len, self.seed = corpus, rows, seq_len, seed
+        self.passkey_share, self.prompts = passkey_share, PasskeyPrompts(tokenizer)
+        self.passkey_longest = min(passkey_longest or seq_len, seq_len)
+        if passkey_share and self.passkey_longest < self.prompts.shortest:
+            raise UserError(f"a passkey prompt needs {self.prompts.shortest} tokens, the window has {self.passkey_longest}: use a longer window or a passkey share of 0")
+
+    def row(self, step, index):
+        """Row `index` of a step: T + 1 ids."""
+        rng = np.random.default_rng((self.seed, step, index))
+        start = int(rng.integers(0, len(self.corpus) - self.seq_len))
+        text = self.corpus.tokens[start:start + self.seq_len + 1].astype(np.int64)
+        # The first rows are prompts. A fractional count is made up over the steps: 0.3 of one row is three steps in ten.
+        prompts = int((step + 1) * self.rows * self.passkey_share) - int(step * self.rows * self.passkey_share)
+        if index >= prompts:
+            return text
+        parts, room = [], self.seq_len + 1
+        while room > self.prompts.shortest:
+            parts.append(self.prompts.document(rng, min(self.passkey_longest, room - 1)))
+            room -= len(parts[-1])
+        return np.concatenate([*parts, text[:room]])
+
+    def __call__(self, step, first=0, last=None):
+        """Rows first..last of a step (a rank's or a micro-batch's share; all by default)."""
+        rows = np.stack([self.row(step, i) for i in range(first, self.rows if last is None else last)])
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:]
