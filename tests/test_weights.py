@@ -1,0 +1,701 @@
+"""Model folders: what load_model reads, what save_model writes, and what both refuse."""
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import weights
+from cli import UserError, run
+from data.tokenizer import train_tokenizer
+from model import LLaMA, ModelConfig
+from rope import RopeConfig
+from weights import load_config, load_model, load_tokenizer, original_window, save_model, with_rope
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # Python 3.12 on fork(); the children use one thread
+
+ROOT = Path(weights.__file__).parent
+TINY = dict(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, vocab_size=48, multiple_of=12, max_seq_len=32)
+TOKENS = torch.tensor([[1, 7, 47, 3, 0, 22, 9]])
+
+
+def make(seed=0, **changes):
+    """A small LLaMA, every tensor random (norms too, which start as ones)."""
+    model = LLaMA(ModelConfig(**{**TINY, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def write_meta(folder, shards, **params):
+    """A folder as Meta would have released it: state dicts and a params.json, written with nothing of weights.py."""
+    folder.mkdir(exist_ok=True)
+    for n, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{n:02d}.pth")
+    base = {key: TINY[key] for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")}
+    merged = {key: value for key, value in {**base, **params}.items() if value != "absent"}
+    (folder / "params.json").write_text(json.dumps(merged), encoding="utf-8")
+    return folder
+
+
+def edit(folder, **params):
+    file = folder / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **params}), encoding="utf-8")
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name]) for name, x in a.items())
+
+
+def in_child(action):
+    """Run action() in a forked process, where nothing has to be imported again: (exit code, what it printed)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            os.dup2(writer, 1), os.dup2(writer, 2)
+            sys.stdout, sys.stderr = open(1, "w", encoding="utf-8", closefd=False), open(2, "w", encoding="utf-8", closefd=False)
+            action()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        printed = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that save_model wrote."""
+    save_model(make(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round trip
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tied": True}, {"n_kv_heads": None}, {"norm_eps": 1e-6, "ffn_dim_multiplier": 1.3, "multiple_of": 8},
+    {"max_seq_len": 128, "rope": RopeConfig("linear", factor=4.0, original_max_position_embeddings=32)},
+    {"rope": RopeConfig("llama3", factor=8.0, original_max_position_embeddings=8, rope_theta=5e5), "max_seq_len": 64},
+])
+def test_round_trip_is_exact(tmp_path, changes):
+    model = make(**changes)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert same(loaded, model) and loaded.config == model.config == load_config(tmp_path)
+    assert torch.equal(loaded(TOKENS), model(TOKENS)) and loaded.path == str(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"params.json", "consolidated.00.pth"}
+
+
+def test_loaded_model_trains_and_keeps_the_generator(saved):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = load_model(saved, attention="tiled")
+    assert torch.equal(torch.rand(3), expected), "loading drew random numbers"
+    assert model.attention == "tiled"
+    model.loss(TOKENS, TOKENS).backward()
+    assert all(p.requires_grad and p.grad is not None and p.is_leaf for p in model.parameters())
+
+
+def test_saved_tensors_are_plain(tmp_path):
+    model = make()
+    storage = torch.randn(10_000)
+    model.norm.weight = torch.nn.Parameter(storage[:24])                             # a view into something larger, as sharded training has
+    model.layers[0].attention.wo.weight = torch.nn.Parameter(torch.randn(24, 24).t())  # not contiguous
+    save_model(model, tmp_path)
+    written = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    for name, tensor in written.items():
+        assert type(tensor) is torch.Tensor and tensor.is_contiguous() and not tensor.requires_grad
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+    assert same(load_model(tmp_path), model)
+
+
+def test_dtypes(tmp_path):
+    model = make()
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    whole = sum(p.numel() for p in model.parameters())
+    assert 2 * whole < (tmp_path / "consolidated.00.pth").stat().st_size < 3.2 * whole
+    assert all(p.dtype == torch.float32 for p in model.parameters()), "saving must not change the model"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loaded = load_model(tmp_path, dtype=dtype)
+        for name, tensor in loaded.state_dict().items():
+            assert tensor.dtype == dtype and torch.equal(tensor, model.state_dict()[name].bfloat16().to(dtype)), name
+    with torch.no_grad():
+        model.output.weight[3, 4] = 70_000.0
+    save_model(model, tmp_path)
+    with pytest.raises(UserError, match="output.weight reaches 7e.04, too large for torch.float16: load it as bfloat16"):
+        load_model(tmp_path, dtype=torch.float16)
+
+
+def test_params_json_is_metas_and_ours(tmp_path):
+    model = make(rope=RopeConfig("linear", factor=2.0, original_max_position_embeddings=32, rope_theta=5e5), max_seq_len=64)
+    save_model(model, tmp_path)
+    assert json.loads((tmp_path / "params.json").read_text(encoding="utf-8")) == {
+        "dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "vocab_size": 48, "multiple_of": 12, "norm_eps": 1e-5, "rope_theta": 5e5,
+        "max_seq_len": 64, "rope": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "original_max_position_embeddings": 32}}
+    save_model(make(rope=RopeConfig("llama3", 8.0, 8192, 5e5)), tmp_path)                  # Meta's code knows this scaling by its flag
+    assert json.loads((tmp_path / "params.json").read_text(encoding="utf-8"))["use_scaled_rope"] is True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta's checkpoints
+
+def cut_model(model, shards, embedding):
+    """Cut a model as Meta's training did, from its description alone: column-parallel layers along their outputs (rows of the weight),
+    row-parallel layers along their inputs (columns); embedding "columns" is LLaMA 1 and 2, "rows" is LLaMA 3."""
+    parts = []
+    for n in range(shards):
+        part = {"rope.freqs": torch.rand(2)}
+        for name, tensor in model.state_dict().items():
+            kind = name.split(".")[-2]
+            if kind in ("wq", "wk", "wv", "w1", "w3", "output") or (kind == "tok_embeddings" and embedding == "rows"):
+                size = len(tensor) // shards
+                tensor = tensor[size * n:size * (n + 1)]
+            elif kind in ("wo", "w2", "tok_embeddings"):
+                size = len(tensor[0]) // shards
+                tensor = torch.stack([row[size * n:size * (n + 1)] for row in tensor])
+            part[name] = tensor.clone()
+        parts.append(part)
+    return parts
+
+
+@pytest.mark.parametrize("embedding", ["rows", "columns"])
+@pytest.mark.parametrize("vocab_size", [48, -1, "absent"])
+def test_three_shards_with_grouped_queries(tmp_path, embedding, vocab_size):
+    model = make(n_kv_heads=3)
+    folder = write_meta(tmp_path / "m", cut_model(model, 3, embedding), vocab_size=vocab_size)
+    loaded = load_model(folder)
+    assert same(loaded, model) and loaded.config.vocab_size == 48
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
+def test_saving_over_shards_leaves_none_of_them(tmp_path):
+    folder = write_meta(tmp_path / "m", cut_model(make(seed=1), 3, "rows"))
+    save_model(make(seed=1), folder)
+    for n, part in enumerate(cut_model(make(seed=1), 3, "rows")):                          # beside the very params.json that we write
+        torch.save(part, folder / f"consolidated.{n:02d}.pth")
+    assert same(load_model(folder), make(seed=1))
+    save_model(make(seed=2), folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
+    assert same(load_model(folder), make(seed=2))
+
+
+def test_rope_freqs_and_old_files(tmp_path, recwarn):
+    """LLaMA 1 has frequencies in every layer; files of PyTorch before 1.6 are not zip archives and cannot be mapped; a file may hold
+    Parameters, which would write autograd's history into the model."""
+    model = make()
+    state = {"rope.freqs": torch.rand(2), "layers.0.attention.inner_attention.rope.freqs": torch.rand(2), **dict(model.named_parameters())}
+    folder = write_meta(tmp_path / "m", [])
+    torch.save(state, folder / "consolidated.00.pth", _use_new_zipfile_serialization=False)
+    assert same(load_model(folder), model) and not recwarn.list
+
+
+@pytest.mark.parametrize("form", ["absent", "shared"])
+def test_tied_output(tmp_path, form):
+    """LLaMA 3.2 1B and 3B: the output is the embedding, which a file may hold under both names."""
+    model = make(tied=True)
+    state = dict(model.state_dict())
+    if form == "shared":
+        state["output.weight"] = state["tok_embeddings.weight"]
+    loaded = load_model(write_meta(tmp_path / "m", [state]))
+    assert loaded.config.tied and loaded.output is None and same(loaded, model)
+    copied = {**state, "output.weight": state["tok_embeddings.weight"].clone()}  # equal values, but a tensor of its own: not tied
+    assert not load_config(write_meta(tmp_path / "m", [copied])).tied
+
+
+LLAMA2 = {"dim": 24, "multiple_of": 12, "n_heads": 6, "n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1}
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"norm_eps": 1e-6}, {"norm_eps": 1e-6, "max_seq_len": 2048, "n_kv_heads": 6}),                                        # LLaMA 1
+    ({}, {"max_seq_len": 4096, "n_kv_heads": 6, "rope": RopeConfig()}),                                                    # LLaMA 2
+    ({"n_kv_heads": 3, "max_batch_size": 32, "ffn_dim_multiplier": None}, {"max_seq_len": 4096, "n_kv_heads": 3}),         # 70B
+    ({"rope_theta": 1e6}, {"max_seq_len": 16384, "rope": RopeConfig(rope_theta=1e6)}),                                     # Code Llama
+    ({"rope_theta": 500000.0, "n_kv_heads": 3}, {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}),                # LLaMA 3
+    ({"rope_theta": 5e5, "use_scaled_rope": False}, {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}),
+    ({"rope_theta": 5e5, "use_scaled_rope": True},                                                                         # 3.2 1B: narrow
+     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 32.0, 8192, 5e5, low_freq_factor=1.0, high_freq_factor=4.0)}),
+    ({"rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 16, "rope_high_freq_factor": 2},
+     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 16, 8192, 5e5, low_freq_factor=1.0, high_freq_factor=2)}),
+    ({"max_seq_len": 777}, {"max_seq_len": 777}),                                                                          # ours: it wins
+    ({"rope": {"type": "linear", "factor": 4}}, {"max_seq_len": 16384, "rope": RopeConfig("linear", 4)}),
+    ({"rope": {"rope_type": "ntk", "factor": 2, "original_max_position_embeddings": 100}, "rope_theta": 123.0},
+     {"max_seq_len": 200, "rope": RopeConfig("ntk", 2, 100, 123.0)}),
+    ({"rope": {"rope_type": "linear", "factor": 2}, "max_seq_len": 9, "use_scaled_rope": True},
+     {"max_seq_len": 9, "rope": RopeConfig("linear", 2)}),
+])
+def test_params_of_all_releases(tmp_path, capsys, changes, expected):
+    model = make(**{key: expected[key] for key in ("n_kv_heads",) if key in expected} or {"n_kv_heads": changes.get("n_kv_heads", 6)})
+    folder = write_meta(tmp_path / "m", [model.state_dict()], **{"n_kv_heads": "absent", "max_seq_len": "absent", **LLAMA2, **changes})
+    config = load_config(folder)
+    assert {key: asdict(config)[key] if key != "rope" else config.rope for key in expected} == expected
+    assert config.vocab_size == 48
+    assert ("does not say max_seq_len" in capsys.readouterr().out) == ("max_seq_len" not in changes)
+    assert same(load_model(folder), model)
+
+
+def test_nested_params_and_ffn_widths(tmp_path):
+    model = make(ffn_dim_multiplier=1.3, multiple_of=8)
+    folder = write_meta(tmp_path / "m", [model.state_dict()], multiple_of=8, ffn_dim_multiplier=1.3)
+    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    (folder / "params.json").write_text(json.dumps({"model": params}), encoding="utf-8")
+    assert load_config(folder).ffn_dim == 88 and same(load_model(folder), model)  # int(1.3 * 64) = 83, up to a multiple of 8
+
+
+@pytest.mark.parametrize("params, ffn_dim, rope", [
+    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 256, "norm_eps": 1e-5}, 22016, (2048, "default", 1.0)),       # LLaMA 65B
+    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5},
+     28672, (4096, "default", 1.0)),  # LLaMA 2 70B
+    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5,
+      "rope_theta": 5e5, "use_scaled_rope": True}, 14336, (131072, "llama3", 8.0)),  # LLaMA 3.1 8B
+    ({"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 256, "ffn_dim_multiplier": 1.5, "norm_eps": 1e-5,
+      "rope_theta": 5e5, "use_scaled_rope": True}, 8192, (131072, "llama3", 32.0)),  # LLaMA 3.2 1B
+])
+def test_official_shapes(tmp_path, params, ffn_dim, rope):
+    """The published widths and windows follow from the published params.json. A few names and one shape are read, no weights."""
+    names = {f"layers.{n}.x": torch.zeros(1) for n in range(params["n_layers"])}
+    shard = {"tok_embeddings.weight": torch.zeros(1).expand(32000, params["dim"]), "output.weight": torch.zeros(1), **names}
+    (tmp_path / "m").mkdir()
+    torch.save(shard, tmp_path / "m/consolidated.00.pth")
+    (tmp_path / "m/params.json").write_text(json.dumps({**params, "vocab_size": -1}), encoding="utf-8")
+    config = load_config(tmp_path / "m")
+    assert config.ffn_dim == ffn_dim and config.vocab_size == 32000
+    assert (config.max_seq_len, config.rope.rope_type, config.rope.factor) == rope
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another RoPE: factors count from the original window
+
+BASE = ModelConfig(**TINY)                                                                          # L = 32
+PI4 = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0, 32))                            # extended by 4
+PI4_BARE = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0))                           # the same, L not written down
+DIRECT = replace(BASE, max_seq_len=128, rope=RopeConfig("default", original_max_position_embeddings=32))  # fine-tuned without scaling
+THETA = replace(BASE, rope=RopeConfig(rope_theta=5e5))
+
+
+@pytest.mark.parametrize("config", [BASE, PI4, PI4_BARE, DIRECT])
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "linear", "factor": 2}, {"type": "pi", "factor": 2.0, "original_max_position_embeddings": None},
+    RopeConfig("linear", 2.0), RopeConfig("linear", 2, original_max_position_embeddings=32)])
+def test_factors_never_compound(config, rope):
+    assert original_window(config) == 32
+    new = with_rope(config, rope)
+    assert (new.max_seq_len, new.rope) == (64, RopeConfig("linear", 2, 32))
+    assert with_rope(new, {"rope_type": "linear", "factor": 2}) == new
+    assert with_rope(new, {"rope_type": "linear", "factor": 4}).max_seq_len == 128
+
+
+def test_override_details():
+    assert with_rope(PI4, None) is PI4 and with_rope(PI4, PI4.rope) is PI4 and with_rope(PI4_BARE, PI4_BARE.rope) is PI4_BARE
+    assert with_rope(DIRECT, {"rope_type": "default"}).max_seq_len == 128                 # what it says already changes nothing
+    assert with_rope(PI4, {"rope_type": "none"}).max_seq_len == 32                        # the scaling taken off
+    dynamic = with_rope(PI4, {"rope_type": "dynamic", "factor": 2})                       # a method that needs L is given it
+    assert dynamic.rope.original_max_position_embeddings == 32 and dynamic.max_seq_len == 64
+    assert with_rope(BASE, {"rope_type": "linear", "factor": 2, "original_max_position_embeddings": 16}).max_seq_len == 32
+    for given, theta in [(RopeConfig("linear", 2), 5e5), ({"rope_type": "linear", "factor": 2}, 5e5),
+                         (RopeConfig("linear", 2, rope_theta=1e6), 1e6), ({"rope_type": "linear", "factor": 2, "rope_theta": 1e4}, 1e4)]:
+        assert with_rope(THETA, given).rope.rope_theta == theta
+    for wrong, words in [("linear", "give a RopeConfig, or a dict"), ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
+                         ({"rope_type": "yam"}, "unknown"), ({"factr": 2}, "factr")]:
+        with pytest.raises(UserError, match=words):
+            with_rope(BASE, wrong)
+
+
+def test_override_reaches_the_logits(saved):
+    plain, stretched = load_model(saved), load_model(saved, rope={"rope_type": "linear", "factor": 2})
+    assert stretched.config.max_seq_len == 64
+    positions = torch.arange(TOKENS.shape[1])
+    assert torch.equal(stretched(TOKENS, positions=2 * positions), plain(TOKENS, positions=positions))
+    assert not torch.equal(stretched(TOKENS), plain(TOKENS))
+    save_model(stretched, saved)                                                           # and travels with the weights
+    assert torch.equal(load_model(saved)(TOKENS), stretched(TOKENS))
+    assert load_model(saved, rope={"rope_type": "linear", "factor": 4}).config.max_seq_len == 128
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused: one line, naming file, tensor and remedy
+
+def damage(**changes):
+    """A change to the state dict: a tensor, or None to drop it."""
+    def apply(folder):
+        state = {**make().state_dict(), **{name.replace("__", "."): value for name, value in changes.items()}}
+        torch.save({name: value for name, value in state.items() if value is not None}, folder / "consolidated.00.pth")
+    return apply
+
+
+def put(name, content):
+    def apply(folder):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return apply
+
+
+def truncate(fraction, legacy=False):
+    def apply(folder):
+        file = folder / "consolidated.00.pth"
+        if legacy:
+            torch.save(make().state_dict(), file, _use_new_zipfile_serialization=False)
+        file.write_bytes(file.read_bytes()[:int(file.stat().st_size * fraction)])
+    return apply
+
+
+def with_value(value):
+    tensor = make().layers[1].feed_forward.w2.weight.detach().clone()
+    tensor[3, 5] = value
+    return damage(layers__1__feed_forward__w2__weight=tensor)
+
+
+WRONG = [
+    # the folder
+    (lambda f: f.rename(f.parent / "elsewhere"), r"model: no such folder: give a folder with params.json"),
+    (lambda f: (f / "params.json").unlink(), r"model: no params.json in it"),
+    (lambda f: (f / "params.json").rename(f / "config.json"), r"a Hugging Face folder, but only Meta's layout loads today"),
+    (lambda f: (f / "consolidated.00.pth").unlink(), r"no consolidated.00.pth in it"),
+    (lambda f: (f / "consolidated.00.pth").rename(f / "consolidated.01.pth"), r"00.pth: no such file, but there is consolidated.01"),
+    (lambda f: (f / "consolidated.02.pth").write_bytes(b""), r"consolidated.01.pth: no such file, but there is consolidated.02"),
+    # the checkpoint
+    (put("consolidated.00.pth", b""), r"consolidated.00.pth: damaged, cut off"),
+    (put("consolidated.00.pth", "<html>404 not found</html>"), r"consolidated.00.pth: damaged, cut off"),
+    (truncate(0.5), r"consolidated.00.pth: damaged, cut off"),
+    (truncate(0.999), r"consolidated.00.pth: damaged, cut off"),
+    (truncate(0.5, legacy=True), r"consolidated.00.pth: damaged, cut off"),
+    (lambda f: torch.save([torch.zeros(2)], f / "consolidated.00.pth"), r"something else than named tensors"),
+    (lambda f: torch.save({"model": make().state_dict(), "step": 3}, f / "consolidated.00.pth"), r"something else than named tensors"),
+    (damage(tok_embeddings__weight=None), r"tok_embeddings.weight is missing"),
+    (damage(norm__weight=None), r"consolidated.00.pth: norm.weight is missing"),
+    (damage(layers__1__attention__wk__weight=None), r"layers.1.attention.wk.weight is missing: take params.json and all of its checkpoint"),
+    (damage(layers__1__attention__wk__bias=torch.zeros(12)), r"layers.1.attention.wk.bias is no tensor of the model"),
+    (damage(layers__2__attention__wk__weight=torch.zeros(12, 24)), r"has 3 layers, and params.json n_layers 2"),
+    (damage(layers__0__attention__wk__weight=torch.zeros(24, 24)), r"wk.weight is \[24, 24\], part 1 of 1, .* the whole \[12, 24\]"),
+    (damage(layers__0__attention__wk__weight=torch.zeros(12, 1)), r"wk.weight is \[12, 1\], part 1 of 1, .* the whole \[12, 24\]"),
+    (damage(norm__weight=torch.ones(1)), r"norm.weight is \[1\]"),
+    (damage(norm__weight=torch.ones(24, 1)), r"norm.weight is \[24, 1\]"),
+    (damage(layers__0__feed_forward__w1__weight=torch.zeros(72)), r"w1.weight is \[72\]"),
+    (damage(tok_embeddings__weight=torch.zeros(48, 12)), r"tok_embeddings.weight is \[48, 12\], part 1 of 1, and params.json says dim 24"),
+    (damage(output__weight=torch.zeros(48, 24, dtype=torch.int8)), r"output.weight is torch.int8: quantised"),
+    (with_value(float("nan")), r"layers.1.feed_forward.w2.weight holds NaN or infinity"),
+    (with_value(float("-inf")), r"layers.1.feed_forward.w2.weight holds NaN or infinity"),
+    (lambda f: torch.save(make().state_dict(), f / "consolidated.01.pth"), r"part 1 of 2, .* are all parts here\?"),
+    # params.json
+    (put("params.json", "{"), r"params.json: not a JSON file"),
+    (put("params.json", b"\xff\xfe"), r"params.json: not a JSON file"),
+    (put("params.json", "[1]"), r"params.json: not an object with the keys dim"),
+    (put("params.json", "{}"), r"params.json: dim is missing"),
+    (lambda f: edit(f, n_heads=None), r"params.json: n_heads is missing"),
+    (lambda f: edit(f, dim="24"), r"params.json: dim = '24': has to be a positive whole number"),
+    (lambda f: edit(f, dim=24.0), r"dim = 24.0: has to be a positive whole number"),
+    (lambda f: edit(f, n_layers=True), r"n_layers = True: has to be"),
+    (lambda f: edit(f, n_layers=10**9), r"n_layers 1000000000: do the two belong together"),
+    (lambda f: edit(f, n_layers=1), r"has 2 layers, and params.json n_layers 1"),
+    (lambda f: edit(f, n_kv_heads=0), r"n_kv_heads = 0: has to be a positive"),
+    (lambda f: edit(f, n_kv_heads=4), r"params.json: n_heads 6 has to be a multiple"),
+    (lambda f: edit(f, n_heads=5), r"params.json: dim 24 / n_heads 5"),
+    (lambda f: edit(f, dim=48), r"tok_embeddings.weight is \[48, 24\], part 1 of 1, and params.json says dim 48"),
+    (lambda f: edit(f, vocab_size=-2), r"vocab_size = -2"),
+    (lambda f: edit(f, vocab_size=49), r"tok_embeddings.weight is \[48, 24\], part 1 of 1, and params.json makes the whole \[49, 24\]"),
+    (lambda f: edit(f, multiple_of=2**30), r"feed_forward.w1.weight is \[72, 24\]"),
+    (lambda f: edit(f, norm_eps=float("nan")), r"norm_eps = nan: has to be a positive number"),
+    (lambda f: edit(f, norm_eps=-1e-5), r"norm_eps = -1e-05"),
+    (lambda f: edit(f, use_scaled_rope=1), r"use_scaled_rope = 1: has to be true or false"),
+    (lambda f: edit(f, max_seq_len=0), r"max_seq_len = 0"),
+    (lambda f: edit(f, rope="linear"), r"rope = 'linear': has to be an object"),
+    (lambda f: edit(f, rope={"rope_type": "linear", "factor": 0.5}), r"params.json: rope factor 0.5"),
+    (lambda f: edit(f, rope={"rope_type": "yam"}), r"params.json: rope_type 'yam' is unknown"),
+    (lambda f: edit(f, rope_theta=5e5), r"params.json: rope_theta is 500000, and 10000.0 inside rope: make them equal"),
+    (lambda f: edit(f, rope_theta=77.0, max_seq_len=None, rope=None), r"max_seq_len is missing, and rope_theta 77 is none of Meta's"),
+    (lambda f: edit(f, moe={"num_experts": 8}), r"key 'moe' is none of LLaMA 1, 2 or 3"),
+    (lambda f: edit(f, vision_chunk_size=448), r"key 'vision_chunk_size' is none of"),
+]
+
+
+@pytest.mark.parametrize("spoil, words", WRONG, ids=[words[:60] for _, words in WRONG])
+def test_wrong_input_is_one_clear_line(saved, spoil, words):
+    spoil(saved)
+    with pytest.raises(UserError, match=words) as error:
+        load_model(saved)
+    assert "\n" not in str(error.value) and str(saved) in str(error.value)
+
+
+def test_parts_must_fit_each_other(tmp_path):
+    parts = cut_model(make(), 3, "rows")
+    with pytest.raises(UserError, match="part 1 of 2.*are all parts here"):
+        load_model(write_meta(tmp_path / "two of three", parts[:2]))
+    del parts[2]["layers.0.ffn_norm.weight"]
+    with pytest.raises(UserError, match="consolidated.02.pth: layers.0.ffn_norm.weight is missing"):
+        load_model(write_meta(tmp_path / "m", parts))
+
+
+def test_a_file_is_not_a_folder(saved):
+    with pytest.raises(UserError, match="a file: give the folder"):
+        load_model(saved / "consolidated.00.pth")
+    (saved / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="a GGUF file, but only Meta's layout loads today"):
+        load_model(saved / "model.gguf")
+    with pytest.raises(UserError, match="this machine has"):
+        load_model(saved, device="tpu")
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_pickle_never_runs(saved, tmp_path, new_format):
+    evil, trace = {**make().state_dict(), "extra": Touch(tmp_path / "trace")}, tmp_path / "trace"
+    torch.save(evil, saved / "consolidated.00.pth", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match=r"consolidated.00.pth: refused, since loading it would run code \((posix|nt|os).system\)"):
+        load_model(saved)
+    assert not trace.exists()
+    torch.load(saved / "consolidated.00.pth", weights_only=False)  # the trap does spring where it is allowed to
+    assert trace.exists()
+
+
+def test_random_damage_never_ends_in_a_traceback(saved, recwarn):
+    """Bytes overwritten anywhere: a UserError, or a model whose numbers are numbers (a flipped weight cannot be told from a true one)."""
+    file, generator, refused = saved / "consolidated.00.pth", random.Random(0), 0
+    whole = file.read_bytes()
+    structure = [i for i in range(len(whole)) if i < 4000 or i > len(whole) - 4000]  # the pickle, and the table at the end
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[generator.choice(structure)] = generator.randrange(256)
+        file.write_bytes(data)
+        try:
+            assert all(p.isfinite().all() for p in load_model(saved).parameters())
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50 and not recwarn.list, "a warning would be further lines on stderr"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and command line
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    return train_tokenizer(["def f(x):\n    return x + 1\n" * 20], path, 360)
+
+
+def test_tokenizer_travels_with_the_model(tmp_path, tokenizer):
+    save_model(make(vocab_size=360), tmp_path / "a", tokenizer)
+    loaded = load_tokenizer(tmp_path / "a", vocab_size=360)
+    assert loaded.sha256 == tokenizer.sha256 and loaded.path == tmp_path / "a/tokenizer.model"
+    save_model(make(vocab_size=360), tmp_path / "b", loaded.path)                          # a path will do
+    save_model(make(vocab_size=360, seed=1), tmp_path / "b")                               # none given: the one there stays
+    save_model(make(vocab_size=360), tmp_path / "b", load_tokenizer(tmp_path / "b"))       # onto itself
+    assert load_tokenizer(tmp_path / "b").sha256 == tokenizer.sha256
+    with pytest.raises(UserError, match=r"tokenizer.model: has 360 pieces, and the model's vocabulary 48: take the tokenizer"):
+        load_tokenizer(tmp_path / "a", vocab_size=48)
+    with pytest.raises(UserError, match="tokenizer.model: no such file"):
+        load_tokenizer(tmp_path)
+
+
+def test_info(tmp_path, tokenizer, capsys):
+    model = make(vocab_size=360, rope=RopeConfig("linear", 4.0, 32), max_seq_len=128)
+    save_model(model, tmp_path, tokenizer)
+    weights.main(["info", "--model", str(tmp_path)])
+    shown = capsys.readouterr().out
+    for words in ("2 layers", "dim 24", "3 key/value heads", f"{sum(p.numel() for p in model.parameters()):,}", "128 tokens, original 32",
+                  '"factor": 4.0', "360 pieces"):
+        assert words in shown
+    put("tokenizer.model", b"x")(tmp_path)
+    assert in_child(lambda: run(lambda: weights.main(["info", "--model", str(tmp_path)])))[0] == 2
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(saved):
+    truncate(0.5)(saved)
+    shown = subprocess.run([sys.executable, "weights.py", "info", "--model", saved], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert shown.stderr.startswith(f"error: {saved}/consolidated.00.pth: damaged, cut off") and shown.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A save that is cut off
+
+def two_models(**changes):
+    """Two models whose files would load in any mixture, but which differ in weights, window and RoPE."""
+    return {"old": make(seed=1, **changes), "new": make(seed=2, rope=RopeConfig("linear", 4.0, 32), max_seq_len=128, **changes)}
+
+
+def which(folder, models):
+    loaded = load_model(folder)
+    [name] = [name for name, model in models.items() if loaded.config == model.config and same(loaded, model)]
+    return name
+
+
+def save_and_die(model, folder, step, tokenizer):
+    """Save in a process that is killed just before its step-th change of a name in the file system; returns whether it got that far."""
+    def action():
+        count = 0
+
+        def counted(change):
+            def call(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **kwargs)
+            return call
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        save_model(model, folder, tokenizer)
+    code, printed = in_child(action)
+    assert code in (0, -signal.SIGKILL), printed
+    return code != 0
+
+
+@pytest.mark.parametrize("start", ["one file", "three shards", "only weights differ"])
+def test_killed_at_every_step_a_save_leaves_one_whole_model(tmp_path, tokenizer, monkeypatch, start):
+    models, outcomes, first_tokenizer = two_models(vocab_size=360), [], None
+    if start == "only weights differ":
+        models, first_tokenizer = {"old": make(1, vocab_size=360), "new": make(2, vocab_size=360)}, tokenizer
+    for step in range(1, 100):
+        folder = tmp_path / str(step)
+        if start != "three shards":
+            save_model(models["old"], folder, first_tokenizer)
+        else:
+            write_meta(folder, cut_model(models["old"], 3, "columns"), vocab_size=360)
+        (folder / "state.pt").write_bytes(b"the trainer's own")
+        killed = save_and_die(models["new"], folder, step, tokenizer)
+        outcomes.append(which(folder, models))
+        if outcomes[-1] == "new":
+            assert load_tokenizer(folder, 360).sha256 == tokenizer.sha256
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):              # the next save fails
+            patch.setattr(weights, "write_json", lambda *_: 1 / 0)
+            save_model(models["old"], folder)
+        assert which(folder, models) == outcomes[-1]
+        save_model(models["old"], folder)                                                   # and the one after it succeeds
+        assert which(folder, models) == "old" and (folder / "state.pt").read_bytes() == b"the trainer's own"
+        kept = {"consolidated.00.pth", "params.json", "state.pt"}
+        assert {p.name for p in folder.iterdir()} - {"tokenizer.model"} == kept
+        if not killed:
+            break
+    assert not killed and outcomes.count("old") > 5 and outcomes.count("new") > 3
+    assert outcomes == sorted(outcomes, reverse=True)                                       # old ... old new ... new
+
+
+def test_leftovers_of_a_killed_save_do_not_get_in(saved):
+    (saved / ".saving").mkdir()
+    (saved / ".saving/tokenizer.model").write_bytes(b"of another model")
+    (saved / ".saving/.consolidated.00.pth.abc.tmp").write_bytes(b"half")
+    save_model(make(seed=1, norm_eps=1e-6), saved)
+    assert {p.name for p in saved.iterdir()} == {"consolidated.00.pth", "params.json"}
+
+
+def test_killed_at_random_moments(tmp_path):
+    """A process that saves one model and the other in turn, killed at any moment, twenty times."""
+    models, folder, generator = two_models(), tmp_path / "model", random.Random(0)
+    for _ in range(20):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    save_model(models["new"], folder)
+                    os.write(writer, b".")
+                    save_model(models["old"], folder)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        assert os.read(reader, 1) == b"."  # it is at work
+        time.sleep(generator.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.close(reader)
+        assert which(folder, models) in models
+
+
+def test_loading_while_a_run_saves(tmp_path):
+    """Whoever loads while the same model is saved again and again gets one of the saves, and no error."""
+    models = {str(seed): make(seed) for seed in (1, 2)}
+    save_model(models["1"], tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                save_model(models["2"], tmp_path)
+                save_model(models["1"], tmp_path)
+        finally:
+            os._exit(1)
+    try:
+        assert {which(tmp_path, models) for _ in range(25)} <= set(models)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("fraction", [0, 0.3, 0.999])
+def test_a_full_disk_keeps_the_old_model(tmp_path, fraction):
+    """A limit on the size of files makes a write fail as a full disk does: at the first byte, in the middle, and at the end."""
+    models, folder = two_models(), tmp_path / "model"
+    save_model(models["old"], folder)
+    listing, limit = {p.name for p in folder.iterdir()}, int(fraction * (folder / "consolidated.00.pth").stat().st_size)
+
+    def action():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        run(lambda: save_model(models["new"], folder))
+    code, printed = in_child(action)
+    assert code == 2 and printed.startswith("error: File too large") and printed.count("\n") == 1
+    assert fraction == 0 or "consolidated.00.pth" in printed
+    assert which(folder, models) == "old" and {p.name for p in folder.iterdir()} == listing
+
+
+def test_a_file_replaced_while_it_is_read_is_noticed(saved, monkeypatch):
+    monkeypatch.setattr(weights, "REMAP", 1)
+    tensors = weights.meta_tensors(saved, {name: tuple(p.shape) for name, p in make().named_parameters()})
+    for _ in range(3):
+        next(tensors)
+    save_model(make(seed=9), saved)
+    with pytest.raises(UserError, match="was replaced while it was being read"):
+        list(tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def test_a_model_is_never_in_memory_twice(tmp_path):
+    """The peak of loading 200 MiB in two files is the model, one tensor, and the 64 MiB of a file that may stay mapped; not 400 MiB."""
+    config = ModelConfig(dim=1024, n_layers=3, n_heads=8, vocab_size=6000, max_seq_len=64)
+    with torch.device("meta"):
+        shapes = {name: list(tensor.shape) for name, tensor in LLaMA(config).state_dict().items()}
+    for name, shape in shapes.items():
+        if len(shape) > 1:
+            shape[name.split(".")[-2] in ("wo", "w2", "tok_embeddings")] //= 2
+    part = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    write_meta(tmp_path, [part, part], dim=1024, n_layers=3, n_heads=8, n_kv_heads=8, vocab_size=6000, multiple_of=256)
+    del part
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+
+    def action():
+        before = peak()
+        model = load_model(tmp_path)
+        print(peak() - before, sum(p.nbytes for p in model.parameters()) / 2**20)
+    code, printed = in_child(action)
+    assert code == 0, printed
+    added, size = map(float, printed.split())
+    assert size > 190 and size < added < 1.15 * size + 80, f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
