@@ -1,6 +1,6 @@
 """Token files -> training rows, as a pure function of (seed, step, row): resuming needs no state, and the number of ranks changes nothing.
 
-A batch is a share of rows of text, cut from the corpus at random, and a share of rows packed with passkey prompts.
+A batch is a share of rows of text, cut from the corpus at random, and a share of rows with passkey prompts in them.
 """
 from pathlib import Path
 
@@ -39,12 +39,14 @@ class TokenFile:
 class Batches:
     """batches(step) -> (tokens [rows, T], targets [rows, T]), int64.
 
-    corpus: TokenFile; rows: of the whole step, over all ranks; passkey_share: share of the rows that are passkey prompts, none of them
-    longer than passkey_longest, however long the row: a row of L' is packed from prompts of at most L, so that retrieval over more than
-    L is never trained, and what a test finds there is the method's doing.
+    corpus: TokenFile; rows: of the whole step, over all ranks; passkey_share: share of the rows with passkey prompts, none of which is longer
+    than passkey_longest, however long the row: so retrieval over more than L is never trained at L', and what a test finds there is the
+    method's doing. packed: such a row is full of prompts, one after another, else it is text with one prompt somewhere in it. When L' > L
+    packing has a side effect: keys of earlier prompts, farther away than L, are there in training and never the answer, so that a model
+    learns to overlook just what the test asks for.
     """
 
-    def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, seed=0):
+    def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, packed=True, seed=0):
         if len(corpus) < seq_len + 1:
             raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of {seq_len + 1}: give more text or a shorter window")
         if corpus.tokenizer_sha256 != tokenizer.sha256:
@@ -53,7 +55,7 @@ class Batches:
             raise UserError(f"a passkey share of {passkey_share}: give a share of the rows, from 0 to 1")
         self.corpus, self.rows, self.seq_len, self.seed = corpus, rows, seq_len, seed
         self.passkey_share, self.prompts = passkey_share, PasskeyPrompts(tokenizer)
-        self.passkey_longest = min(passkey_longest or seq_len, seq_len)
+        self.passkey_longest, self.packed = min(passkey_longest or seq_len, seq_len), packed
         if passkey_share and self.passkey_longest < self.prompts.shortest:
             raise UserError(f"a passkey prompt needs {self.prompts.shortest} tokens, the window has {self.passkey_longest}: use a longer window or a passkey share of 0")
 
@@ -66,6 +68,10 @@ class Batches:
         prompts = int((step + 1) * self.rows * self.passkey_share) - int(step * self.rows * self.passkey_share)
         if index >= prompts:
             return text
+        if not self.packed:
+            prompt = self.prompts.document(rng, self.passkey_longest)
+            place = int(rng.integers(0, len(text) - len(prompt) + 1))
+            return np.concatenate([text[:place], prompt, text[place + len(prompt):]])
         parts, room = [], self.seq_len + 1
         while room > self.prompts.shortest:
             parts.append(self.prompts.document(rng, min(self.passkey_longest, room - 1)))

@@ -414,7 +414,7 @@ def check(config, out):
     if out.exists() and not (out / "meta.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something else than a token folder: name another folder")
     if config.train_tokenizer and (not config.tokenizer or Path(config.tokenizer).exists()):
-        raise UserError("--train-tokenizer needs a --tokenizer PATH that does not exist yet: models and token files depend on those that do")
+        raise UserError("--train-tokenizer needs a --tokenizer PATH that does not exist yet: models depend on one that does")
     if config.tokenizer and not config.train_tokenizer:
         Tokenizer(config.tokenizer)
 

@@ -113,6 +113,26 @@ def test_no_training_prompt_is_longer_than_allowed(corpus, tokenizer, longest):
     assert len(set(keys)) > 0.95 * len(keys)
 
 
+@pytest.mark.parametrize("longest", [None, 120])
+def test_an_unpacked_row_is_text_with_one_prompt_in_it(corpus, tokenizer, longest):
+    length = 2 * T
+    batches = Batches(corpus, tokenizer, 8, length, passkey_share=1.0, passkey_longest=longest, packed=False, seed=5)
+    plain = Batches(corpus, tokenizer, 8, length, seed=5)
+    begins, prompt_lengths, intro = set(), set(), PasskeyPrompts(tokenizer).introduction
+    for step in range(6):
+        for row, text in zip(whole_rows(batches, step), whole_rows(plain, step)):
+            places = [i for i in range(len(row)) if row[i:i + len(intro)] == intro]
+            assert len(places) == 1 and len(row) == length + 1
+            begin = places[0]
+            end = row.index(tokenizer.eos_id, begin) + 1
+            key = re.findall(r"\d+", tokenizer.decode(row[begin:end]))
+            assert len(key) == 3 and len(set(key)) == 1
+            assert row[:begin] == text[:begin] and row[end:] == text[end:], "the rest of the row is the corpus, in its place"
+            begins.add(begin)
+            prompt_lengths.add(end - begin - 1)
+    assert max(prompt_lengths) <= (longest or length) and len(prompt_lengths) > 15 and len(begins) > 15
+
+
 def test_the_longest_prompt_fills_the_row(corpus, tokenizer):
     shortest = PasskeyPrompts(tokenizer).shortest
     batches = Batches(corpus, tokenizer, 60, shortest + 2, passkey_share=1.0)

@@ -227,7 +227,8 @@ def content_hash(text):
 
 def test_token_folder_holds_every_document(own, tmp_path):
     texts = write_documents(tmp_path / "docs")
-    out = prepare(PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "corpora" / "t"), val_fraction=0.3))
+    config = PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "new" / "out"), val_fraction=0.3)
+    out = prepare(config)
     found = read_folder(out, own)
     assert sorted(found["train"] + found["val"]) == sorted(texts.values())
     chosen = {text: int.from_bytes(content_hash(text)[-8:], "big") / 2**64 < 0.3 for text in texts.values()}
@@ -247,7 +248,8 @@ def test_documents_do_not_depend_on_their_paths(own, tmp_path):
         for name in (f"b/{i % 3}/{i}.md", f"b/copy/{99 - i}"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    a, b = (prepare(PrepareConfig(text=[str(tmp_path / name)], tokenizer=str(own.path), out=str(tmp_path / f"out-{name}"))) for name in "ab")
+    configs = (PrepareConfig(text=[str(tmp_path / name)], tokenizer=str(own.path), out=str(tmp_path / f"out-{name}")) for name in "ab")
+    a, b = map(prepare, configs)
     for name in ("train.bin", "val.bin", "train.docs.npy", "val.docs.npy"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     assert json.loads((b / "meta.json").read_text(encoding="utf-8"))["left_out"] == {"duplicate": len(texts)}
@@ -705,7 +707,8 @@ def put_pg19(server, books, page_size=2):
         for i, text in enumerate(texts):
             content = text.encode("utf-8")
             server.files[f"/deepmind-gutenberg/{split}/{i}.txt"] = content
-            items.append({"name": f"{split}/{i}.txt", "size": str(len(content)), "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode()})
+            checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
+            items.append({"name": f"{split}/{i}.txt", "size": str(len(content)), "md5Hash": checksum})
         for page in range(0, len(items), page_size):
             more = {"nextPageToken": str(page + page_size)} if page + page_size < len(items) else {}
             token = f"&pageToken={page}" if page else ""

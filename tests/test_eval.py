@@ -326,8 +326,9 @@ def test_answers_may_differ_in_length(tokenizer, builder, said):
     prompts, answers = zip(*(builder.build(key, 130, depth=0.3) for key in keys))
     assert len(set(map(len, answers))) == 4
     model = Scripted(tokenizer, builder, lambda key, distance: builder.inside(said.format(key)))
-    for generation in (False, True):
-        assert retrieve(model, tokenizer, prompts, answers, keys, generation) == [not said.endswith("6")] * 4
+    assert retrieve(model, tokenizer, prompts, answers, keys) == [not said.endswith("6")] * 4
+    assert said != " {}." or model.generated == 0, "each row's answer is looked for where it is"
+    assert retrieve(model, tokenizer, prompts, answers, keys, generation=True) == [not said.endswith("6")] * 4
 
 
 @pytest.mark.parametrize("saying", [0, 1, 2, 10, 14, 20, 22])

@@ -454,16 +454,16 @@ def test_flops_are_what_a_counter_counts(changes):
     assert c.flops_per_token(T) == pytest.approx(3 * c.flops_per_token(T, training=False), abs=3)
 
 
-@pytest.mark.parametrize("attention, recompute", [("tiled", False), ("naive", False), ("tiled", True)])
+@pytest.mark.parametrize("attention, recompute", [("tiled", False), ("sdpa", False), ("naive", False), ("tiled", True)])
 def test_the_estimate_of_memory_is_near_the_measured_peak(attention, recompute):
-    rows, T = 2, 256
+    rows, T = 1, 512
     model = build(attention=attention, dim=64, n_layers=6, n_kv_heads=4, multiple_of=32, vocab_size=128)
     model.recompute, tokens = recompute, draw(rows, T)
     with Meter() as meter:  # sees activations and gradients; weights and moments are the other 12 bytes a parameter
         model.loss(tokens, tokens).backward()
     measured = meter.peak + 12 * model.config.parameters()
     estimate = model.config.training_bytes(rows, T, recompute=recompute, attention=attention)
-    assert 0.65 < estimate / measured < 1.5
+    assert 1 / 1.3 < estimate / measured < 1.3
 
 
 # --- what a user may write -------------------------------------------------------------------------------------------
