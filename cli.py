@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message says in one line what is wrong and what to do. Anything else is a bug and keeps its traceback."""
+    """A mistake of the user's: one line that says what is wrong and what to do. Anything else is a bug and keeps its traceback."""
 
 
 def run(main):
@@ -54,7 +54,7 @@ def field(default, help, **kwargs):
 
 
 def add_flags(parser, settings):
-    """One flag a field of the dataclass `settings`: max_seq_len: int = 256 becomes --max-seq-len INT (a bool becomes --flag and --no-flag)."""
+    """One flag a field of the dataclass: max_seq_len: int = 256 becomes --max-seq-len INT, a bool becomes --flag and --no-flag."""
     hints = typing.get_type_hints(settings)
     for f in dataclasses.fields(settings):
         if "help" not in f.metadata:

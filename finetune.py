@@ -1,4 +1,6 @@
-"""Extend the window of a pretrained model: Position Interpolation, then a short fine-tuning at the new length. (Chen et al. 2023, arXiv 2306.15595)
+"""Extend the window of a pretrained model: Position Interpolation, then a short fine-tuning at the new length.
+
+(Chen et al. 2023, arXiv 2306.15595)
 
     python finetune.py                                            # the tiny model from 256 to 512 tokens, on a laptop, in minutes
     python finetune.py --model M --factor 4 --lr 2e-5 --steps 1000 --schedule constant --out out/M-pi     # a LLaMA, by the paper's recipe
@@ -39,7 +41,8 @@ class FinetuneConfig(FitConfig):
     warmup: int = field(20, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.0, "AdamW weight decay")
     passkey_share: float = field(1.0, "share of rows of text that hold a passkey prompt, which is never longer than L")
-    passkey_packed: bool = field(False, "fill those rows with prompts, as in pre-training; teaches the model to overlook keys farther away than L")
+    passkey_packed: bool = field(False, "fill those rows with prompts, as in pre-training: the model then learns to overlook keys "
+                                 "farther away than L")
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if it has to be made")
     baseline: bool = field(True, "also the baseline: direct fine-tuning with the same steps and data")
@@ -85,7 +88,8 @@ def main(argv=None):
     L = original_window(plain.config)
     window = round(L * config.factor)
     if window <= L:
-        raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer than the original window {L}; give a factor above 1")
+        raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer than the original window {L}; "
+                        "give a factor above 1")
 
     def load(rope_type):
         factor = 1.0 if rope_type == "default" else config.factor
@@ -122,13 +126,13 @@ def main(argv=None):
             out = config.out if rope_type == method else f"{config.out}-direct"
             seconds = fit(model, dataclasses.replace(copy.copy(config), out=out, rope=rope_type), batches, check_validation, tokenizer)
             say(f"{row}: {steps} steps in {seconds:.0f} s -> {out}")
-        report.append({"name": row, "rope": model.config.rope.to_dict(), "steps": steps, **measure(model, tokenizer, documents, lengths, config),
-                       "training_seconds": seconds})
+        report.append({"name": row, "rope": model.config.rope.to_dict(), "steps": steps, "training_seconds": seconds,
+                       **measure(model, tokenizer, documents, lengths, config)})
         say(table(report, lengths, L, window) if row == plan[-1][0] else f"{row}: measured")
     if rank == 0:
-        measured = result(target, config.seed, rows=report, original_window=L, window=window, lengths=lengths, settings=dataclasses.asdict(config),
-                          documents=len(documents), tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4",
-                          parameters=target.config.parameters())
+        measured = result(target, config.seed, rows=report, original_window=L, window=window, lengths=lengths,
+                          settings=dataclasses.asdict(config), documents=len(documents),
+                          tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4", parameters=target.config.parameters())
         write_json(config.results, measured)
         figure = Path(config.results).with_suffix(".png")
         plot_finetune(measured, figure)

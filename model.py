@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +39,7 @@ class ModelConfig:
     def __post_init__(self):
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)!r}: has to be a positive whole number")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
             raise UserError(f"dim {self.dim} / n_heads {self.n_heads}: has to be an even whole number, the head_dim that RoPE pairs up")
@@ -154,6 +155,7 @@ class TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss that lse depends on q and k: an error, not a wrong number
     def backward(ctx, dout):
         q, k, v, out, lse, bias = ctx.saved_tensors
         K, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
@@ -213,11 +215,15 @@ def tiled_attention(q, k, v, bias=None, block_q=128, block_k=128):
 ATTENTION = {"naive": naive_attention, "tiled": tiled_attention, "sdpa": sdpa_attention}
 
 
-def attention(q, k, v, bias=None, implementation="auto", **blocks):
-    """Causal attention by one of the above; `auto` is sdpa. block_q and block_k go to tiled."""
+def attention(q, k, v, bias=None, implementation="auto", block_q=128, block_k=128):
+    """Causal attention by one of the above; `auto` is sdpa. The block sizes are tiled's."""
     if implementation not in ("auto", *ATTENTION):
         raise UserError(f"attention '{implementation}' is unknown: choose auto, {', '.join(ATTENTION)}")
-    return ATTENTION["sdpa" if implementation == "auto" else implementation](q, k, v, bias, **blocks)
+    assert q.shape[2] <= k.shape[2], "more queries than keys: q are the last T of the S positions"
+    bias = None if bias is None else bias.detach()
+    if implementation == "tiled":
+        return tiled_attention(q, k, v, bias, block_q, block_k)
+    return ATTENTION["sdpa" if implementation == "auto" else implementation](q, k, v, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +353,7 @@ class LLaMA(nn.Module):
         return self.tok_embeddings.weight.device
 
     def frequencies(self, positions):
-        """(inv_freq, attention_factor) for a text at these positions. Where they depend on its length, the longest row of a batch decides."""
+        """(inv_freq, attention_factor) for a text at these positions. Where its length matters, the longest row of a batch decides."""
         seq_len = int(positions.max()) + 1 if depends_on_length(self.config.rope) else None
         return inv_freq(self.config.rope, self.config.head_dim, seq_len)
 
@@ -412,6 +418,8 @@ def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop=(), s
     whose probability reaches top_p. A row that has produced a stop token repeats it; when all rows have, the stream ends."""
     if prompt.shape[1] == 0:
         raise UserError("the prompt is empty: give at least one token (BOS)")
+    if not (0 <= temperature < math.inf and 0 <= top_p <= 1):
+        raise UserError(f"temperature {temperature}, top_p {top_p}: give a temperature of at least 0 (greedy) and a top_p from 0 to 1")
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
     cache = KVCache(model.config, len(prompt), prompt.shape[1] + max_new_tokens, prompt.device, model.tok_embeddings.weight.dtype)
     tokens, done = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)

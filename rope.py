@@ -35,12 +35,13 @@ class RopeConfig:
     high_freq_factor: float = 4.0                         #         pairs with more turns than this are left alone
 
     def __post_init__(self):
-        if self.rope_type not in METHODS:
+        if not isinstance(self.rope_type, str) or self.rope_type not in METHODS:
             raise UserError(f"rope_type '{self.rope_type}' is unknown: choose one of {', '.join(METHODS)} (pi is another name of linear)")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name != "rope_type" and value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                                                or not math.isfinite(value)):
+            if f.name == "rope_type" or value is None and f.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UserError(f"rope {f.name} = {value!r}: give a finite number")
         if self.factor < 1:
             raise UserError(f"rope factor {self.factor:g}: give s = target window / original window, which is at least 1")
@@ -55,17 +56,22 @@ class RopeConfig:
 
     @classmethod
     def from_dict(cls, d):
-        """From a Hugging Face `rope_scaling` or `rope_parameters` dict (`type` or `rope_type`; None is plain RoPE). Unknown keys are a UserError."""
+        """From a Hugging Face `rope_scaling` or `rope_parameters` dict (`type` or `rope_type`). None is plain RoPE; an unknown key is a
+        UserError."""
+        if not isinstance(d or {}, dict):
+            raise UserError(f"rope {d!r}: give an object like {{'rope_type': 'linear', 'factor': 2}}")
         d = dict(d or {})
         old, new = d.pop("type", None), d.pop("rope_type", None)
         if old is not None and new is not None and old != new:
             raise UserError(f"rope: type '{old}' and rope_type '{new}' contradict each other; keep rope_type")
+        if new is None and old is None and d.get("factor", 1) != 1:
+            raise UserError(f"rope: factor {d['factor']} without a method: name one as rope_type (linear is Position Interpolation)")
         name = new or old or "default"
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(d) - set(known))
         if unknown:
             raise UserError(f"rope: unknown key {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-        return cls(rope_type=ALIASES.get(name, name), **d)
+        return cls(rope_type=ALIASES.get(name, name) if isinstance(name, str) else name, **d)
 
     def to_dict(self):
         """The dict that from_dict reads back: rope_type, rope_theta, and whatever differs from the defaults."""
@@ -84,24 +90,32 @@ def default(theta, head_dim, config, seq_len):
 
 
 def linear(theta, head_dim, config, seq_len):
-    """Position Interpolation: theta_i / s, the same as position m -> m / s. (Chen et al. 2023, arXiv 2306.15595, eq. 4; kaiokendev's SuperHOT)"""
+    """Position Interpolation: theta_i / s, the same as position m -> m / s.
+
+    (Chen et al. 2023, arXiv 2306.15595, eq. 4; found at the same time by kaiokendev)"""
     return theta / config.factor, 1.0
 
 
 def ntk(theta, head_dim, config, seq_len):
-    """NTK-aware: base -> base * s^(D/(D-2)). The first pair keeps its frequency, the last becomes theta/s. (bloc97 2023; Peng et al. 2309.00071, A.1)"""
+    """NTK-aware: base -> base * s^(D/(D-2)). The first pair keeps its frequency, the last becomes theta/s.
+
+    (bloc97 2023; Peng et al. 2023, arXiv 2309.00071, appendix A)"""
     return stretch_base(theta, head_dim, config.factor), 1.0
 
 
 def dynamic(theta, head_dim, config, seq_len):
-    """Dynamic NTK: NTK-aware with s growing with the length l seen so far: s = f*l/L - (f-1) beyond L, else 1. (emozilla 2023)"""
+    """Dynamic NTK: NTK-aware with s growing with the length l seen so far: s = f*l/L - (f-1) beyond L, else 1. f is `factor`.
+
+    (emozilla 2023)"""
     length, window = seq_len or 0, config.original_max_position_embeddings
     scale = config.factor * length / window - (config.factor - 1) if length > window else 1.0
     return stretch_base(theta, head_dim, scale), 1.0
 
 
 def llama3(theta, head_dim, config, seq_len):
-    """LLaMA 3.1: with r = L theta / 2 pi turns inside L, theta/s where r < low, theta where r > high, a linear blend between. (Meta's llama-models)"""
+    """LLaMA 3.1: with r = L theta / 2 pi turns inside L, theta/s where r < low, theta where r > high, a linear blend between.
+
+    (Meta's llama-models)"""
     turns = config.original_max_position_embeddings * theta / (2 * math.pi)
     keep = ((turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)).clamp(0, 1)
     return keep * theta + (1 - keep) * theta / config.factor, 1.0
@@ -115,7 +129,7 @@ LENGTH_DEPENDENT = {"dynamic"}
 
 def stretch_base(theta, head_dim, scale):
     """(base * scale^(D/(D-2)))^(-2i/D) = theta_i * scale^(-2i/(D-2)): pair 0 is left alone, the last pair is divided by scale."""
-    pair = torch.arange(len(theta), dtype=theta.dtype)
+    pair = torch.arange(len(theta), dtype=theta.dtype, device=theta.device)
     return theta * scale ** (-2 * pair / max(head_dim - 2, 1))
 
 
@@ -132,10 +146,10 @@ def inv_freq(config, head_dim, seq_len=None):
     """
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"head_dim {head_dim}: RoPE rotates pairs, so it has to be even (dim / n_heads)")
-    with torch.device("cpu"):  # also inside `with torch.device("meta")`: frequencies are never left uninitialised
-        theta = config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        frequencies, attention_factor = METHODS[config.rope_type](theta, head_dim, config, seq_len)
-        return frequencies.float(), float(attention_factor)
+    # device="cpu" by name: frequencies are numbers under `with torch.device("meta")` too, and a context here would break compiled graphs
+    theta = config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    frequencies, attention_factor = METHODS[config.rope_type](theta, head_dim, config, seq_len)
+    return frequencies.float(), float(attention_factor)
 
 
 def depends_on_length(config):
@@ -154,9 +168,9 @@ def cos_sin(inv_freq, positions, attention_factor=1.0):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... (Meta's interleaved layout): x [B, H, T, D], cos and sin [T, D/2] or [B, T, D/2] -> [B, H, T, D].
+    """Rotate the pairs (x_0, x_1), (x_2, x_3), ... (Meta's interleaved layout).
 
-    (u, v) -> (u cos - v sin, u sin + v cos), in float32, returned in x's dtype.
+    x [B, H, T, D], cos and sin [T, D/2] or [B, T, D/2] -> [B, H, T, D]: (u, v) -> (u cos - v sin, u sin + v cos), computed in float32.
     """
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]                                      # one row of positions per sequence: [B, 1, T, D/2]

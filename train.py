@@ -49,10 +49,10 @@ class FitConfig:
     eval_every: int = field(500, "steps between validations")
     save_every: int = field(500, "steps between checkpoints")
     device: str = field("auto", "auto, cpu, cuda or mps")
-    dtype: str = field("auto", "of the matrix products: bfloat16 (autocast over float32 weights) or float32", choices=["auto", "float32", "bfloat16"])
+    dtype: str = field("auto", "of the matrix products: bfloat16 is autocast over float32 weights", choices=["auto", "float32", "bfloat16"])
     attention: str = field("auto", "auto takes sdpa", choices=["auto", "naive", "tiled", "sdpa"])
     compile: bool = field(False, "torch.compile every block")
-    recompute: bool = field(False, "keep only each block's input and recompute the rest in the backward pass: slower by a third, far less memory")
+    recompute: bool = field(False, "keep only each block's input and compute the rest again in the backward pass: slower, far less memory")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     free = {"out", "log_every", "eval_every", "save_every", "device", "attention", "compile", "recompute", "fresh"}  # see resumable
 
@@ -266,8 +266,8 @@ def save(model, optimizer, out, state, tokenizer=None):
 
 
 def resume(model, optimizer, config, origin):
-    """Load state.pt of config.out into model and optimizer. Returns the step to go on from and the seconds so far, zeros if there is no run.
-    origin: what the run that is asked for begins with, its settings and some weights; a run that began with others is not taken up."""
+    """Load state.pt of config.out into model and optimizer. Returns the step to go on from and the seconds so far, zeros if there
+    is no run. origin: what the run that is asked for begins with, its settings and some weights; a run that began with others is refused."""
     path = Path(config.out) / "state.pt"
     if not path.exists() or config.fresh:
         return 0, 0.0
@@ -344,7 +344,8 @@ def describe(model, config, device):
     print(f"model      {c.parameters():,} parameters, window {original} -> {c.max_seq_len}, rope {c.rope.to_dict()}")
     print(f"step       {rows} rows x {c.max_seq_len} = {rows * c.max_seq_len:,} tokens, {config.steps} steps, "
           f"{config.steps * rows * c.max_seq_len / 1e6:.1f}M tokens, {c.flops_per_token(c.max_seq_len) / 1e6:.1f} MFLOP a token")
-    print(f"memory     about {c.training_bytes(config.batch_size, c.max_seq_len, dtype, config.recompute, config.attention) / 2**20:,.0f} MiB a process")
+    memory = c.training_bytes(config.batch_size, c.max_seq_len, dtype, config.recompute, config.attention)
+    print(f"memory     about {memory / 2**20:,.0f} MiB a process")
 
 
 def validation(corpus, tokenizer, rows, seq_len, steps=8):

@@ -24,7 +24,8 @@ class TokenFile:
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{folder}: the {split} split cannot be read ({error}): prepare it again with data/prepare.py") from None
         if written != len(self.tokens):
-            raise UserError(f"{folder}: {split}.bin holds {len(self.tokens)} tokens, {written} were written: prepare it again with data/prepare.py")
+            raise UserError(f"{folder}: {split}.bin holds {len(self.tokens)} tokens, {written} were written: "
+                            "prepare it again with data/prepare.py")
 
     def __len__(self):
         return len(self.tokens)
@@ -39,25 +40,28 @@ class TokenFile:
 class Batches:
     """batches(step) -> (tokens [rows, T], targets [rows, T]), int64.
 
-    corpus: TokenFile; rows: of the whole step, over all ranks; passkey_share: share of the rows with passkey prompts, none of which is longer
-    than passkey_longest, however long the row: so retrieval over more than L is never trained at L', and what a test finds there is the
-    method's doing. packed: such a row is full of prompts, one after another, else it is text with one prompt somewhere in it. When L' > L
-    packing has a side effect: keys of earlier prompts, farther away than L, are there in training and never the answer, so that a model
-    learns to overlook just what the test asks for.
+    corpus: TokenFile; rows: of the whole step, over all ranks; passkey_share: share of the rows with passkey prompts, none of which is
+    longer than passkey_longest, however long the row: so retrieval over more than L is never trained at L', and what a test finds there
+    is the method's doing. packed: such a row is full of prompts, one after another, else it is text with one prompt somewhere in it.
+    When L' > L packing has a side effect: keys of earlier prompts, farther away than L, are there in training and never the answer, so
+    that a model learns to overlook just what the test asks for.
     """
 
     def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, packed=True, seed=0):
         if len(corpus) < seq_len + 1:
-            raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of {seq_len + 1}: give more text or a shorter window")
+            raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of {seq_len + 1}: "
+                            "give more text or a shorter window")
         if corpus.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
+            raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: "
+                            f"prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
         if not 0 <= passkey_share <= 1:
             raise UserError(f"a passkey share of {passkey_share}: give a share of the rows, from 0 to 1")
         self.corpus, self.rows, self.seq_len, self.seed = corpus, rows, seq_len, seed
         self.passkey_share, self.prompts = passkey_share, PasskeyPrompts(tokenizer)
         self.passkey_longest, self.packed = min(passkey_longest or seq_len, seq_len), packed
         if passkey_share and self.passkey_longest < self.prompts.shortest:
-            raise UserError(f"a passkey prompt needs {self.prompts.shortest} tokens, the window has {self.passkey_longest}: use a longer window or a passkey share of 0")
+            raise UserError(f"a passkey prompt needs {self.prompts.shortest} tokens, the window has {self.passkey_longest}: "
+                            "use a longer window or a passkey share of 0")
 
     def row(self, step, index):
         """Row `index` of a step: T + 1 ids."""

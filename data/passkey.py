@@ -25,7 +25,8 @@ class PasskeyPrompts:
         self.introduction = [tokenizer.bos_id, *tokenizer.encode(INTRODUCTION)]
         self.garbage = np.array(self.inside(GARBAGE + " "), dtype=np.int64)
         self.question = self.inside(QUESTION)
-        self.shortest = len(self.introduction) + max(len(self.information(k)) + len(self.answer(k)) for k in ("00000", "12345")) + len(self.question)
+        key = max(len(self.information(k)) + len(self.answer(k)) for k in ("00000", "12345"))
+        self.shortest = len(self.introduction) + key + len(self.question)
 
     def inside(self, text):
         """Ids of a text that does not stand at the beginning: without the space that Meta's SentencePiece model would put in front."""
@@ -52,8 +53,8 @@ class PasskeyPrompts:
             raise UserError(f"a passkey prompt of {length} tokens is too short: this tokenizer needs at least {self.shortest}")
         before = round(depth * fill) if distance is None else fill + len(information) + len(self.question) - distance
         before = min(max(before, 0), fill)
-        return np.concatenate([self.introduction, self.filler(before), information, self.filler(fill - before), self.question]).astype(np.int64), \
-            np.array(answer, dtype=np.int64)
+        prompt = [self.introduction, self.filler(before), information, self.filler(fill - before), self.question]
+        return np.concatenate(prompt).astype(np.int64), np.array(answer, dtype=np.int64)
 
     def position(self, prompt, key):
         """Where in a prompt the sentence with the key begins."""

@@ -388,7 +388,8 @@ def test_wrong_settings(own, tmp_path):
             (dict(text=[str(tmp_path / "latin.txt")]), "UTF-8"), (dict(text=[str(tmp_path / "binary")]), "binary"),
             (dict(text=[str(tmp_path / "hollow")]), "no text"), (dict(val_fraction=-0.1), "between 0 and 1"),
             (dict(val_fraction=float("nan")), "between 0 and 1"), (dict(max_mb=0), "above 0"), (dict(max_mb=float("nan")), "above 0"),
-            (dict(books=[1342]), "--source gutenberg"), (dict(text=[], source="gutenberg"), "--books"), (dict(mirror="ftp://x"), "https://"),
+            (dict(books=[1342]), "--source gutenberg"), (dict(text=[], source="gutenberg"), "--books"),
+            (dict(mirror="ftp://x"), "https://"),
             (dict(out=str(tmp_path / "full")), "name another folder"), (dict(out=str(tmp_path / "binary")), "name another folder"),
             (dict(tokenizer=str(tmp_path / "binary")), "not a SentencePiece model")]:
         with pytest.raises(UserError, match=reason) as caught:
@@ -671,7 +672,8 @@ def test_full_disk_is_not_retried(server, tmp_path, monkeypatch):
     assert server.pauses == [] and not (tmp_path / "f").exists()
 
 
-BOOK = ("\ufeffThe Project Gutenberg eBook of Emma\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\nEmma Woodhouse, {}\r\n\r\n"
+BOOK = ("\ufeffThe Project Gutenberg eBook of Emma\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\n"
+        "Emma Woodhouse, {}\r\n\r\n"
         "*** END OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\nlicence")
 
 
