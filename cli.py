@@ -20,14 +20,28 @@ class UserError(ValueError):
     """A mistake of the user's: one line that says what is wrong and what to do. Anything else is a bug and keeps its traceback."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, after everything was saved: the message says how to go on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line too. Flags are not abbreviated: a typing error should not find another flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **kwargs})
+
+    def error(self, message):
+        raise UserError(f"{message}; python {self.prog} -h lists the flags")
+
+
 def run(main):
     """Call main() as a command: a UserError, a full disk or an exhausted memory is one line on stderr and exit code 2."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
         message = str(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if isinstance(stop, Stopped) else "\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python eval.py ... | head`: the reader has gone, and that is its right
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,7 +51,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        message = "out of memory: use a smaller --batch-size or window, --recompute, or another --dtype"
+        message = "out of memory: use a shorter window or --dtype bfloat16; in training also a smaller --batch-size or --recompute"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -78,7 +92,7 @@ def add_flags(parser, settings):
 
 def parse(settings, description, argv=None):
     """The command line as an instance of the dataclass `settings`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     add_flags(parser, settings)
     return settings(**vars(parser.parse_args(argv)))
 

@@ -6,7 +6,6 @@
 A model's folder knows its own RoPE scaling; --rope and --factor replace it, for a model that was not fine-tuned. Each command prints what
 it measured and under which conditions, and with --out writes it as JSON.
 """
-import argparse
 import math
 import re
 import time
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, run, versions, write_json
+from cli import Parser, UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, run, versions, write_json
 from data.batches import TokenFile
 from data.passkey import PasskeyPrompts, random_key
 from data.prepare import ensure_corpus, read_text
 from model import generate
+from rope import RopeConfig
 from rope import depends_on_length
 from weights import load_model, load_tokenizer, original_window
 
@@ -211,7 +211,7 @@ def validation_documents(corpus, at_least, max_tokens, tokenizer):
 class Common:
     model: str = field("data/tiny", "model folder")
     rope: str | None = field(None, "RoPE scaling to use instead of the folder's own (default, linear = pi, ntk, ...)")
-    factor: float = field(1.0, "s = target window / original window, for --rope")
+    factor: float | None = field(None, "s = target window / original window, for --rope")
     seed: int = field(0, "of keys and samples")
     out: str = field("", "JSON file to write")
     device: str = field("auto", "auto, cpu, cuda or mps")
@@ -239,9 +239,13 @@ class PasskeyConfig(Common):
 def load(config):
     """The model and tokenizer that the flags name, and the header that every evaluation prints first."""
     device = choose_device(config.device)
-    rope = None if config.rope is None else {"rope_type": config.rope, "factor": config.factor}
-    if rope is None and config.factor != 1:
-        raise UserError(f"--factor {config.factor:g} needs --rope: which method should stretch the window? (linear is PI)")
+    if config.rope is None and config.factor is not None:
+        raise UserError(f"--factor {config.factor:g} needs --rope: which method stretches the window? (linear is Position Interpolation)")
+    if config.rope is not None:
+        known = RopeConfig.from_dict({"rope_type": config.rope, "original_max_position_embeddings": 1})
+        if known.rope_type != "default" and config.factor is None:
+            raise UserError(f"--rope {config.rope} needs --factor: how many times longer does the window become? (dynamic also takes 1)")
+    rope = None if config.rope is None else {"rope_type": config.rope, "factor": config.factor or 1.0}
     model = load_model(config.model, rope=rope, device=device, dtype=choose_dtype(config.dtype, device), attention=config.attention)
     tokenizer = load_tokenizer(config.model, model.config.vocab_size)
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
@@ -296,7 +300,7 @@ COMMANDS = {"ppl": (PerplexityConfig, perplexity_command, "sliding-window perple
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (settings, _, text) in COMMANDS.items():
         add_flags(commands.add_parser(name, help=text, description=text), settings)

@@ -3,13 +3,14 @@
 (Chen et al. 2023, arXiv 2306.15595)
 
     python finetune.py                                            # the tiny model from 256 to 512 tokens, on a laptop, in minutes
-    python finetune.py --model M --factor 4 --lr 2e-5 --steps 1000 --schedule constant --out out/M-pi     # a LLaMA, by the paper's recipe
+    python finetune.py --model llama-7b --factor 4 --lr 2e-5 --steps 1000 --schedule constant --batch-size 1 --accumulate 64 --recompute \\
+        --passkey-share 0 --corpus data/corpora/books --out out/llama-7b-pi      # the paper's recipe, on a corpus of long documents
 
-The recipe is the paper's: AdamW (0.9, 0.95) without weight decay, 20 warm-up steps from 10 % of the peak, the pre-training data. The
+The recipe is the paper's: AdamW (0.9, 0.95) without weight decay, 20 warm-up steps from 10 % of the peak, text of the pre-training kind.
+For the tiny model the learning rate then falls to zero, and its rows are text with one passkey prompt, of at most L tokens, in each. The
 baseline, direct fine-tuning, is the same steps on the same rows in the same order with plain RoPE. At the end stands a table, before and
 after, as JSON and as a figure.
 """
-import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -17,26 +18,26 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, choose_device, field, parse, run, write_json
+from cli import UserError, choose_device, field, parse, read_json, run, write_json
 from data.batches import Batches, TokenFile
 from data.prepare import ensure_corpus
 from eval import passkey, perplexity, result, validation_documents
 from plot import plot_finetune
 from rope import ALIASES
 from train import FitConfig, check, describe, distributed, fit, validation
-from weights import load_model, load_tokenizer, original_window
+from weights import load_config, load_model, load_tokenizer, original_window
 
 
 @dataclass
 class FinetuneConfig(FitConfig):
-    """Extension of the tiny model. For a 7B model the paper has lr 2e-5, 1000 steps of 64 rows, a constant schedule after warm-up."""
+    """Defaults are scaled to the tiny model. For a 7B model the paper has lr 2e-5, 1000 steps of 64 rows, constant after warm-up."""
     model: str = field("data/tiny", "pretrained model folder")
     rope: str = field("linear", "scaling method; linear is Position Interpolation, default is plain RoPE (only the direct fine-tuning)")
     factor: float = field(2.0, "s = L'/L: how many times longer the window becomes, counted from the original one")
     out: str = field("", "folder of the extended model [out/ROPE-xFACTOR]; the baseline's is the same with -direct")
     steps: int = field(400, "optimiser steps")
     batch_size: int = field(4, "rows of L' tokens per micro-batch and device")
-    lr: float = field(1e-3, "peak learning rate; the tiny model bears 50 times what a 7B model does")
+    lr: float | None = field(None, "peak learning rate [1e-3 for a small model; to be given for a large one, the paper has 2e-5]")
     schedule: str = field("linear", "after warm-up; the paper's is constant", choices=["cosine", "linear", "constant"])
     warmup: int = field(20, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.0, "AdamW weight decay")
@@ -73,7 +74,6 @@ def table(rows, lengths, L, window):
 
 def main(argv=None):
     config = parse(FinetuneConfig, __doc__, argv)
-    check(config)
     rank, world = distributed()
     say = print if rank == 0 else lambda *_: None
     device, method = choose_device(config.device), ALIASES.get(config.rope, config.rope)
@@ -83,9 +83,14 @@ def main(argv=None):
         raise UserError(f"--factor {config.factor}: give a number above 1")
     if Path(config.model).resolve() in (Path(config.out).resolve(), Path(f"{config.out}-direct").resolve()):
         raise UserError(f"--out {config.out}: the pretrained model would be written over: choose another folder")
-    plain = load_model(config.model, device=device, attention=config.attention)
-    tokenizer = load_tokenizer(config.model, plain.config.vocab_size)
-    L = original_window(plain.config)
+    base = load_config(config.model)
+    if config.lr is None:
+        if base.parameters() > 5e7:
+            raise UserError("--lr is needed for a model of this size: the PI paper has 2e-5 for 7B and 13B, 1e-5 for 33B and 65B")
+        config = dataclasses.replace(config, lr=1e-3)
+    check(config)
+    tokenizer = load_tokenizer(config.model, base.vocab_size)
+    L = original_window(base)
     window = round(L * config.factor)
     if window <= L:
         raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer than the original window {L}; "
@@ -99,7 +104,8 @@ def main(argv=None):
         model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)  # also where nothing is scaled
         return model
 
-    target = load(method)
+    model = load(method)
+    target = model.config
     if rank == 0:
         describe(target, config, device)
         ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)
@@ -120,22 +126,25 @@ def main(argv=None):
         plan += [("direct_finetuned", "default", True)]
     report = []
     for row, rope_type, tuned in plan:
-        model, steps = load(rope_type), config.steps if tuned else 0
-        seconds = 0.0
+        del model  # one at a time: the next may need the memory
+        model, steps, seconds = load(rope_type), 0, 0.0
         if tuned:
-            out = config.out if rope_type == method else f"{config.out}-direct"
-            seconds = fit(model, dataclasses.replace(copy.copy(config), out=out, rope=rope_type), batches, check_validation, tokenizer)
+            steps, out = config.steps, config.out if rope_type == method else f"{config.out}-direct"
+            seconds = fit(model, dataclasses.replace(config, out=out, rope=rope_type), batches, check_validation, tokenizer)
             say(f"{row}: {steps} steps in {seconds:.0f} s -> {out}")
-        report.append({"name": row, "rope": model.config.rope.to_dict(), "steps": steps, "training_seconds": seconds,
+            del model
+            model = load_model(out, device=device, attention=config.attention)  # what is measured is what the folder gives
+        report.append({"name": row, "model": model.path, "rope": model.config.rope.to_dict(), "steps": steps, "training_seconds": seconds,
                        **measure(model, tokenizer, documents, lengths, config)})
         say(table(report, lengths, L, window) if row == plan[-1][0] else f"{row}: measured")
     if rank == 0:
-        measured = result(target, config.seed, rows=report, original_window=L, window=window, lengths=lengths,
+        measured = result(model, config.seed, rows=report, original_window=L, window=window, lengths=lengths,
                           settings=dataclasses.asdict(config), documents=len(documents),
-                          tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4", parameters=target.config.parameters())
+                          tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4", parameters=target.parameters())
+        measured |= {"model": config.model, "rope": target.rope.to_dict()}
         write_json(config.results, measured)
         figure = Path(config.results).with_suffix(".png")
-        plot_finetune(measured, figure)
+        plot_finetune(read_json(config.results), figure)
         print(f"({len(documents)} held-out documents, stride window / 4; passkey: {config.depths} depths x {config.trials} keys)\n"
               f"wrote {config.results} and {figure}; the extended model is in {config.out}")
 

@@ -41,14 +41,17 @@ class RopeConfig:
             value = getattr(self, f.name)
             if f.name == "rope_type" or value is None and f.default is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:  # NaN is not less
                 raise UserError(f"rope {f.name} = {value!r}: give a finite number")
+        if self.factor > 1e6:
+            raise UserError(f"rope factor {self.factor:g}: nothing is stretched a million times; give s = target window / original window")
         if self.factor < 1:
             raise UserError(f"rope factor {self.factor:g}: give s = target window / original window, which is at least 1")
         if self.rope_theta <= 1:
             raise UserError(f"rope_theta {self.rope_theta:g}: the base has to be greater than 1 (LLaMA: 10000)")
-        if self.original_max_position_embeddings is not None and self.original_max_position_embeddings < 1:
-            raise UserError("original_max_position_embeddings has to be a positive number of tokens")
+        window = self.original_max_position_embeddings
+        if window is not None and (window < 1 or window != int(window)):
+            raise UserError(f"original_max_position_embeddings {window!r}: has to be a positive whole number of tokens")
         if self.rope_type in NEEDS_WINDOW and self.original_max_position_embeddings is None:
             raise UserError(f"rope_type {self.rope_type} needs original_max_position_embeddings, the window of pre-training")
         if not self.low_freq_factor < self.high_freq_factor:

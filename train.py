@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import UserError, choose_device, choose_dtype, command_line, describe_device, field, parse, run, versions, whole_file, write_json
+from cli import (Stopped, UserError, choose_device, choose_dtype, command_line, describe_device, field, parse, run, versions, whole_file,
+                 write_json)
 from data.batches import Batches, TokenFile
 from data.prepare import ensure_corpus
 from data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from weights import save_model, save_tensors
 
 @dataclass
 class FitConfig:
-    """What fit() reads. Learning rates and steps are those of the tiny model; the papers' are in the README."""
+    """What fit() reads. Learning rates and steps are those of the tiny model."""
     out: str = field("out/run", "folder of the model and of the run's state")
     steps: int = field(1000, "optimiser steps")
     batch_size: int = field(16, "rows per micro-batch and device")
@@ -110,6 +111,7 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
     rank, world = distributed()
     device, out = model.device, Path(config.out)
     dtype = choose_dtype(config.dtype, device)
+    precision = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model.attention, model.recompute = config.attention, config.recompute
@@ -186,9 +188,12 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
                 if rank == 0:
                     save(model, optimizer, out, {**origin, "step": done, "seconds": seconds}, tokenizer)
             if stop and not last:
-                raise UserError(f"stopped at step {done} of {config.steps} and saved in {out}: the same command"
-                                f"{', without --fresh,' if config.fresh else ''} goes on from there")
+                raise Stopped(f"stopped at step {done} of {config.steps} and saved in {out}: the same command"
+                              f"{', without --fresh,' if config.fresh else ''} goes on from there")
     model.eval()
+    if world > 1:
+        dist.barrier()  # every rank may now read the folder that rank 0 wrote
+    torch.set_float32_matmul_precision(precision)  # what is measured next is measured in full float32
     return seconds
 
 
@@ -267,7 +272,7 @@ def save(model, optimizer, out, state, tokenizer=None):
 
 def resume(model, optimizer, config, origin):
     """Load state.pt of config.out into model and optimizer. Returns the step to go on from and the seconds so far, zeros if there
-    is no run. origin: what the run that is asked for begins with, its settings and some weights; a run that began with others is refused."""
+    is no run. origin: what the run that is asked for begins with, its settings and some weights; a run with others is refused."""
     path = Path(config.out) / "state.pt"
     if not path.exists() or config.fresh:
         return 0, 0.0
@@ -334,9 +339,9 @@ def average_over_ranks(model, loss, world):
 # Pre-training
 
 
-def describe(model, config, device):
-    """The header that every training run prints first."""
-    c, dtype, world = model.config, choose_dtype(config.dtype, device), distributed()[1]
+def describe(c, config, device):
+    """The header that every training run prints first. c: the ModelConfig."""
+    dtype, world = choose_dtype(config.dtype, device), distributed()[1]
     rows = config.batch_size * config.accumulate * world
     original = c.rope.original_max_position_embeddings or c.max_seq_len
     print(f"device     {describe_device(device)}, {str(dtype).removeprefix('torch.')}, attention {config.attention}"
@@ -370,7 +375,7 @@ def main(argv=None):
         dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, vocab_size=tokenizer.vocab_size,
         multiple_of=config.multiple_of, max_seq_len=config.max_seq_len, rope=RopeConfig(rope_theta=config.rope_theta))).to(device)
     if rank == 0:
-        describe(model, config, device)
+        describe(model.config, config, device)
         corpus = ensure_corpus(config.corpus, config.tokenizer, config.corpus_mb)
     if world > 1:
         dist.barrier()

@@ -18,7 +18,6 @@ that had been cut. A weight is [out, in]; here for two files, 00 and 01:
         +---------+                     +----+----+           tok_embeddings: columns in LLaMA 1 and 2, rows in LLaMA 3;
                                                               the shape of a part tells which
 """
-import argparse
 import dataclasses
 import filecmp
 import json
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, choose_device, read_json, run, whole_file, write_json
+from cli import Parser, UserError, choose_device, read_json, run, whole_file, write_json
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
 from rope import RopeConfig
@@ -396,7 +395,7 @@ def info(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look into model folders.")
+    parser = Parser(description="Look into model folders.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="what a model folder holds", description=info.__doc__)
     command.add_argument("--model", required=True, metavar="DIR", help="folder with params.json, consolidated.00.pth, tokenizer.model")

@@ -18,9 +18,13 @@ class TokenFile:
         folder = Path(folder)
         meta = read_json(folder / "meta.json")
         try:
-            self.tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
             self.offsets = np.load(folder / f"{split}.docs.npy")
+            if len(self.offsets) == 1:
+                raise UserError(f"{folder}: no document is in the {split} split: prepare it from at least two files (cut a single book in two)")
+            self.tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
             self.tokenizer_sha256, self.vocab_size, written = meta["tokenizer_sha256"], meta["vocab_size"], self.offsets[-1]
+        except UserError:
+            raise
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{folder}: the {split} split cannot be read ({error}): prepare it again with data/prepare.py") from None
         if written != len(self.tokens):

@@ -34,6 +34,8 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data):
+            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: only SentencePiece files are read today (LLaMA 1, 2, ours)")
         try:
             if not data:
                 raise RuntimeError("empty file")

@@ -391,7 +391,9 @@ def test_wrong_settings(own, tmp_path):
             (dict(books=[1342]), "--source gutenberg"), (dict(text=[], source="gutenberg"), "--books"),
             (dict(mirror="ftp://x"), "https://"),
             (dict(out=str(tmp_path / "full")), "name another folder"), (dict(out=str(tmp_path / "binary")), "name another folder"),
-            (dict(tokenizer=str(tmp_path / "binary")), "not a SentencePiece model")]:
+            (dict(tokenizer=str(tmp_path / "binary")), "not a SentencePiece model"),
+            (dict(text=[], source="gutenberg", books=[1], mirror="http://127.0.0.1:1", tokenizer=str(tmp_path / "binary")),
+             "not a SentencePiece model")]:  # found out before the download
         with pytest.raises(UserError, match=reason) as caught:
             prepare(PrepareConfig(**{**good, **change}))
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists() and leftovers(tmp_path) == []
@@ -508,7 +510,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.script, self.seen, self.over, self.etag = {}, {}, [], threading.Event(), {}
+        self.files, self.script, self.seen, self.etag, self.over, self.waited_in_vain = {}, {}, [], {}, threading.Event(), False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def ranges(self):
@@ -545,7 +547,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(part[:len(part) // 2] if how in ("stall", "cut off", "no ranges") else part)
         self.wfile.flush()
         if how == "stall":
-            server.over.wait(60)
+            server.waited_in_vain |= not server.over.wait(20)
         self.close_connection = True
 
 
@@ -590,6 +592,7 @@ def test_download_recovers(server, tmp_path, monkeypatch, script, checksum, rang
     path = download(server.url + "/f", tmp_path / "new" / "f", md5(server.files["/f"]) if checksum else None)
     assert path.read_bytes() == server.files["/f"] and [p.name for p in path.parent.iterdir()] == ["f"]
     assert server.ranges() == ranges and len(server.pauses) == len(ranges) - 1
+    assert not server.waited_in_vain, "it must not wait for a connection that stalls until the server ends it"
     assert all(if_range == ('"1"' if r else None) for _, r, if_range in server.seen)
     assert download(server.url + "/f", path) == path and len(server.seen) == len(ranges)  # what is there is not fetched again
 

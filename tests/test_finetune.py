@@ -114,6 +114,7 @@ def recorded(monkeypatch):
 
     def fit(model, config, batches, evaluate, tokenizer):
         asked.append((model, config, batches))
+        save_model(model, config.out, tokenizer)
         return 1.0
 
     def measure(model, tokenizer, documents, lengths, config):

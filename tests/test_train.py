@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from cli import UserError
+from cli import Stopped, UserError
 from data.batches import TokenFile
 from model import LLaMA, ModelConfig
 from reference import adamw_step
@@ -322,7 +322,7 @@ def test_finished_run_returns_at_once(tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(UserError, match=r"stopped at step \d+ of 20 and saved in .*: the same command goes on from there"):
+    with pytest.raises(Stopped, match=r"stopped at step \d+ of 20 and saved in .*: the same command goes on from there"):
         trained(tmp_path, interrupting(7), save_every=1000)
     stopped = state(tmp_path)["step"]
     assert 7 <= stopped <= 9 and signal.getsignal(signal.SIGINT) == before
@@ -345,8 +345,8 @@ def test_ctrl_c_at_the_keyboard(corpus_folder, tokenizer, tmp_path):
             break
     _, error = process.communicate(timeout=600)
     stopped = state(tmp_path)["step"]
-    assert process.returncode == 2
-    assert error == f"error: stopped at step {stopped} of 1000000 and saved in {tmp_path}: the same command goes on from there\n"
+    assert process.returncode == 130
+    assert error == f"\nstopped at step {stopped} of 1000000 and saved in {tmp_path}: the same command goes on from there\n"
     assert lines(tmp_path)[-1]["step"] == stopped and load_model(tmp_path)
 
 
