@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+import random
 import resource
 import signal
 import socket
@@ -405,7 +406,7 @@ def test_fresh_starts_again(tmp_path, whole):
     trained(tmp_path, lr=0.1, steps=7)
     trained(tmp_path, fresh=True)
     assert final(tmp_path) == final(whole) and [line["step"] for line in lines(tmp_path)] == list(range(1, 21))
-    with pytest.raises(UserError, match="the same command, without --fresh, goes on"):
+    with pytest.raises(Stopped, match="the same command, without --fresh, goes on"):
         trained(tmp_path, interrupting(7), fresh=True)
 
 
@@ -625,27 +626,33 @@ def crash(folder):
 
 
 def kills(folder):
-    """SIGKILL after pauses that have nothing to do with what the run is doing."""
-    changes, shared = dict(steps=150, save_every=10, log_every=3), Shared()
+    """Twenty SIGKILLs after pauses that have nothing to do with what the run is doing; a run that ends before its kill makes room for another."""
+    changes, shared, pauses = dict(steps=150, save_every=10, log_every=3), Shared(), random.Random(0)
     assert ended(forked(lambda: part_of_a_run(folder / "whole", shared, **changes))) == 0
-    out, killed = folder / "killed", 0
-    for n in range(10):
-        before = state(out)["step"] if (out / "state.pt").exists() else 0
-        pid = forked(lambda: part_of_a_run(out, shared, **changes))
-        time.sleep(0.05 * (n + 1))
-        os.kill(pid, signal.SIGKILL)
-        if ended(pid) == 0:
+    expected, killed = final(folder / "whole"), 0
+    for n in range(200):
+        out = folder / f"killed{n}"
+        for _ in range(20):
+            before = state(out)["step"] if (out / "state.pt").exists() else 0
+            pid = forked(lambda: part_of_a_run(out, shared, **changes))
+            time.sleep(pauses.uniform(0.01, 0.4))
+            if killed < 20:
+                os.kill(pid, signal.SIGKILL)
+            if ended(pid) == 0:
+                break
+            killed += 1
+            if shared[FIRST] >= 0:
+                assert shared[FIRST] == before
+                saved = state(out)["step"] if (out / "state.pt").exists() else 0
+                assert before + shared[DONE] - saved <= 10, f"{before} + {shared[DONE]} steps done, {saved} saved"
+            check_after_death(out, had_model=False)
+        else:
+            assert ended(forked(lambda: part_of_a_run(out, shared, **changes))) == 0
+        assert final(out) == expected
+        steps = [line["step"] for line in lines(out)]
+        assert steps == sorted(set(steps))
+        if killed == 20:
             break
-        killed += 1
-        if shared[FIRST] >= 0:
-            assert shared[FIRST] == before
-            saved = state(out)["step"] if (out / "state.pt").exists() else 0
-            assert before + shared[DONE] - saved <= 10, f"{before} + {shared[DONE]} steps done, {saved} saved"
-        check_after_death(out, had_model=False)
-    assert ended(forked(lambda: part_of_a_run(out, shared, **changes))) == 0
-    assert final(out) == final(folder / "whole")
-    steps = [line["step"] for line in lines(out)]
-    assert steps == sorted(set(steps))
     print(f"{killed} kills")
 
 
@@ -657,7 +664,7 @@ def test_killed_at_every_operation_of_a_save(tmp_path):
 
 
 def test_killed_at_any_time(tmp_path):
-    finish(start("kills", tmp_path))
+    assert finish(start("kills", tmp_path)).splitlines()[-1] == "20 kills"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,8 +678,8 @@ def rank(folder):
     try:
         trained(folder, interrupting(7) if me == 1 else toy, **changes)
         raise AssertionError("nobody stopped")
-    except UserError as error:
-        print(error)
+    except Stopped as stop:
+        print(stop)
     torch.distributed.barrier()
     model = trained(folder, **changes)
     torch.save(model.state_dict(), folder / f"rank{me}.pt")
