@@ -91,17 +91,20 @@ def test_finetune_draws_each_row_in_both_panels(tmp_path, kept):
     for axis in (left, right):
         assert [text.get_text() for text in axis.get_xticklabels()] == ["128", "256", "512", "1024"]
         assert {text.get_text(): text.xy[0] for text in axis.texts} == {"L": 256, "L'": 512}
-    assert left.get_yscale() == "log" and "perplexity" in left.get_ylabel() and "passkey" in right.get_ylabel()
+    assert left.get_yscale() == left.get_xscale() == right.get_xscale() == "log" and right.get_yscale() == "linear"
+    assert "perplexity" in left.get_ylabel() and "passkey" in right.get_ylabel()
     assert [text.get_text() for text in left.get_yticklabels()] == ["6", "8", "10", "15", "20", "30"]
     styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in left.get_lines()[:4]]
     assert all(len(set(part)) == 4 for part in zip(*styles)), "told apart without colour, too"
+    legend, = kept().legends
+    assert legend.get_window_extent().y0 >= max(axis.get_tightbbox().y1 for axis in (left, right)) - 1, "the legend covers something"
 
 
 def test_what_finetune_hands_over_and_what_its_file_says_are_one_figure(tmp_path):
     """Lengths are numbers in the program and text in JSON, infinities are null there."""
-    rows = [{**row, "perplexity": {int(n): math.inf if n == "1024" else v for n, v in row["perplexity"].items()},
+    rows = [{**row, "perplexity": {int(n): math.inf if n == "512" else v for n, v in row["perplexity"].items()},
              "passkey": {int(n): v for n, v in row["passkey"].items()}} for row in FINETUNE["rows"]]
-    null = [{**row, "perplexity": {**row["perplexity"], "1024": None}} for row in FINETUNE["rows"]]
+    null = [{**row, "perplexity": {**row["perplexity"], "512": None}} for row in FINETUNE["rows"]]
     one = plot.plot_finetune({**FINETUNE, "rows": rows}, tmp_path / "one.png").read_bytes()
     two = plot.plot_finetune({**FINETUNE, "rows": null}, tmp_path / "two.png").read_bytes()
     assert one == two != plot.plot_finetune(FINETUNE, tmp_path / "three.png").read_bytes()
@@ -120,12 +123,17 @@ def test_perplexity_ticks_are_round_numbers_and_few(low, high, ticks):
     pyplot.close(figure)
 
 
+def test_where_all_is_infinite_the_axis_is_still_one_of_perplexities(tmp_path, kept):
+    plot.plot_finetune(finetune(extrapolation=[None] * 4), tmp_path / "figure.png")
+    assert [text.get_text() for text in kept().axes[0].get_yticklabels()] == ["1", "2", "5", "10", "20", "50", "100", "200", "500", "1,000"]
+
+
 def test_perplexity_has_a_line_for_each_model_and_scaling(tmp_path, kept):
     namesakes = [ppl(256, 5.0, model="/somewhere/out/pi-x2"), ppl(256, 4.0, model="/elsewhere/out/pi-x2")]
     plot.plot_perplexity([ppl(512, None), ppl(256, 6.0), ppl(128, 6.4), ppl(512, 7.0, rope_type="linear", factor=2.0), *namesakes],
                          tmp_path / "figure.png")
     axis, = kept().axes
-    assert shown(axis)["data/tiny, plain RoPE"] == {128: 6.4, 256: 6.0}  # sorted; what is infinite is left out
+    assert list(shown(axis)["data/tiny, plain RoPE"].items()) == [(128, 6.4), (256, 6.0)]  # sorted; what is infinite is left out
     assert shown(axis)["data/tiny, linear x2"] == {512: 7.0}
     assert [line.get_label() for line in axis.get_lines()].count("out/pi-x2, plain RoPE") == 2
     assert [text.get_text() for text in axis.get_xticklabels()] == ["128", "256", "512"]
@@ -180,7 +188,8 @@ def test_each_file_becomes_its_figure_and_ppl_results_become_one(command, tmp_pa
     assert problem is None and len(out.splitlines()) == 3
     assert {p.name for p in (tmp_path / "results").glob("*.png")} == {"finetune.png", "keys.png", "perplexity.png"}
     write(tmp_path / "metrics.jsonl", training())
-    assert command("results/keys.json", "metrics.jsonl", "--out", "figures")[1] == "wrote figures/keys.png\nwrote figures/metrics.png\n"
+    problem, out = command("results/keys.json", "results/a.json", "metrics.jsonl", "--out", "figures")
+    assert problem is None and out.split() == "wrote figures/keys.png wrote figures/metrics.png wrote figures/perplexity.png".split()
     for figure in tmp_path.rglob("*.png"):
         check_png(figure)
 

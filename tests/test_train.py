@@ -301,6 +301,13 @@ def test_resume_goes_on_from_the_last_checkpoint(tmp_path, whole):
     assert strip(tmp_path) == strip(whole)
 
 
+def test_seconds_are_those_of_all_parts(tmp_path):
+    with pytest.raises(Died):
+        trained(tmp_path, dying(14))
+    torch.save({**state(tmp_path), "seconds": 1000.0}, tmp_path / "state.pt")
+    assert 1000 < fit(tiny(), settings(tmp_path), toy) < 2000 and 1000 < state(tmp_path)["seconds"] < 2000
+
+
 def test_a_cut_line_of_metrics_is_dropped(tmp_path):
     with pytest.raises(Died):
         trained(tmp_path, dying(7))
@@ -432,7 +439,8 @@ def test_unreadable_state_is_one_line(tmp_path, whole, damage):
 
 def test_divergence_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"not finite after step \d+ \(nothing had been saved yet\): lower --lr"):
-        trained(tmp_path, lr=1e30)
+        trained(tmp_path, lr=1e30, save_every=1000)
+    assert [line["step"] for line in lines(tmp_path)] == [1], "the loss of the second step is that of weights of 1e29"
     assert not (tmp_path / "state.pt").exists() and not (tmp_path / "consolidated.00.pth").exists()
 
 
@@ -475,12 +483,15 @@ def test_nothing_bad_is_saved(tmp_path, what):
     assert state(tmp_path)["step"] == 5 and load_model(tmp_path)
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, whole):
+@pytest.mark.parametrize("full", ["model", "state"])
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, whole, full):
+    """The disk is full when the model is written, or after it when the state is, which is three times as large."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = {"model": 10_000, "state": (whole / "consolidated.00.pth").stat().st_size + 5000}[full]
 
     def filling(step, *share):
         if step == 12:  # from here on no file can grow beyond this
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         return toy(step, *share)
     try:
         with pytest.raises(OSError, match="too large|No space"):
