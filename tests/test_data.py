@@ -138,11 +138,14 @@ def test_metas_tokenizer_is_left_as_it_is(metas):
 
 def test_files_that_are_no_tokenizer(own, tmp_path):
     whole = own.path.read_bytes()
-    broken = {"empty": b"", "text": b"IQ== 0\nIg== 1\n" * 200, "zeros": bytes(1000), "cut off": whole[:5000], "one byte short": whole[:-1]}
+    broken = {"empty": b"", "text": b"no tokenizer\n" * 200, "zeros": bytes(1000), "cut off": whole[:5000], "one byte short": whole[:-1]}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="not a SentencePiece model"):
             Tokenizer(tmp_path / name)
+    (tmp_path / "llama3").write_bytes(b"IQ== 0\nIg== 1\n" * 200)
+    with pytest.raises(UserError, match="a tiktoken file, as LLaMA 3 has"):
+        Tokenizer(tmp_path / "llama3")
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="--train-tokenizer"):
             Tokenizer(path)
