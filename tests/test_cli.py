@@ -228,8 +228,7 @@ def subprocess_error(*argv):
 
 def test_as_processes(things, tmp_path):
     """Warnings, and what is printed while Python shuts down, are seen here only."""
-    for argv, words in ((["finetune.py", "--model", things / "nan", "--device", "cpu", "--out", tmp_path / "out"], "NaN"),
-                        (["data/prepare.py", "--text", things / "latin1.txt", "--out", tmp_path / "tokens"], "iconv"),
+    for argv, words in ((["data/prepare.py", "--text", things / "latin1.txt", "--out", tmp_path / "tokens"], "iconv"),
                         (["plot.py", things / "cut.json"], "cut.json")):
         error = subprocess_error(*argv)
         assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error

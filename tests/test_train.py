@@ -67,9 +67,9 @@ def lines(folder):
 
 def final(folder):
     """A hash of every bit that a run leaves behind: weights in the model's folder, and the state but for its clock and its settings."""
-    kept, digest = state(folder), hashlib.sha256()
+    kept, digest, weights = state(folder), hashlib.sha256(), torch.load(folder / "consolidated.00.pth", weights_only=True)
     del kept["seconds"], kept["settings"]
-    for path, leaf in torch.utils._pytree.tree_flatten_with_path([kept, dict(load_model(folder).state_dict())])[0]:
+    for path, leaf in torch.utils._pytree.tree_flatten_with_path([kept, weights])[0]:
         digest.update(repr(path).encode() + (leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else repr(leaf).encode()))
     return digest.hexdigest()
 
