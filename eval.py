@@ -1,11 +1,14 @@
-"""What a window is worth: sliding-window perplexity, and passkey retrieval.
+"""What a window is worth: sliding-window perplexity, passkey retrieval, and all methods side by side.
 
     python eval.py ppl     --model data/tiny --window 1024 --rope linear --factor 4
     python eval.py passkey --model data/tiny --lengths 256 512 1024 --depths 10 --trials 10
+    python eval.py compare --model data/tiny                  # every method of rope.py, untrained -> a table, a JSON file and a figure
 
-A model's folder knows its own RoPE scaling; --rope and --factor replace it, for a model that was not fine-tuned. Each command prints what
-it measured and under which conditions, and with --out writes it as JSON.
+A model's folder knows its own RoPE scaling; --rope and --factor replace it, for a model that was not fine-tuned. --rope takes a method's name
+or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
 """
+import dataclasses
+import json
 import math
 import re
 import time
@@ -16,14 +19,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Parser, UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, run, versions, write_json
+from cli import (Parser, UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, read_json, run, versions,
+                 write_json)
 from data.batches import TokenFile
 from data.passkey import PasskeyPrompts, random_key
 from data.prepare import ensure_corpus, read_text
 from model import generate
-from rope import RopeConfig
-from rope import depends_on_length
-from weights import load_model, load_tokenizer, original_window
+from plot import plot_compare
+from rope import METHODS, RopeConfig, depends_on_length, inv_freq, rope_argument
+from weights import load_config, load_model, load_tokenizer, original_window, with_rope
 
 BATCH_TOKENS = 16384  # tokens in a forward pass: windows are batched up to this
 
@@ -192,6 +196,56 @@ def k_max(distances, accuracy, threshold=0.2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Both at several lengths
+
+
+def measure(model, tokenizer, documents, lengths, depths, trials, seed=0):
+    """Perplexity, passkey accuracy and the PI paper's k_max at each length: a row of a table."""
+    keys = {n: passkey(model, tokenizer, [n], depths, trials, seed) for n in lengths}
+    return {"perplexity": {n: perplexity(model, documents, window=n)["perplexity"] for n in lengths},
+            "passkey": {n: k["accuracy"][n] for n, k in keys.items()}, "k_max": {n: k["k_max"] for n, k in keys.items()}}
+
+
+def table(rows, lengths, windows):
+    """Rows of measure() as text, perplexity and passkey accuracy side by side. windows: {"L": 256, ...}, to be marked in the header."""
+    titles = [" ".join([str(n), *(name for name, w in windows.items() if w == n)]) for n in lengths]
+    width = max(20, 2 + max(len(row["name"]) for row in rows))
+    lines = [" " * width + "perplexity at window".ljust(10 * len(lengths)) + "  passkey accuracy at length",
+             " " * width + "".join(t.ljust(10) for t in titles) + "  " + "".join(t.ljust(10) for t in titles)]
+    for row in rows:
+        lines.append(row["name"].ljust(width) + "".join(f"{row['perplexity'][n]:<10.3f}" for n in lengths) + "  "
+                     + "".join(f"{row['passkey'][n]:<10.2f}" for n in lengths))
+    return "\n".join(lines)
+
+
+def variants(config, factors, chosen=()):
+    """What compare tries on a model, [(name, rope dict)]: of each method that suits it, all factors if the factor is all that decides, else
+    factor 1, at which a method that follows the length has nothing to choose. chosen: names or JSON objects instead of all methods."""
+    own, rows = config.rope, []
+    if chosen:
+        methods = [rope_argument(each) for each in chosen]
+    elif METHODS[own.rope_type].rotary:  # plain RoPE may be stretched by all that is RoPE, but for what has to be searched for first
+        methods = [{"rope_type": name} for name, m in METHODS.items() if m.rotary and all(o.default is not o.empty for o in m.options.values())]
+        # p-RoPE of plain RoPE: let those pairs stand still that never complete a turn in L
+        plain, _ = inv_freq(RopeConfig(rope_theta=own.base), config.head_dim)
+        turning = int((plain * original_window(config) >= 2 * math.pi).sum())
+        methods = [m | {"partial_rotary_factor": turning / (config.head_dim // 2)} if m["rope_type"] == "proportional" else m for m in methods]
+        methods += [{"rope_type": "yarn", "ramp": "turns"}, {"rope_type": "yarn", "resonance": True}]
+    else:
+        methods = [own.to_dict() | {"factor": 1.0}]
+    for rope in methods:
+        known = RopeConfig.from_dict({"original_max_position_embeddings": original_window(config)} | rope)
+        more = {k: v for k, v in rope.items() if k not in ("rope_type", "factor", "rope_theta")}
+        more = [k if v is True else f"{v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items()]
+        name = " ".join([known.rope_type, *(more if len(" ".join(more)) < 24 else ["..."])])
+        if known.rope_type == "default" or METHODS[known.rope_type].grows or "factor" in rope and chosen:
+            rows.append((name, rope))
+        else:
+            rows += [(f"{name} x{factor:g}", rope | {"factor": factor}) for factor in factors]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Documents and commands
 
 
@@ -210,7 +264,7 @@ def validation_documents(corpus, at_least, max_tokens, tokenizer):
 @dataclass
 class Common:
     model: str = field("data/tiny", "model folder")
-    rope: str | None = field(None, "RoPE scaling to use instead of the folder's own (default, linear = pi, ntk, ...)")
+    rope: str | None = field(None, "method to use instead of the folder's own: default, linear (= pi), ntk, yarn, ..., or a JSON object")
     factor: float | None = field(None, "s = target window / original window, for --rope")
     seed: int = field(0, "of keys and samples")
     out: str = field("", "JSON file to write")
@@ -236,18 +290,41 @@ class PasskeyConfig(Common):
     generation: bool = field(False, "judge by generating every answer instead of by one teacher-forced pass: the same verdict, slower")
 
 
-def load(config):
+@dataclass
+class CompareConfig(Common):
+    corpus: str = field("data/corpora/python", "token folder whose validation documents are used")
+    methods: list[str] = field([], "names or JSON objects of the methods to try [every one that suits the model]")
+    factors: list[float] = field([2.0, 4.0], "s, for the methods that have a fixed one")
+    lengths: list[int] = field([], "windows and prompt lengths in tokens [half, one, two and four original windows]")
+    eval_tokens: int = field(16384, "tokens of held-out documents that each perplexity is measured on")
+    depths: int = field(10, "passkey: places of the key")
+    trials: int = field(5, "passkey: keys at each place")
+    out: str = field("results/compare.json", "table, as JSON; a figure of the same name is drawn beside it")
+
+
+def rope_flags(config):
+    """--rope and --factor as a dict for load_model, or None: the folder's own."""
+    if config.rope is None:
+        if config.factor is not None:
+            raise UserError(f"--factor {config.factor:g} needs --rope: which method stretches the window? (linear is Position Interpolation)")
+        return None
+    rope = rope_argument(config.rope)
+    known = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | rope)  # any window: the folder knows its own
+    if config.factor is not None and "factor" in rope and rope["factor"] != config.factor:
+        raise UserError(f"--factor {config.factor:g} and factor {rope['factor']:g} in --rope contradict each other: give one of them")
+    method, factor = METHODS[known.rope_type], rope.get("factor", config.factor)
+    if factor is None and method.rotary and not method.grows and known.rope_type != "default":
+        raise UserError(f"--rope {config.rope} needs --factor: how many times longer does the window become?")
+    return rope | {"factor": factor or 1.0}
+
+
+def load(config, quiet=False):
     """The model and tokenizer that the flags name, and the header that every evaluation prints first."""
-    device = choose_device(config.device)
-    if config.rope is None and config.factor is not None:
-        raise UserError(f"--factor {config.factor:g} needs --rope: which method stretches the window? (linear is Position Interpolation)")
-    if config.rope is not None:
-        known = RopeConfig.from_dict({"rope_type": config.rope, "original_max_position_embeddings": 1})
-        if known.rope_type != "default" and config.factor is None:
-            raise UserError(f"--rope {config.rope} needs --factor: how many times longer does the window become? (dynamic also takes 1)")
-    rope = None if config.rope is None else {"rope_type": config.rope, "factor": config.factor or 1.0}
+    device, rope = choose_device(config.device), rope_flags(config)
     model = load_model(config.model, rope=rope, device=device, dtype=choose_dtype(config.dtype, device), attention=config.attention)
     tokenizer = load_tokenizer(config.model, model.config.vocab_size)
+    if quiet:
+        return model, tokenizer
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
     print(f"device     {describe_device(device)}, {dtype}, attention {config.attention}{' (sdpa)' if config.attention == 'auto' else ''}")
     print(f"model      {config.model}, {model.config.parameters():,} parameters, "
@@ -295,8 +372,35 @@ def passkey_command(config):
     return measured
 
 
+def compare_command(config):
+    base = load_config(config.model)
+    L, rows = original_window(base), []
+    if config.rope is not None or config.factor is not None:
+        raise UserError("compare tries methods itself: name them with --methods, and their factors with --factors")
+    plan = variants(base, config.factors, config.methods)
+    for _, rope in plan:  # a mistake in the last of them should not show after the others' minutes
+        with_rope(base, rope)
+    lengths = sorted(set(config.lengths or [max(L // 2, 1), L, 2 * L, 4 * L]))
+    if lengths[0] < 1:
+        raise UserError(f"--lengths {lengths[0]}: a window has at least 1 token")
+    tokenizer = load_tokenizer(config.model, base.vocab_size)
+    corpus = ensure_corpus(config.corpus, tokenizer.path)
+    documents = validation_documents(corpus, 2 * lengths[-1], config.eval_tokens, tokenizer)
+    scored, started = sum(len(d) - 1 for d in documents), time.perf_counter()
+    print(f"{len(plan)} rows x {len(lengths)} lengths; {len(documents)} documents, {scored:,} tokens, stride window / 4; "
+          f"passkey: {config.depths} depths x {config.trials} keys")
+    for name, rope in plan:
+        model = load(dataclasses.replace(config, rope=json.dumps(rope), factor=None), quiet=bool(rows))[0]
+        rows.append({"name": name, "rope": model.config.rope.to_dict(),
+                     **measure(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed)})
+        print("\n".join(table(rows, lengths, {"L": L}).splitlines()[0 if len(rows) == 1 else -1:]), flush=True)
+    return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4",
+                  depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
+
+
 COMMANDS = {"ppl": (PerplexityConfig, perplexity_command, "sliding-window perplexity"),
-            "passkey": (PasskeyConfig, passkey_command, "passkey retrieval by length and depth")}
+            "passkey": (PasskeyConfig, passkey_command, "passkey retrieval by length and depth"),
+            "compare": (CompareConfig, compare_command, "every scaling method, without training, at every length")}
 
 
 def main(argv=None):
@@ -311,6 +415,8 @@ def main(argv=None):
     if config.out:
         write_json(config.out, measured)
         print(f"wrote {config.out}")
+        if "methods" in measured:
+            print(f"wrote {plot_compare(read_json(config.out), Path(config.out).with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

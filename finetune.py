@@ -3,6 +3,8 @@
 (Chen et al. 2023, arXiv 2306.15595)
 
     python finetune.py                                            # the tiny model from 256 to 512 tokens, on a laptop, in minutes
+    python finetune.py --rope yarn --factor 4                     # any method of rope.py
+    python finetune.py --pose                                     # at the cost of the old window: PoSE
     python finetune.py --model llama-7b --factor 4 --lr 2e-5 --steps 1000 --schedule constant --batch-size 1 --accumulate 64 --recompute \\
         --passkey-share 0 --corpus data/corpora/books --out out/llama-7b-pi      # the paper's recipe, on a corpus of long documents
 
@@ -12,6 +14,7 @@ baseline, direct fine-tuning, is the same steps on the same rows in the same ord
 after, as JSON and as a figure.
 """
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +24,22 @@ import torch
 from cli import UserError, choose_device, field, parse, read_json, run, write_json
 from data.batches import Batches, TokenFile
 from data.prepare import ensure_corpus
-from eval import passkey, perplexity, result, validation_documents
+from eval import measure, result, table, validation_documents
 from plot import plot_finetune
-from rope import ALIASES
+from positions import training_positions
+from rope import METHODS, RopeConfig, rope_argument
 from train import FitConfig, check, describe, distributed, fit, validation
-from weights import load_config, load_model, load_tokenizer, original_window
+from weights import load_config, load_model, load_tokenizer, original_window, with_rope
 
 
 @dataclass
 class FinetuneConfig(FitConfig):
     """Defaults are scaled to the tiny model. For a 7B model the paper has lr 2e-5, 1000 steps of 64 rows, constant after warm-up."""
     model: str = field("data/tiny", "pretrained model folder")
-    rope: str = field("linear", "scaling method; linear is Position Interpolation, default is plain RoPE (only the direct fine-tuning)")
+    rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., or a JSON object with its settings; default "
+                      "is plain RoPE (only the direct fine-tuning)")
     factor: float = field(2.0, "s = L'/L: how many times longer the window becomes, counted from the original one")
-    out: str = field("", "folder of the extended model [out/ROPE-xFACTOR]; the baseline's is the same with -direct")
+    out: str = field("", "folder of the extended model; the baseline's is the same with -direct [out/ROPE-xFACTOR and out/direct-xFACTOR]")
     steps: int = field(400, "optimiser steps")
     batch_size: int = field(4, "rows of L' tokens per micro-batch and device")
     lr: float | None = field(None, "peak learning rate [1e-3 for a small model; to be given for a large one, the paper has 2e-5]")
@@ -44,6 +49,7 @@ class FinetuneConfig(FitConfig):
     passkey_share: float = field(1.0, "share of rows of text that hold a passkey prompt, which is never longer than L")
     passkey_packed: bool = field(False, "fill those rows with prompts, as in pre-training: the model then learns to overlook keys "
                                  "farther away than L")
+    pose: bool = field(False, "PoSE: rows of L tokens, whose positions skip so that they cover L': the memory and time of the old window")
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if it has to be made")
     baseline: bool = field(True, "also the baseline: direct fine-tuning with the same steps and data")
@@ -54,34 +60,22 @@ class FinetuneConfig(FitConfig):
     free = FitConfig.free | {"baseline", "eval_tokens", "depths", "trials", "results"}
 
 
-def measure(model, tokenizer, documents, lengths, config):
-    """The columns of the table: perplexity and passkey accuracy at each length, and the PI paper's k_max at the target window."""
-    keys = {n: passkey(model, tokenizer, [n], config.depths, config.trials) for n in lengths}
-    return {"perplexity": {n: perplexity(model, documents, window=n)["perplexity"] for n in lengths},
-            "passkey": {n: k["accuracy"][n] for n, k in keys.items()}, "k_max": {n: k["k_max"] for n, k in keys.items()}}
-
-
-def table(rows, lengths, L, window):
-    """The rows as text: perplexity and passkey accuracy side by side."""
-    titles = [f"{n}{' L' if n == L else ''}" + (" L'" if n == window else "") for n in lengths]
-    lines = [" " * 20 + "perplexity at window".ljust(10 * len(lengths)) + "  passkey accuracy at length",
-             " " * 20 + "".join(t.ljust(10) for t in titles) + "  " + "".join(t.ljust(10) for t in titles)]
-    for row in rows:
-        lines.append(row["name"].ljust(20) + "".join(f"{row['perplexity'][n]:<10.3f}" for n in lengths) + "  "
-                     + "".join(f"{row['passkey'][n]:<10.2f}" for n in lengths))
-    return "\n".join(lines)
-
-
 def main(argv=None):
     config = parse(FinetuneConfig, __doc__, argv)
     rank, world = distributed()
     say = print if rank == 0 else lambda *_: None
-    device, method = choose_device(config.device), ALIASES.get(config.rope, config.rope)
+    device, given = choose_device(config.device), rope_argument(config.rope)
+    known = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | given)  # any window: the folder knows its own
+    if "factor" in given and given["factor"] != config.factor:
+        raise UserError(f"--factor {config.factor:g} and factor {given['factor']:g} in --rope: give it as --factor")
+    method = known.rope_type
     name = "pi" if method == "linear" else method
-    config = dataclasses.replace(config, rope=method, out=config.out or f"out/{name}-x{config.factor:g}")
+    # Where no folder is named, all methods share the baseline's: it is trained once.
+    direct_out = f"{config.out}-direct" if config.out else f"out/direct-x{config.factor:g}"
+    config = dataclasses.replace(config, out=config.out or f"out/{name}{'-pose' if config.pose else ''}-x{config.factor:g}")
     if not math.isfinite(config.factor):
         raise UserError(f"--factor {config.factor}: give a number above 1")
-    if Path(config.model).resolve() in (Path(config.out).resolve(), Path(f"{config.out}-direct").resolve()):
+    if Path(config.model).resolve() in (Path(config.out).resolve(), Path(direct_out).resolve()):
         raise UserError(f"--out {config.out}: the pretrained model would be written over: choose another folder")
     base = load_config(config.model)
     if config.lr is None:
@@ -96,18 +90,31 @@ def main(argv=None):
         raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer than the original window {L}; "
                         "give a factor above 1")
 
-    def load(rope_type):
-        factor = 1.0 if rope_type == "default" else config.factor
-        model = load_model(config.model, rope={"rope_type": rope_type, "factor": factor, "original_max_position_embeddings": L},
-                           device=device, attention=config.attention)
+    # The baseline is plain RoPE, or what else the model was trained with (ALiBi, say), as it was.
+    plain = {"rope_type": "default" if METHODS[base.rope.rope_type].rotary else base.rope.rope_type, "factor": 1.0}
+    ours = given | {"rope_type": method, "factor": config.factor}
+    scaled = len(ours) > 2 or method != plain["rope_type"] or not METHODS[method].rotary  # else it is the baseline itself
+
+    def load(rope):
+        model = load_model(config.model, rope={"original_max_position_embeddings": L} | rope, device=device, attention=config.attention)
         model.config.max_seq_len = window
         model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)  # also where nothing is scaled
         return model
 
-    model = load(method)
+    def recipe(rope):
+        """The batches of a row, and its settings, which tell its run from others."""
+        own = rope == ours or not scaled
+        pose, said = own and config.pose, {k: v for k, v in rope.items() if k != "factor"}
+        batches = Batches(corpus, tokenizer, rows, L if own and short else window, config.passkey_share, L, config.passkey_packed,
+                          config.seed, training_positions(with_rope(base, rope).rope, L, window, pose))
+        said = rope["rope_type"] if len(said) == 1 else json.dumps(said)
+        return batches, dataclasses.replace(config, out=config.out if own else direct_out, rope=said, pose=pose)
+
+    model = load(ours)
     target = model.config
+    short = config.pose or METHODS[method].train_on != "target"  # rows of L tokens
     if rank == 0:
-        describe(target, config, device)
+        describe(target, config, device, L if short else window)
         ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)
     if world > 1:
         torch.distributed.barrier()
@@ -116,27 +123,27 @@ def main(argv=None):
     documents = validation_documents(config.corpus, 2 * lengths[-1], config.eval_tokens, tokenizer)
     rows = config.batch_size * config.accumulate * world
     corpus = TokenFile(config.corpus, "train")
-    batches = Batches(corpus, tokenizer, rows, window, config.passkey_share, L, config.passkey_packed, config.seed)
+
     check_validation = validation(TokenFile(config.corpus, "val"), tokenizer, config.batch_size, window)
 
-    plan = [("extrapolation", "default", False)]
-    if method != "default":
-        plan += [(f"{name}_zero_shot", method, False), (f"{name}_finetuned", method, True)]
-    if config.baseline or method == "default":
-        plan += [("direct_finetuned", "default", True)]
-    report = []
-    for row, rope_type, tuned in plan:
+    plan = [("extrapolation", plain, False)]
+    if scaled:
+        plan += [(f"{name}_zero_shot", ours, False), (f"{name}_finetuned", ours, True)]
+    if config.baseline or not scaled:
+        plan += [("direct_finetuned", plain, True)]
+    recipes, report = {row: recipe(rope) for row, rope, tuned in plan if tuned}, []
+    for row, rope, tuned in plan:
         del model  # one at a time: the next may need the memory
-        model, steps, seconds = load(rope_type), 0, 0.0
+        model, steps, seconds = load(rope), 0, 0.0
         if tuned:
-            steps, out = config.steps, config.out if rope_type == method else f"{config.out}-direct"
-            seconds = fit(model, dataclasses.replace(config, out=out, rope=rope_type), batches, check_validation, tokenizer)
+            (batches, settings), steps = recipes[row], config.steps
+            seconds, out = fit(model, settings, batches, check_validation, tokenizer), settings.out
             say(f"{row}: {steps} steps in {seconds:.0f} s -> {out}")
             del model
             model = load_model(out, device=device, attention=config.attention)  # what is measured is what the folder gives
         report.append({"name": row, "model": model.path, "rope": model.config.rope.to_dict(), "steps": steps, "training_seconds": seconds,
-                       **measure(model, tokenizer, documents, lengths, config)})
-        say(table(report, lengths, L, window) if row == plan[-1][0] else f"{row}: measured")
+                       **measure(model, tokenizer, documents, lengths, config.depths, config.trials)})
+        say(table(report, lengths, {"L": L, "L'": window}) if row == plan[-1][0] else f"{row}: measured")
     if rank == 0:
         measured = result(model, config.seed, rows=report, original_window=L, window=window, lengths=lengths,
                           settings=dataclasses.asdict(config), documents=len(documents),

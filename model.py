@@ -17,7 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from cli import UserError
-from rope import RopeConfig, apply_rope, cos_sin, depends_on_length, inv_freq
+from positions import position_ids, where
+from rope import RopeConfig, apply_rope, depends_on_length, inv_freq, learned
 
 
 @dataclass
@@ -59,9 +60,12 @@ class ModelConfig:
         return -(-width // self.multiple_of) * self.multiple_of
 
     def parameters(self):
-        """Number of parameters: embeddings, and per layer wq and wo, wk and wv, the three feed-forward matrices, two norms."""
+        """Number of parameters: embeddings, and per layer wq and wo, wk and wv, the three feed-forward matrices, two norms; and CLEX's."""
         layer = 2 * self.dim**2 + 2 * self.dim * self.n_kv_heads * self.head_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        return (1 if self.tied else 2) * self.vocab_size * self.dim + self.n_layers * layer + self.dim
+        with torch.device("meta"):
+            network = learned(self.rope, self.head_dim)
+        extra = sum(p.numel() for p in network.parameters()) if network else 0
+        return (1 if self.tied else 2) * self.vocab_size * self.dim + self.n_layers * layer + self.dim + extra
 
     def flops_per_token(self, seq_len, training=True):
         """Floating-point operations per token at length T, matrix products only: 2 per weight of every matrix but the embedding
@@ -110,7 +114,9 @@ def sdpa_attention(q, k, v, bias=None):
     mask, causal = None, T == S
     if bias is not None:
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        mask, causal = bias.to(q.dtype).masked_fill(future, -torch.inf), False     # [.., T, S]
+        mask, causal = bias.float().masked_fill(future, -torch.inf), False         # [.., T, S]
+        mask = mask - mask.amax(dim=-1, keepdim=True).clamp(min=-1e30)             # softmax does not mind, and bfloat16 is finest at 0
+        mask = mask.to(q.dtype)
     elif T != S and T > 1:                                                         # is_causal would align the diagonal with key 0
         mask = causal_lower_right(T, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -233,26 +239,33 @@ def attention(q, k, v, bias=None, implementation="auto", block_q=128, block_k=12
 class KVCache:
     """Rotated keys and values of the tokens so far, for all layers, in memory reserved once.
 
-    It also remembers the tokens, their positions and the frequencies in use. Where frequencies change with the length (dynamic methods)
-    everything in the cache is out of date after a change: the keys, which were turned by the old ones, and from the second layer on the
-    values too, which come from hidden states made with them. Then LLaMA.hidden computes the whole text anew.
+    It also remembers the tokens, their positions and the angles in use. Where angles change with the length (dynamic methods) everything
+    in the cache is out of date after a change: the keys, which were turned by the old ones, and from the second layer on the values too,
+    which come from hidden states made with them. Then LLaMA.hidden computes the whole text anew.
     """
 
     def __init__(self, config, batch, capacity, device=None, dtype=torch.float32):
         shape = config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim
         self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
         self.tokens = torch.empty(batch, capacity, device=device, dtype=torch.long)
-        self.positions = torch.empty_like(self.tokens)
-        self.length, self.capacity, self.frequencies = 0, capacity, None
+        self.length, self.capacity, self.positions, self.angles = 0, capacity, None, None
 
     def append(self, tokens, positions):
-        """Make room for T more tokens [B, T] at `positions` [T] or [B, T]; returns tokens and positions of the whole text, [B, S] each."""
-        end = self.length + tokens.shape[1]
+        """Make room for T more tokens [B, T] at `positions`, theirs or those of the whole text: [T], [B, T] or [S]. Returns the tokens and the
+        positions of the whole text, [B, S] each."""
+        start, end = self.length, self.length + tokens.shape[1]
         if end > self.capacity:
             raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed: ask for fewer new tokens")
-        self.tokens[:, self.length:end], self.positions[:, self.length:end] = tokens, positions
-        self.length = end
-        return self.tokens[:, :end], self.positions[:, :end]
+        self.tokens[:, start:end], self.length = tokens, end
+        positions = positions.expand(len(tokens), -1)
+        if positions.shape[1] < end:
+            positions = torch.cat([self.positions, positions], dim=1)
+        return self.tokens[:, :end], positions
+
+    def outdated(self, positions, frequencies, attention_factor):
+        """Whether what is cached was turned by other frequencies than these, which are remembered, and so are the positions."""
+        before, (self.positions, *self.angles) = self.angles, (positions, frequencies, attention_factor)
+        return before is not None and not (torch.equal(before[0], frequencies) and before[1] == attention_factor)
 
     def update(self, layer, k, v):
         """Store the keys and values [B, K, T, D] of the last T tokens in one layer; returns those of all tokens, [B, K, S, D]."""
@@ -288,13 +301,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, layer=None, cache=None, implementation="auto"):
-        """x [B, T, C] -> [B, T, C]. rope: (cos, sin) of x's positions; layer: its number, by which the cache keeps keys and values."""
+    def forward(self, x, where, layer=None, cache=None, implementation="auto"):
+        """x [B, T, C] -> [B, T, C]. where: what there is to know of x's positions; layer: its number, by which the cache keeps keys and
+        values."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))  # [B, H or K, T, D]
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = apply_rope(q, *where.q), apply_rope(k, *where.k)
         if cache is not None:
             k, v = cache.update(layer, k, v)                                       # [B, K, T, D] -> [B, K, S, D]
-        out = attention(q, k, v, implementation=implementation)                    # [B, H, T, D]
+        out = attention(q, k, v, where.bias, implementation)                       # [B, H, T, D]
         return self.wo(out.transpose(1, 2).flatten(2))                             # [B, T, H*D] -> [B, T, C]
 
 
@@ -338,6 +352,7 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
+        self.clex = learned(config.rope, config.head_dim)                          # None, but for the one method that learns its frequencies
 
     def init_weights(self, std=0.02):
         """Normal(0, std); wo and w2, which write into the residual stream, are divided by sqrt(2 n_layers) (GPT-2's rule): its variance
@@ -355,7 +370,7 @@ class LLaMA(nn.Module):
     def frequencies(self, positions):
         """(inv_freq, attention_factor) for a text at these positions. Where its length matters, the longest row of a batch decides."""
         seq_len = int(positions.max()) + 1 if depends_on_length(self.config.rope) else None
-        return inv_freq(self.config.rope, self.config.head_dim, seq_len)
+        return inv_freq(self.config.rope, self.config.head_dim, seq_len, self.clex)
 
     def hidden(self, tokens, positions=None, cache=None):
         """Final normalised states: tokens [B, T] -> [B, T, C]. positions [T] or [B, T] default to what follows the cache: 0, 1, 2, ...
@@ -363,18 +378,16 @@ class LLaMA(nn.Module):
         cos and sin are made anew at every call: a table that is never kept is never stale, cast or uninitialised.
         """
         T, start = tokens.shape[1], cache.length if cache is not None else 0
-        if positions is None:
-            positions = torch.arange(start, start + T, device=tokens.device)
-        if cache is None:
-            frequencies, attention_factor = self.frequencies(positions)
-        else:
-            text, text_positions = cache.append(tokens, positions)
-            frequencies, attention_factor = self.frequencies(text_positions)
-            if start and not torch.equal(frequencies, cache.frequencies):          # what is cached was computed with others
-                tokens, positions = text, text_positions
-            cache.frequencies = frequencies
+        redrawn = start and positions is None and self.config.rope.random_positions is not None
+        text_positions = position_ids(self.config.rope, start + T, tokens.device) if positions is None else positions
+        if cache is not None:
+            text, text_positions = cache.append(tokens, text_positions)
+        frequencies, attention_factor = self.frequencies(text_positions)
+        if cache is not None and (cache.outdated(text_positions, frequencies, attention_factor) or redrawn):
+            tokens = text                                                          # what is cached was computed with other angles
+        positions = text_positions[..., -tokens.shape[1]:]
         x = self.tok_embeddings(tokens)                                            # [B, T] -> [B, T, C]
-        rope = cos_sin(frequencies.to(x.device), positions, attention_factor)      # two of [T, D/2] or [B, T, D/2]
+        rope = where(self.config.rope, self.config.n_heads, frequencies.to(x.device), attention_factor, positions, text_positions)
         for n, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, n, cache, self.attention, use_reentrant=False)

@@ -142,6 +142,30 @@ def plot_passkey(result, path):
     return save(figure, path)
 
 
+def plot_compare(result, path):
+    """eval.py compare: a row for each method, a column for each length; perplexity left, passkey accuracy right, the numbers written in."""
+    rows, lengths = result["methods"], [str(n) for n in result["lengths"]]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.28 * len(rows) + 1.2), layout="constrained", sharey=True)
+    for axis, key, title in zip(axes, ("perplexity", "passkey"), ("perplexity (lower is better)", "passkey accuracy (higher is better)")):
+        grid = [[math.nan if row[key][n] is None else row[key][n] for n in lengths] for row in rows]
+        finite = [v for row in grid for v in row if math.isfinite(v)]
+        low, high = (min(finite), max(finite)) if key == "perplexity" else (0, 1)
+        # dark is good on both: a logarithm for perplexity, whose blow-ups would otherwise leave everything else in one colour
+        shade = [[math.log(v / low) / max(math.log(high / low), 1e-9) if key == "perplexity" else 1 - v for v in row] for row in grid]
+        axis.imshow(shade, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for y, row in enumerate(grid):
+            for x, value in enumerate(row):
+                text = "inf" if math.isnan(value) else f"{value:.2f}" if value < 100 else f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
+                axis.text(x, y, text, ha="center", va="center", fontsize=9, color="black" if shade[y][x] > 0.5 else "white")
+        original = result["original_window"]
+        axis.set_xticks(range(len(lengths)), [f"{n}\n(L)" if int(n) == original else n for n in lengths])
+        axis.set_xlabel("window (tokens)" if key == "perplexity" else "prompt (tokens)")
+        axis.set_title(title, fontsize=10)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    figure.suptitle(f"{'/'.join(Path(result['model']).parts[-2:])}: every method without training", fontsize=11)
+    return save(figure, path)
+
+
 def plot_training(lines, path):
     """metrics.jsonl: training loss (every line faint, the mean of each line's surroundings bold) and validation loss, in nats a token."""
     train, val = [r for r in lines if "loss" in r], [r for r in lines if "val_loss" in r]
@@ -162,6 +186,151 @@ def plot_training(lines, path):
     axis.set_ylabel("loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
+    return save(figure, path)
+
+
+def plot_theory(result, path):
+    """theory.py: five figures, theory-fit.png and so on, named beside `path`. Returns their files as one text."""
+    theory, path = result["theory"], Path(path)
+    draw = {"fit": plot_fit, "bounds": plot_bounds, "extrapolation": plot_extrapolation, "angles": plot_angles,
+            "disturbance": plot_disturbance}
+    return ", ".join(str(function(theory, path.with_name(f"{path.stem}-{name}.png"))) for name, function in draw.items())
+
+
+def plot_fit(theory, path):
+    """A curve fitted to noise in [0, L), read on to 2L, and close up: Figure 2 of Position Interpolation, with a ridge beside it."""
+    fit = theory["fit"]
+    L, start = fit["window"], fit["near_start"]
+    figure, axes = plt.subplot_mosaic([["inside", "beyond"], ["near", "near"]], figsize=(9.5, 5.3), layout="constrained")
+    axes["inside"].plot(range(L), fit["points"], ".", color=COLOURS[6], markersize=2, alpha=0.7, label="noise to be fitted", zorder=1)
+    axes["near"].plot(range(start, start + 51), fit["points"][start:start + 51], ".", color=COLOURS[6], markersize=8)
+    for curve, colour, width, dashes in zip(fit["curves"], (COLOURS[3], COLOURS[2]), (1.6, 1.2), ("-", "--")):
+        look = {"color": colour, "linewidth": width, "linestyle": dashes, "label": f"fitted curve a(x), ridge {curve['ridge']:g}"}
+        far = [fit["far_step"] * n for n in range(len(curve["far"]))]
+        inside = sum(x < L for x in far)
+        axes["inside"].plot(far[:inside], curve["far"][:inside], **{**look, "linewidth": 0.5, "linestyle": "-"})
+        axes["beyond"].plot(far, curve["far"], **{**look, "linewidth": 0.9, "linestyle": "-"})
+        axes["near"].plot([start + fit["near_step"] * n for n in range(len(curve["near"]))], curve["near"], **look)
+    axes["inside"].set_title("fitted in the window", fontsize=10)
+    axes["beyond"].set_title("the same curves beyond it: note the logarithmic axis", fontsize=10)
+    axes["near"].set_title("between the integers (dashed)", fontsize=10)
+    axes["beyond"].set_yscale("symlog", linthresh=1)
+    axes["beyond"].set_yticks([-1000, -10, 0, 10, 1000], ["−1,000", "−10", "0", "10", "1,000"])
+    axes["beyond"].yaxis.set_minor_locator(NullLocator())
+    mark_windows(axes["beyond"], {"": L})
+    for x in range(start, start + 51):
+        axes["near"].axvline(x, color="grey", linewidth=0.5, linestyle=(0, (4, 3)), zorder=0)
+    axes["near"].set_xlim(start, start + 50)
+    for name, axis in axes.items():
+        axis.set_xlabel("distance x (tokens)")
+        axis.set_ylabel("score a(x)")
+        if name != "near":
+            axis.set_xlim(0, L if name == "inside" else 2 * L)
+            axis.set_xticks([0, L // 2, L] + ([] if name == "inside" else [L + L // 2, 2 * L]))
+            axis.grid(alpha=0.3)
+    handles, labels = axes["inside"].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set(linewidth=1.8, markersize=6)
+    return save(figure, path)
+
+
+def plot_bounds(theory, path):
+    """How far a score strays from the straight line between two integers: what can happen, and what Theorem 2.1 promises."""
+    rows = theory["bounds"]["rows"]
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for i, key, label in ((3, "printed", "bound as printed"), (0, "search", "found by search"), (2, "corrected", "corrected bound")):
+        line(axis, {r["head_dim"]: r[key] for r in rows}, label, i)
+    length_axis(axis, [r["head_dim"] for r in rows], "head_dim D")
+    axis.set_yscale("log")
+    axis.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylabel("deviation half way between\ntwo integers (units of max |h|)")
+    axis.legend(frameon=False)
+    return save(figure, path)
+
+
+def plot_extrapolation(theory, path):
+    """B(x)/D: the bound on extrapolation that Position Interpolation compares itself with. Figure 5 there, and for narrower heads."""
+    bounds = theory["bounds"]
+    rows = sorted(bounds["rows"], key=lambda row: -row["head_dim"])
+    figure, axes = plt.subplots(math.ceil(len(rows) / 2), 2, figsize=(9.5, 5), layout="constrained", sharex=True, sharey=True,
+                                squeeze=False)
+    for axis, row in zip(axes.flat, rows):
+        values = bounds["B"][str(row["head_dim"])]
+        x = [bounds["every"] * n for n in range(len(values))]
+        for limit, colour in ((max, 2), (min, 3)):  # what is above 1 in one colour, what is below in another
+            axis.plot(x, [limit(v, 1) for v in values], color=COLOURS[colour], linewidth=0.7)
+        axis.axhline(1, color="black", linewidth=1.2)
+        axis.set_title(f"D = {row['head_dim']}: {row['B_below_1']:,} of {bounds['window']:,} distances below 1", fontsize=10, loc="left")
+        axis.set_yscale("log")
+        axis.set_yticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_xlim(0, bounds["window"])
+        axis.set_xticks([n * bounds["window"] // 4 for n in range(5)])
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("distance x (tokens)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("B(x) / D")
+    return save(figure, path)
+
+
+def plot_angles(theory, path, degrees=60):
+    """How often a pair shows each angle: in the window, and at twice its length interpolated and left alone. What is new stands out."""
+    angles = theory["angles"]
+    bins, L = round(degrees / 360 * angles["bins"]), angles["window"]
+    looks = {True: {"facecolor": COLOURS[2], "edgecolor": "white"}, False: {"facecolor": COLOURS[3], "edgecolor": "white", "hatch": "////"}}
+    rows = {"original": f"original, {L:,} positions", "interpolated": f"interpolated, {2 * L:,}", "left_alone": f"left alone, {2 * L:,}"}
+    figure, axes = plt.subplots(3, len(angles["histograms"]), figsize=(9.5, 5.3), layout="constrained", sharex=True, sharey="col",
+                                squeeze=False)
+    for column, pair in enumerate(angles["histograms"]):
+        seen = [share > 0 for share in pair["original"][:bins]]
+        for axis, (name, label) in zip(axes[:, column], rows.items()):
+            for known, look in looks.items():
+                heights = [100 * share if s is known else 0 for share, s in zip(pair[name], seen)]
+                axis.stairs(heights, [degrees * k / bins for k in range(bins + 1)], fill=True, linewidth=0, **look)
+            axis.set_title(label, fontsize=10, loc="left")
+        axes[0, column].set_title(f"pair {pair['pair']}, {pair['fraction']} of a turn per token\n{rows['original']}", fontsize=10,
+                                  loc="left")
+        axes[-1, column].set_xlabel(f"angle (degrees, the first {degrees} of 360)")
+    for axis in axes.flat:
+        axis.set_xlim(0, degrees)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("% of positions")
+    patches = [plt.Rectangle((0, 0), 1, 1, **look) for look in looks.values()]
+    figure.legend(patches, ["angles that training showed", "angles that are new"], loc="outside upper center", ncols=2, frameon=False)
+    return save(figure, path)
+
+
+def plot_disturbance(theory, path):
+    """How far each pair's angles move away from those of training, left alone and interpolated; a bar below marks the better way."""
+    angles = theory["angles"]
+    figure, axes = plt.subplots(len(angles["stretches"]), 1, figsize=(9.5, 5.3), layout="constrained", sharex=True, squeeze=False)
+    low = min(v for stretch in angles["stretches"] for v in stretch["left_alone"] + stretch["interpolated"] if v > 1e-9) / 12
+    for axis, stretch in zip(axes[:, 0], angles["stretches"]):
+        for key, label, i in (("left_alone", "left alone (extrapolation)", 3), ("interpolated", "interpolated", 2)):
+            axis.plot(range(len(stretch[key])), [v if v > low else math.nan for v in stretch[key]], label=label,
+                      **{**style(i), "markersize": 4, "linewidth": 1.2})
+        axis.set_yscale("log")
+        axis.set_ylim(low, 4)
+        for i, value in enumerate(stretch["interpolated"]):
+            if value <= low:  # a pair that keeps its angles exactly has no place on a logarithmic axis
+                axis.annotate("0", (i, low * 4), ha="center", color=COLOURS[2], fontweight="bold")
+        axis.bar(stretch["chosen"], [low * 2.5] * len(stretch["chosen"]), width=1, color=COLOURS[2], alpha=0.55,
+                 label="pairs that are interpolated")
+        axis.axvline(angles["slow_from"] - 0.5, color="grey", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axis.set_title(f"L' = {stretch['factor']}L: {len(stretch['chosen'])} of {len(stretch['left_alone'])} pairs are interpolated",
+                       fontsize=10, loc="left")
+        axis.set_ylabel("disturbance (nats)")
+        axis.set_yticks([1e-6, 1e-4, 1e-2, 1])
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+        axis.set_xlim(-1, len(stretch["left_alone"]))
+    axes[0, 0].annotate("never a whole turn in L", (angles["slow_from"] - 0.5, 1), xycoords=("data", "axes fraction"), xytext=(4, 3),
+                        textcoords="offset points")
+    axes[-1, 0].set_xlabel("pair i, from the fastest to the slowest")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return save(figure, path)
 
 
@@ -193,10 +362,14 @@ def main():
             return f"{path}: not a result of eval.py, finetune.py or train.py ({error})"
         if isinstance(result, list):
             figures.append((plot_training, result, target, path))
+        elif "methods" in result:
+            figures.append((plot_compare, result, target, path))
         elif "rows" in result:
             figures.append((plot_finetune, result, target, path))
         elif "accuracy_by_depth" in result:
             figures.append((plot_passkey, result, target, path))
+        elif "theory" in result:
+            figures.append((plot_theory, result, target, path))
         elif "perplexity" in result:
             perplexities[str(path)], together = result, target.with_name("perplexity.png")
         else:

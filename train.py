@@ -27,7 +27,8 @@ from data.batches import Batches, TokenFile
 from data.prepare import ensure_corpus
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
-from rope import RopeConfig
+from positions import training_positions
+from rope import RopeConfig, rope_argument
 from weights import save_model, save_tensors
 
 
@@ -68,6 +69,7 @@ class TrainConfig(FitConfig):
     n_kv_heads: int | None = field(None, "key/value heads K; fewer than n_heads is grouped-query attention [n_heads]")
     multiple_of: int = field(32, "the feed-forward width is rounded up to a multiple of this")
     max_seq_len: int = field(256, "window L in tokens")
+    rope: str = field("default", "how the model knows positions: default (RoPE), alibi, xpos, nope, ..., or a JSON object")
     rope_theta: float = field(10000.0, "RoPE's base")
     tokenizer: str = field("data/tiny/tokenizer.model", "SentencePiece model")
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is made if it is not there")
@@ -138,16 +140,16 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
             tqdm(total=config.steps, initial=first, desc=out.name, unit="step", disable=None if rank == 0 else True) as bar:
         following = pool.submit(batches, first, rank * rows, (rank + 1) * rows)  # the next batch is cut while this one is computed
         for step in range(first, config.steps):
-            tokens, targets = following.result()
+            batch = following.result()  # tokens, targets [rows, T], and positions if they are not 0, 1, 2, ...
             if step + 1 < config.steps:
                 following = pool.submit(batches, step + 1, rank * rows, (rank + 1) * rows)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             loss = torch.zeros((), device=device)
-            for x, y in zip(tokens.split(config.batch_size), targets.split(config.batch_size)):
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            for part in zip(*(tensor.split(config.batch_size) for tensor in batch)):
+                part = [tensor.to(device, non_blocking=True) for tensor in part]
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    part = model.loss(x, y) / config.accumulate
+                    part = model.loss(*part) / config.accumulate
                 part.backward()
                 loss += part.detach()
             loss = average_over_ranks(model, loss, world)
@@ -167,7 +169,7 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
                 if not finite:  # the only place where the host waits for the device
                     raise diverged(out, done)
                 now = time.perf_counter()
-                speed = (done - log.last if log else 1) * rows * world * tokens.shape[1] / (now - tick)
+                speed = (done - log.last if log else 1) * rows * world * batch[0].shape[1] / (now - tick)
                 tick = now
                 if log:
                     log.write(step=done, loss=loss.item(), lr=learning_rate(config, step), grad_norm=norm.item(), tokens_per_second=speed)
@@ -329,7 +331,7 @@ def average_over_ranks(model, loss, world):
     """Average gradients and loss over the processes: every rank then takes the same step, as one process with all rows would."""
     if world == 1:
         return loss
-    for tensor in [p.grad for p in model.parameters()] + [loss]:
+    for tensor in [p.grad for p in model.parameters() if p.grad is not None] + [loss]:  # CLEX has none at t = 1, on all ranks alike
         dist.all_reduce(tensor)
         tensor /= world
     return loss
@@ -339,17 +341,18 @@ def average_over_ranks(model, loss, world):
 # Pre-training
 
 
-def describe(c, config, device):
-    """The header that every training run prints first. c: the ModelConfig."""
+def describe(c, config, device, row=None):
+    """The header that every training run prints first. c: the ModelConfig; row: tokens of a row, if not the window."""
     dtype, world = choose_dtype(config.dtype, device), distributed()[1]
     rows = config.batch_size * config.accumulate * world
     original = c.rope.original_max_position_embeddings or c.max_seq_len
     print(f"device     {describe_device(device)}, {str(dtype).removeprefix('torch.')}, attention {config.attention}"
           f"{' (sdpa, the fused kernels)' if config.attention == 'auto' else ''}{', compiled' if config.compile else ''}")
     print(f"model      {c.parameters():,} parameters, window {original} -> {c.max_seq_len}, rope {c.rope.to_dict()}")
-    print(f"step       {rows} rows x {c.max_seq_len} = {rows * c.max_seq_len:,} tokens, {config.steps} steps, "
-          f"{config.steps * rows * c.max_seq_len / 1e6:.1f}M tokens, {c.flops_per_token(c.max_seq_len) / 1e6:.1f} MFLOP a token")
-    memory = c.training_bytes(config.batch_size, c.max_seq_len, dtype, config.recompute, config.attention)
+    row = row or c.max_seq_len
+    print(f"step       {rows} rows x {row} = {rows * row:,} tokens, {config.steps} steps, "
+          f"{config.steps * rows * row / 1e6:.1f}M tokens, {c.flops_per_token(row) / 1e6:.1f} MFLOP a token")
+    memory = c.training_bytes(config.batch_size, row, dtype, config.recompute, config.attention)
     print(f"memory     about {memory / 2**20:,.0f} MiB a process")
 
 
@@ -371,9 +374,12 @@ def main(argv=None):
     device = choose_device(config.device)
     tokenizer = Tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
+    given = rope_argument(config.rope)
+    rope = RopeConfig.from_dict({"rope_theta": config.rope_theta} | ({} if given == {"rope_type": "default"} else {
+        "original_max_position_embeddings": config.max_seq_len}) | given)
     model = LLaMA(ModelConfig(
         dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, vocab_size=tokenizer.vocab_size,
-        multiple_of=config.multiple_of, max_seq_len=config.max_seq_len, rope=RopeConfig(rope_theta=config.rope_theta))).to(device)
+        multiple_of=config.multiple_of, max_seq_len=config.max_seq_len, rope=rope)).to(device)
     if rank == 0:
         describe(model.config, config, device)
         corpus = ensure_corpus(config.corpus, config.tokenizer, config.corpus_mb)
@@ -381,7 +387,7 @@ def main(argv=None):
         dist.barrier()
     corpus = Path(config.corpus)
     batches = Batches(TokenFile(corpus, "train"), tokenizer, config.batch_size * config.accumulate * world, config.max_seq_len,
-                      config.passkey_share, seed=config.seed)
+                      config.passkey_share, seed=config.seed, positions=training_positions(rope, config.max_seq_len, config.max_seq_len))
     evaluate = validation(TokenFile(corpus, "val"), tokenizer, config.batch_size, config.max_seq_len)
     seconds = fit(model, config, batches, evaluate, tokenizer)
     if rank == 0:

@@ -33,7 +33,7 @@ import torch
 from cli import Parser, UserError, choose_device, read_json, run, whole_file, write_json
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
-from rope import RopeConfig
+from rope import RopeConfig, learned
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -48,10 +48,13 @@ def load_model(path, rope=None, device="cpu", dtype=torch.float32, attention="au
     a sixteenth of a file. Errors name file, tensor and remedy.
     """
     read_config, read_tensors = form_of(path)
-    config, device = with_rope(read_config(path), rope), choose_device(str(device))
+    stored, device = read_config(path), choose_device(str(device))
+    config = with_rope(stored, rope)
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)
-    shapes, weights = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}, {}
+    # What a method learns (CLEX) is in the folder if the folder's own RoPE is that method. Else it begins here, always in the same way.
+    weights = new_method(config, dtype, device) if stored.rope.rope_type != config.rope.rope_type else {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in weights}
     for file, name, where, tensor in read_tensors(path, shapes):
         check_values(file, name, tensor, dtype)
         if name not in weights:
@@ -60,6 +63,14 @@ def load_model(path, rope=None, device="cpu", dtype=torch.float32, attention="au
     model.load_state_dict(weights, assign=True)
     model.path = str(path)  # results say which model they are of
     return model
+
+
+def new_method(config, dtype, device):
+    """The trainable part of config's RoPE method as a fresh model would have it, {name: tensor}; empty for nearly all methods."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = learned(config.rope, config.head_dim)
+    return {f"clex.{name}": tensor.to(device, dtype) for name, tensor in network.state_dict().items()} if network else {}
 
 
 def load_config(path):
@@ -98,20 +109,18 @@ def with_rope(config, rope):
     """The same model with another RoPE, a RopeConfig or a dict, and the window that comes of it: L' = factor * L.
 
     Factors never compound: they count from the original window L. A model that was extended by 4 and is now given factor 2 has window
-    2L, not 8L. What the new RoPE leaves open stays as it is: L, and the base, which the weights were trained with. (A RopeConfig cannot
-    leave its base open: there 10000 counts as open.)
+    2L, not 8L. What the new RoPE leaves open stays as it is: L, and what the weights were trained with, the base and the rotated share.
     """
     if rope is None:
         return config
     if not isinstance(rope, (RopeConfig, dict)):
         raise UserError(f"rope {rope!r}: give a RopeConfig, or a dict like {{'rope_type': 'linear', 'factor': 4}}")
-    given = rope if isinstance(rope, dict) else rope.to_dict()
+    given = rope if isinstance(rope, dict) else rope.to_dict() | {"rope_theta": rope.rope_theta}
     given = {key: value for key, value in given.items() if value is not None}
-    if isinstance(rope, RopeConfig) and rope.rope_theta == RopeConfig().rope_theta:
-        del given["rope_theta"]
     original = original_window(config)
-    new = RopeConfig.from_dict({"rope_theta": config.rope.rope_theta, "original_max_position_embeddings": original, **given})
-    if new == dataclasses.replace(config.rope, original_max_position_embeddings=original):
+    new = RopeConfig.from_dict({"rope_theta": config.rope.base, "original_max_position_embeddings": original,
+                                "partial_rotary_factor": config.rope.partial_rotary_factor, **given})
+    if new == dataclasses.replace(config.rope, original_max_position_embeddings=original, rope_theta=new.rope_theta):
         return config  # nothing new; the folder's window may be another than factor * L, as after fine-tuning without scaling
     return dataclasses.replace(config, rope=new, max_seq_len=round(new.factor * new.original_max_position_embeddings))
 
@@ -214,9 +223,9 @@ def assumed_window(config):
     if rope.rope_type == "llama3":
         return 131072
     llama1 = config.norm_eps == 1e-6 or (config.dim == 8192 and config.n_kv_heads == config.n_heads)
-    original = rope.original_max_position_embeddings or {5e5: 8192, 1e6: 16384, 1e4: 2048 if llama1 else 4096}.get(rope.rope_theta)
+    original = rope.original_max_position_embeddings or {5e5: 8192, 1e6: 16384, 1e4: 2048 if llama1 else 4096}.get(rope.base)
     if original is None:
-        raise UserError(f"max_seq_len is missing, and rope_theta {rope.rope_theta:g} is none of Meta's: add the window of its training")
+        raise UserError(f"max_seq_len is missing, and rope_theta {rope.base:g} is none of Meta's: add the window of its training")
     return round(original * rope.factor)
 
 
@@ -263,7 +272,9 @@ def meta_tensors(folder, shapes):
     shards = meta_shards(folder)
     for n, file in enumerate(shards):
         before, checkpoint, read = os.stat(file), open_checkpoint(file), 0
-        names = {name for name in checkpoint if not name.endswith("rope.freqs")} - ({"output.weight"} - set(shapes))  # a tied output
+        # A tied output may be written out, and what a method learned is of no use to another one.
+        surplus = {name for name in checkpoint if name == "output.weight" or name.startswith("clex.")} - set(shapes)
+        names = {name for name in checkpoint if not name.endswith("rope.freqs")} - surplus
         for name in sorted(names ^ set(shapes)):
             what = "is no tensor of the model that params.json describes" if name in names else "is missing"
             raise UserError(f"{file}: {name} {what}: take params.json and all of its checkpoint, in Meta's layout")
@@ -317,7 +328,7 @@ def save_model(model, folder, tokenizer=None, dtype=None):
     weights = {name: plain(tensor, dtype) for name, tensor in model.state_dict().items()}
     assert "norm.weight" in weights, "give the LLaMA itself, not what torch.compile or DistributedDataParallel made of it"
     params = {key: getattr(config, key) for key in PARAMS if getattr(config, key, None) is not None}
-    params |= {"rope_theta": config.rope.rope_theta, "rope": config.rope.to_dict()}
+    params |= {"rope_theta": config.rope.base, "rope": config.rope.to_dict()}
     if config.rope.rope_type == "llama3":
         params["use_scaled_rope"] = True  # for Meta's code, which does not know `rope`
     put_in_place(folder)

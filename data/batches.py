@@ -49,9 +49,12 @@ class Batches:
     is the method's doing. packed: such a row is full of prompts, one after another, else it is text with one prompt somewhere in it.
     When L' > L packing has a side effect: keys of earlier prompts, farther away than L, are there in training and never the answer, so
     that a model learns to overlook just what the test asks for.
+
+    positions: None for 0 .. T-1, or a function (rng of the step, rng of the row, T) -> [T], and then a batch has them as its third tensor,
+    [rows, T] (positions.training_positions).
     """
 
-    def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, packed=True, seed=0):
+    def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, packed=True, seed=0, positions=None):
         if len(corpus) < seq_len + 1:
             raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of {seq_len + 1}: "
                             "give more text or a shorter window")
@@ -60,7 +63,7 @@ class Batches:
                             f"prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
         if not 0 <= passkey_share <= 1:
             raise UserError(f"a passkey share of {passkey_share}: give a share of the rows, from 0 to 1")
-        self.corpus, self.rows, self.seq_len, self.seed = corpus, rows, seq_len, seed
+        self.corpus, self.rows, self.seq_len, self.seed, self.positions = corpus, rows, seq_len, seed, positions
         self.passkey_share, self.prompts = passkey_share, PasskeyPrompts(tokenizer)
         self.passkey_longest, self.packed = min(passkey_longest or seq_len, seq_len), packed
         if passkey_share and self.passkey_longest < self.prompts.shortest:
@@ -88,6 +91,11 @@ class Batches:
 
     def __call__(self, step, first=0, last=None):
         """Rows first..last of a step (a rank's or a micro-batch's share; all by default)."""
-        rows = np.stack([self.row(step, i) for i in range(first, self.rows if last is None else last)])
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:]
+        wanted = range(first, self.rows if last is None else last)
+        rows = torch.from_numpy(np.stack([self.row(step, i) for i in wanted]))
+        if self.positions is None:
+            return rows[:, :-1], rows[:, 1:]
+        # Streams of their own (a fourth number in the seed): the text is the same whatever the positions are.
+        positions = [self.positions(np.random.default_rng((self.seed, step, 0, 1)), np.random.default_rng((self.seed, step, i, 2)), self.seq_len)
+                     for i in wanted]
+        return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(positions))

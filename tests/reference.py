@@ -13,48 +13,183 @@ import numpy as np
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary position embedding
+# Rotary position embedding, and what else tells a model its positions
 
-def frequencies(rope, head_dim, length=None):
-    """theta_i in radians a position, [D/2]. `length` is the current total length, which only the dynamic method asks for.
+def complete(rope, head_dim):
+    """The dict with what its method cannot do without: s = 4 and L = 64 unless it says otherwise, and LongRoPE's factors, one a pair."""
+    rope = {"factor": 4.0, "original_max_position_embeddings": 64, **rope}
+    if rope["rope_type"] == "longrope":
+        pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope = {"short_factor": [1 + 0.05 * i for i in range(pairs)], "long_factor": [1.2 + 2.8 * i / pairs for i in range(pairs)], **rope}
+    return rope
 
-    default  theta_i = base^(-2i/D)                                          (RoFormer)
-    linear   theta_i / s                                                     (Position Interpolation, arXiv 2306.15595)
-    ntk      the default with base * s^(D/(D-2))                             (YaRN paper, appendix A)
-    dynamic  the default with base * (s l/L - (s-1))^(D/(D-2)) where l > L   (emozilla; Hugging Face)
-    llama3   by wavelength w = 2 pi/theta: above L/low theta/s, below L/high theta, a blend between  (Llama 3.1)
+
+def frequencies(rope, head_dim, length=None, clex=None):
+    """(theta_i in radians a position, [D/2]; what cos and sin are multiplied by). D is head_dim, or the part of it that is rotated.
+
+    length: l, the current total length, for the methods that ask for it. clex: the trained matrices (W_up, W_down).
+    With s = factor, L the original window, r_i = L theta_i / 2 pi the turns of a pair inside it:
+
+    default       theta_i = base^(-2i/D)                                               (RoFormer)
+    linear, xpos  theta_i / s                                                          (Position Interpolation, arXiv 2306.15595)
+    ntk           the default with base * s^(D/(D-2))                                  (YaRN paper, appendix A)
+    dynamic       the same with s = f l/L - (f-1) where l > L                          (emozilla; Hugging Face)
+    ntk_by_parts  (1-g) theta_i/s + g theta_i, g from 0 at r = 1 up to 1 at r = 32     (arXiv 2309.00071, section 3.2)
+    yarn          the blend along i instead, between the pairs of 32 and of 1 turns; cos and sin times 0.1 ln s + 1  (its code)
+    dynamic_yarn  yarn with s = max(factor, l/L)
+    llama3        by wavelength w = 2 pi/theta: above L/low theta/s, below L/high theta, a blend between  (Llama 3.1)
+    longrope      theta_i / short_i up to L, theta_i / long_i beyond; cos and sin times sqrt(1 + ln s / ln L)  (arXiv 2402.13753)
+    abf           b'^(-2i/D)                                                           (arXiv 2309.16039)
+    dprope        theta_i / s if that disturbs the histogram of angles less            (EMNLP 2024)
+    proportional  theta_i / s for the first share p of the pairs, else 0               (Gemma 4)
+    clex          NTK with 2t-1 for s, t = ceil(l/L), or what the learned differential equation makes of it  (arXiv 2310.16450)
+    nope, alibi, drope  0; drope with cos (and sin) times the root of 1 + 0.412 ln(l/L)      (arXiv 2512.12167)
+    resonance     last of all: the wavelength rounded to an integer                    (arXiv 2403.00071)
     """
     kind, s, base = rope.get("rope_type", "default"), rope.get("factor", 1.0), rope.get("rope_theta", 10000.0)
-    L = rope.get("original_max_position_embeddings")
+    L, l, share = rope.get("original_max_position_embeddings"), length or 0, rope.get("partial_rotary_factor", 1.0)
+    D = head_dim if kind in ("proportional", "drope") else int(head_dim * share)
+
+    def ntk(alpha):
+        return base * alpha ** (D / (D - 2)) if D > 2 else base
+
+    def g(s, m=1.0):
+        return 0.1 * m * math.log(s) + 1 if s > 1 else 1.0
+
+    factor, alpha = 1.0, min(max(1, math.ceil(l / L)), rope.get("max_factor", 16)) if kind == "clex" else 1.0
     if kind == "ntk":
-        base = base * s ** (head_dim / (head_dim - 2))
-    if kind == "dynamic" and length is not None and length > L:
-        base = base * (s * length / L - (s - 1)) ** (head_dim / (head_dim - 2))
+        base = ntk(s)
+    elif kind == "dynamic" and l > L:
+        base = ntk(s * l / L - (s - 1))
+    elif kind == "clex" and clex is None:
+        base = ntk(2 * alpha - 1)
+    elif kind == "abf":
+        base = rope.get("new_rope_theta", 500000.0)
+    elif kind == "dynamic_yarn":
+        s = max(s, l / L)
+    if kind in ("yarn", "dynamic_yarn"):
+        fast, slow, m, m_all = rope.get("beta_fast", 32), rope.get("beta_slow", 1), rope.get("mscale"), rope.get("mscale_all_dim")
+        low, high = (D * math.log(L / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow))
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        if low == high:
+            high = high + 0.001
+        factor = rope.get("attention_factor")
+        if factor is None:
+            factor = g(s, m) / g(s, m_all) if m and m_all else g(s)
+    if kind == "longrope":
+        factor = rope.get("attention_factor")
+        if factor is None:
+            factor = math.sqrt(1 + math.log(s) / math.log(L))
+    if kind == "drope":
+        factor = math.sqrt(1 + rope.get("log_scale", 0.412) * math.log(max(1, l / L)))
+
     result = []
-    for i in range(head_dim // 2):
-        theta = base ** (-2 * i / head_dim)
-        if kind == "linear":
+    for i in range(D // 2):
+        theta = base ** (-2 * i / D)
+        if kind in ("linear", "xpos"):
             theta = theta / s
+        elif kind == "ntk_by_parts" or kind == "yarn" and rope.get("ramp") == "turns":
+            fast, slow, turns = rope.get("beta_fast", 32), rope.get("beta_slow", 1), L * theta / (2 * math.pi)
+            gamma = 0 if turns < slow else 1 if turns > fast else (turns - slow) / (fast - slow)
+            theta = (1 - gamma) * theta / s + gamma * theta
+        elif kind in ("yarn", "dynamic_yarn"):
+            ramp = min(max((i - low) / (high - low), 0), 1)
+            theta = theta / s * ramp + theta * (1 - ramp)
         elif kind == "llama3":
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            turns = L * theta / (2 * math.pi)  # L / wavelength: how often the pair turns inside the original window
-            if turns < low:
+            slow, fast = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+            wavelength = 2 * math.pi / theta
+            if wavelength > L / slow:
                 theta = theta / s
-            elif turns <= high:
-                smooth = (turns - low) / (high - low)
+            elif wavelength >= L / fast:
+                smooth = (L / wavelength - slow) / (fast - slow)
                 theta = (1 - smooth) * theta / s + smooth * theta
-        elif kind not in ("default", "ntk", "dynamic"):
+        elif kind == "longrope":
+            theta = theta / rope["long_factor" if l > L else "short_factor"][i]
+        elif kind == "proportional":
+            theta = theta / s if i < int(share * D // 2) else 0.0
+        elif kind in ("nope", "alibi", "drope"):
+            theta = 0.0
+        elif kind not in ("default", "ntk", "dynamic", "abf", "clex", "dprope"):
             raise ValueError(f"the oracle does not know rope_type {kind!r}")
         result.append(theta)
-    return np.array(result, dtype=np.float64)
+    if kind == "clex" and clex is not None:
+        result = clex_frequencies(np.array(result), alpha, *clex)
+    if kind == "dprope":
+        bins = rope.get("bins") or min(360, max(4, round(L * 360 / 4096)))
+        gain = [disturbance(theta, theta, L, s, bins) - disturbance(theta, theta / s, L, s, bins) for theta in result]
+        chosen = [i for i in range(D // 2) if gain[i] > rope.get("threshold", 0.0)]
+        if rope.get("interpolated_dims") is not None:
+            chosen = sorted(range(D // 2), key=lambda i: -gain[i])[:rope["interpolated_dims"] // 2]
+        result = [theta / s if i in chosen else theta for i, theta in enumerate(result)]
+    if rope.get("resonance"):
+        result = [2 * math.pi / round(2 * math.pi / theta) if theta else theta for theta in result]
+    return np.array(result, dtype=np.float64), factor
+
+
+def histogram(theta, length, bins):
+    """The share of the angles m theta mod 2 pi, m < length, in each of the bins."""
+    shares = [0.0] * bins
+    for m in range(length):
+        shares[int(m * theta % (2 * math.pi) * bins / (2 * math.pi))] += 1 / length
+    return shares
+
+
+def disturbance(old, new, L, s, bins):
+    """KL(angles of `old` within L || angles of `new` within s L), in nats. (DPRoPE, eq. 8 in the order that gives its Table 3)"""
+    return sum(p * math.log((p + 1e-12) / (q + 1e-12)) for p, q in zip(histogram(old, L, bins), histogram(new, round(s * L), bins)) if p > 0)
+
+
+def clex_frequencies(theta, t, up, down, steps=400):
+    """exp z(t) of dz/dt = W_down tanh(W_up (z + ln theta_NTK(t))) + d ln theta_NTK/dt, z(1) = ln theta, by many steps of the midpoint rule.
+
+    ln theta_NTK,i(t) = ln theta_i - 2i/(D-2) ln(2t-1), so that its derivative is -4i / ((D-2)(2t-1))."""
+    D, i = 2 * len(theta), np.arange(len(theta))
+
+    def derivative(t, z):
+        ntk = np.log(theta) - 2 * i / (D - 2) * np.log(2 * t - 1)
+        return down @ np.tanh(up @ (z + ntk)) - 4 * i / ((D - 2) * (2 * t - 1))
+    z, h = np.log(theta), 1 / steps
+    for n in range(round((t - 1) * steps)):
+        now = 1 + n * h
+        z = z + h * derivative(now + h / 2, z + h / 2 * derivative(now, z))
+    return np.exp(z)
 
 
 def rotate(x, position, theta, attention_factor=1.0):
-    """One head at one position: pair i, elements (2i, 2i+1) of x [D], is a complex number turned by the angle position * theta_i."""
-    turned = (x[0::2] + 1j * x[1::2]) * np.exp(1j * float(position) * theta) * attention_factor
-    out = np.empty(len(x))
-    out[0::2], out[1::2] = turned.real, turned.imag
+    """One head at one position: pair i, elements (2i, 2i+1) of x [D], is a complex number turned by the angle position * theta_i.
+    Where there are fewer thetas than pairs, the rest of x stays as it is."""
+    n = 2 * len(theta)
+    turned = (x[0:n:2] + 1j * x[1:n:2]) * np.exp(1j * float(position) * theta) * attention_factor
+    out = np.array(x, dtype=np.float64)
+    out[0:n:2], out[1:n:2] = turned.real, turned.imag
     return out
+
+
+def xpos_decay(x, positions, pairs, sign, s=1.0):
+    """xPos (arXiv 2212.10554): pair i of x [B,H,T,D] times zeta_i^(sign m / 512 s), zeta_i = (2i + 0.4 D) / 1.4 D; sign 1 for q, -1 for k."""
+    out, D = x.copy(), 2 * pairs
+    for b, h, t in np.ndindex(x.shape[:3]):
+        for i in range(pairs):
+            zeta = (2 * i + 0.4 * D) / (1.4 * D)
+            out[b, h, t, 2 * i:2 * i + 2] *= zeta ** (sign * positions[b, t] / (512 * s))
+    return out
+
+
+def alibi_slopes(n):
+    """2^(-8h/n), h = 1 .. n; where n is no power of two those of the power P below, and then every other one of 2P. (arXiv 2108.12409)"""
+    P = 1
+    while 2 * P <= n:
+        P = 2 * P
+    slopes = [2 ** (-8 * h / P) for h in range(1, P + 1)]
+    return slopes + [2 ** (-8 * h / (2 * P)) for h in range(1, 2 * P + 1)][0::2][:n - P]
+
+
+def alibi_bias(positions, n_heads, s=1.0):
+    """-m_h (i - j) / s for a query at i and a key at j, in full: positions [B,T] -> [B,H,T,T]."""
+    distance = positions[:, None, :, None] - positions[:, None, None, :]
+    return -np.array(alibi_slopes(n_heads))[:, None, None] * distance / s
 
 
 def rotate_all(x, positions, theta, attention_factor=1.0):
@@ -160,7 +295,10 @@ def forward(weights, config, tokens, positions=None):
     rope, eps = config.get("rope", {}), config["norm_eps"]
     x = weights["tok_embeddings.weight"][tokens]                                            # [B,T,C]
     D = x.shape[-1] // H
-    theta, factor = frequencies(rope, D, positions.max() + 1), rope.get("attention_factor") or 1.0
+    positions, s = np.broadcast_to(positions, (B, T)), rope.get("factor", 1.0)
+    clex = (weights["clex.up.weight"], weights["clex.down.weight"]) if "clex.up.weight" in weights else None
+    theta, factor = frequencies(rope, D, positions.max() + 1, clex)
+    bias = alibi_bias(positions, H, s) if rope.get("rope_type") == "alibi" else None
 
     def heads(y, n):
         return y.reshape(B, T, n, D).transpose(0, 2, 1, 3)                                  # [B,T,n*D] -> [B,n,T,D]
@@ -171,7 +309,9 @@ def forward(weights, config, tokens, positions=None):
         y = rms_norm(x, w("attention_norm"), eps)
         q = rotate_all(heads(y @ w("attention.wq").T, H), positions, theta, factor)
         k = rotate_all(heads(y @ w("attention.wk").T, K), positions, theta, factor)
-        out = attention(q, k, heads(y @ w("attention.wv").T, K))
+        if rope.get("rope_type") == "xpos":
+            q, k = xpos_decay(q, positions, len(theta), 1, s), xpos_decay(k, positions, len(theta), -1, s)
+        out = attention(q, k, heads(y @ w("attention.wv").T, K), bias)
         x = x + out.transpose(0, 2, 1, 3).reshape(B, T, H * D) @ w("attention.wo").T
         x = x + swiglu(rms_norm(x, w("ffn_norm"), eps), w("feed_forward.w1"), w("feed_forward.w2"), w("feed_forward.w3"))
     x = rms_norm(x, weights["norm.weight"], eps)

@@ -13,6 +13,7 @@ from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity, validation_documents
 from finetune import FinetuneConfig
 from model import LLaMA, ModelConfig
+from rope import RopeConfig, inv_freq
 from weights import load_model, load_tokenizer, save_model
 
 NAMES = ["extrapolation", "pi_zero_shot", "pi_finetuned", "direct_finetuned"]
@@ -117,7 +118,7 @@ def recorded(monkeypatch):
         save_model(model, config.out, tokenizer)
         return 1.0
 
-    def measure(model, tokenizer, documents, lengths, config):
+    def measure(model, tokenizer, documents, lengths, depths, trials):
         return {key: {n: 1.0 for n in lengths} for key in ("perplexity", "passkey", "k_max")}
     monkeypatch.setattr(finetune, "fit", fit)
     monkeypatch.setattr(finetune, "measure", measure)
@@ -159,10 +160,63 @@ def test_rows_of_other_methods(recorded, base, finetuned, tmp_path, L, flags, na
     assert len(set(outs)) == len(outs) and outs[0] == str(tmp_path / "out")
 
 
+@pytest.mark.parametrize("flags, row, spread", [
+    (["--pose"], "L", "skip"), (["--rope", "clex"], "L", "stretched"), (["--rope", "drope"], "L", None),
+    (["--rope", "yarn"], "window", None), (["--rope", '{"rope_type": "default", "random_positions": 5000}'], "window", "random")],
+    ids=["pose", "clex", "drope", "yarn", "random"])
+def test_rows_and_positions_of_each_recipe(recorded, base, finetuned, tmp_path, L, flags, row, spread):
+    """PoSE, CLEX and DroPE train on rows of L tokens; where positions are drawn, they are new for every row and the same for every call.
+    The baseline has whole rows and plain positions always."""
+    result = finetuned(base, tmp_path, *flags, "--factor", 3)
+    (model, config, batches), (_, direct_config, direct) = recorded
+    assert [r["name"] for r in result["rows"]][-1] == "direct_finetuned" and len(result["rows"]) == 4
+    assert batches.seq_len == (L if row == "L" else 3 * L) and direct.seq_len == 3 * L and direct.positions is None
+    assert not direct_config.pose and config.pose == ("--pose" in flags) and batches.passkey_longest == L
+    assert all(len(direct(step)) == 2 for step in range(2))
+    for step in range(3):
+        batch = batches(step)
+        assert len(batch) == (2 if spread is None else 3)
+        if spread is None:
+            continue
+        positions = batch[2]
+        assert positions.shape == batch[0].shape and (positions.diff(dim=1) > 0).all() and (positions >= 0).all()
+        assert torch.equal(positions, batches(step)[2]) and not torch.equal(positions, batches(step + 1)[2])
+        assert torch.equal(batches(step, 1, 3)[2], positions[1:3]), "a rank's share is a share of the same step"
+        if spread == "skip":
+            assert (positions[:, 0] == 0).all() and positions.max() < 3 * L and ((positions.diff(dim=1) > 1).sum(dim=1) <= 1).all()
+        if spread == "stretched":
+            assert (positions[:, 0] == 0).all() and (positions[:, -1] == positions[0, -1]).all() and (positions[0, -1] + 1) % L == 0
+        if spread == "random":
+            assert positions.max() < 5000 and positions.max() > 3 * L
+    if flags[-1] == "drope":
+        theta, factor = model.frequencies(torch.arange(2 * L))
+        assert (theta == 0).all() and factor > 1
+
+
+def test_a_model_without_rope_is_extended_in_its_own_way(recorded, finetuned, tmp_path, tokenizer, L):
+    """ALiBi's baseline is ALiBi, not RoPE."""
+    torch.manual_seed(0)
+    config = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size, multiple_of=16, max_seq_len=L, rope=RopeConfig("alibi"))
+    save_model(LLaMA(config), tmp_path / "alibi", tokenizer)
+    result = finetuned(tmp_path / "alibi", tmp_path, "--rope", "alibi")
+    assert [(row["name"], row["rope"]["rope_type"], row["rope"].get("factor", 1)) for row in result["rows"]] == [
+        ("extrapolation", "alibi", 1), ("alibi_zero_shot", "alibi", 2), ("alibi_finetuned", "alibi", 2), ("direct_finetuned", "alibi", 1)]
+
+
+def test_clex_learns_its_frequencies(base, finetuned, tmp_path, L):
+    """A real run: the network moves, is saved, and the measured model is the one with it."""
+    finetuned(base, tmp_path, "--rope", "clex", "--no-baseline", "--factor", 2)
+    model = load_model(tmp_path / "out")
+    assert model.clex.down.weight.abs().max() > 0
+    untrained = RopeConfig("clex", original_max_position_embeddings=L)
+    assert not torch.allclose(model.frequencies(torch.arange(3 * L))[0], inv_freq(untrained, 8, 3 * L)[0], rtol=1e-4)
+    assert torch.equal(model.frequencies(torch.arange(L))[0], inv_freq(untrained, 8, L)[0]), "at t = 1 nothing has flowed yet"
+
+
 def test_folder_is_named_after_method_and_factor(recorded, base, finetuned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finetuned(base, tmp_path, "--out", "", "--factor", 4)
-    assert [config.out for _, config, _ in recorded] == ["out/pi-x4", "out/pi-x4-direct"]
+    assert [config.out for _, config, _ in recorded] == ["out/pi-x4", "out/direct-x4"]
 
 
 def test_an_extended_model_is_extended_from_its_original_window(recorded, done, finetuned, tmp_path, L):
@@ -190,7 +244,7 @@ def test_table_says_what_the_rows_hold(done, L):
     rows = [{"name": row["name"], **{key: {int(n): v for n, v in row[key].items()} for key in ("perplexity", "passkey")}}
             for row in result["rows"]]
     rows[0]["perplexity"][4 * L] = math.inf
-    text = finetune.table(rows, result["lengths"], L, 2 * L).splitlines()
+    text = finetune.table(rows, result["lengths"], {"L": L, "L'": 2 * L}).splitlines()
     assert len(text) == 6 and f"{L} L " in text[1] and f"{2 * L} L' " in text[1]
     for row, line in zip(rows, text[2:]):
         name, *numbers = line.split()

@@ -16,7 +16,7 @@ from rope import RopeConfig
 
 IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
 VOCAB = 61
-LLAMA3 = RopeConfig("llama3", 8.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 = RopeConfig("llama3", 8.0, 32)
 DYNAMIC = RopeConfig("dynamic", 2.0, 16)
 
 
@@ -42,7 +42,8 @@ def oracle(model, tokens, positions=None, moved=None):
     """Logits of the float64 model with the same weights, moved by the arrays in `moved`."""
     weights = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
     weights = {name: w + moved[name] if moved else w for name, w in weights.items()}
-    return reference.forward(weights, dataclasses.asdict(model.config), tokens.numpy(), None if positions is None else positions.numpy())
+    config = {**dataclasses.asdict(model.config), "rope": model.config.rope.to_dict()}
+    return reference.forward(weights, config, tokens.numpy(), None if positions is None else positions.numpy())
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

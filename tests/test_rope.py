@@ -1,29 +1,58 @@
 """rope.py against the float64 oracle, against golden vectors of transformers 5.23.0, and against what RoPE promises."""
 import json
+import math
+import random
 
 import numpy as np
 import pytest
+import reference
 import torch
-from reference import frequencies, rotate_all
+from reference import clex_frequencies, complete, frequencies, rotate_all
 
 from cli import UserError
-from rope import ALIASES, METHODS, RopeConfig, apply_rope, cos_sin, depends_on_length, inv_freq
+from rope import ALIASES, CLEX, METHODS, RopeConfig, apply_rope, cos_sin, depends_on_length, inv_freq, learned, rope_argument
 
-CONFIGS = [
-    {"rope_type": "default"},
+CONFIGS = [  # every method as it comes (reference.complete adds s = 4, L = 64, LongRoPE's factors), and with settings of its own
+    *({"rope_type": name} for name in METHODS),
     {"rope_type": "default", "rope_theta": 500000.0},
-    {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "ntk", "factor": 8.0},
-    {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64},
-    {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "dynamic", "factor": 1.0},
+    {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256},
+    {"rope_type": "llama3", "low_freq_factor": 0.7, "high_freq_factor": 9.0},
+    {"rope_type": "ntk_by_parts", "beta_fast": 8, "beta_slow": 0.5, "factor": 7.5},
+    {"rope_type": "yarn", "truncate": False, "original_max_position_embeddings": 300},
+    {"rope_type": "yarn", "ramp": "turns", "original_max_position_embeddings": 300},
+    {"rope_type": "yarn", "beta_fast": 20.0, "beta_slow": 0.3, "factor": 11.0, "original_max_position_embeddings": 300},
+    {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.7},
+    {"rope_type": "yarn", "mscale": 0.5},
+    {"rope_type": "yarn", "attention_factor": 1.5, "mscale": 1.0, "mscale_all_dim": 0.7},
+    {"rope_type": "dynamic_yarn", "factor": 1.0, "truncate": False},
+    {"rope_type": "dynamic_yarn", "ramp": "index", "beta_fast": 4, "beta_slow": 0.5},
+    {"rope_type": "longrope", "attention_factor": 1.25},
+    {"rope_type": "abf", "new_rope_theta": 1e6, "rope_theta": 3e4},
+    {"rope_type": "dprope", "threshold": 0.3, "factor": 2.0},
+    {"rope_type": "dprope", "bins": 12, "factor": 3.0, "original_max_position_embeddings": 100},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.6},
+    {"rope_type": "clex", "max_factor": 3},
+    {"rope_type": "drope", "log_scale": 0.103},
+    *({"rope_type": name, "partial_rotary_factor": 0.5} for name in METHODS),
+    *({"rope_type": name, "resonance": True} for name in METHODS),
 ]
 DEFAULT = RopeConfig()
+STILL = {"nope", "alibi", "drope"}  # methods that turn nothing
 
 
 def label(value):
     """A short name of a config for pytest's list."""
     if isinstance(value, dict) and "rope_type" in value:
-        return f"{value['rope_type']}-{value.get('factor', 1):g}-{value.get('rope_theta', 10000):g}"
+        said = {k: v for k, v in value.items() if k not in ("rope_type", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")}
+        return "-".join([value["rope_type"], *(f"{k}={v}" for k, v in said.items() if not isinstance(v, list))])
+
+
+def config_of(name, head_dim=16, **settings):
+    """The RopeConfig of a method with s = 4, L = 64, and what it cannot do without."""
+    return RopeConfig.from_dict(complete({"rope_type": name, **settings}, head_dim))
 
 
 def rotated(x, positions, config=DEFAULT, seq_len=None):
@@ -41,9 +70,9 @@ def rotated(x, positions, config=DEFAULT, seq_len=None):
     [[0, 1, 2, 3], [100, 120, 121, 7]],       # a row of positions for each sequence
 ], ids=str)
 def test_rotation_is_the_oracles_at_any_integer_positions(config, positions):
-    x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0))
+    x, config = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)), complete(config, 16)
     length = np.max(positions) + 1
-    expected = rotate_all(x.numpy(), positions, frequencies(config, 16, length))
+    expected = rotate_all(x.numpy(), positions, *frequencies(config, 16, length))
     np.testing.assert_allclose(rotated(x, positions, RopeConfig.from_dict(config), int(length)), expected, atol=5e-5)
 
 
@@ -120,13 +149,17 @@ def test_the_attention_factor_multiplies_cos_and_sin():
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 @pytest.mark.parametrize("head_dim", [4, 16, 64, 128])
 def test_frequencies_are_the_oracles(config, head_dim):
+    config = complete(config, head_dim)
+    rotated = head_dim if config["rope_type"] in ("proportional", "drope") else head_dim * config.get("partial_rotary_factor", 1.0)
     for length in (None, 10, 64, 65, 500):
         theta, attention_factor = inv_freq(RopeConfig.from_dict(config), head_dim, length)
-        assert theta.dtype == torch.float32 and theta.shape == (head_dim // 2,) and attention_factor == 1.0
-        np.testing.assert_allclose(theta, frequencies(config, head_dim, length), rtol=1e-6, err_msg=str(length))
+        assert theta.dtype == torch.float32 and theta.shape == (rotated // 2,)
+        expected, expected_factor = frequencies(config, head_dim, length)
+        np.testing.assert_allclose(theta, expected, rtol=1e-6, err_msg=str(length))
+        assert attention_factor == pytest.approx(expected_factor, rel=1e-12) and type(attention_factor) is float
 
 
-L32, L64, L4096 = ({"original_max_position_embeddings": n} for n in (32, 64, 4096))
+L32, L64, L2048, L4096, L8192 = ({"original_max_position_embeddings": n} for n in (32, 64, 2048, 4096, 8192))
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GOLDEN_FULL = [  # (config, head_dim, seq_len, the whole vector)
     ({"rope_type": "default"}, 8, None, [1.00000000e+00, 1.00000001e-01, 9.99999978e-03, 1.00000005e-03]),
@@ -144,6 +177,29 @@ GOLDEN_FULL = [  # (config, head_dim, seq_len, the whole vector)
         3.76060307e-02, 2.49554086e-02, 1.65604409e-02, 1.09895291e-02, 7.29266508e-03, 4.83942125e-03, 3.21144611e-03, 1.29054801e-03,
         4.29556705e-04, 9.70828623e-05, 1.94616387e-05, 1.29147675e-05, 8.57025589e-06, 5.68723226e-06, 3.77405445e-06, 2.50446715e-06,
         1.66196742e-06, 1.10288363e-06, 7.31874934e-07, 4.85673127e-07, 3.22293289e-07, 2.13874230e-07, 1.41927202e-07, 9.41830649e-08]),
+    ({"rope_type": "yarn", "factor": 4.0, **L32}, 8, None, [1.00000000e+00, 2.50000004e-02, 2.49999994e-03, 2.50000012e-04]),
+    ({"rope_type": "yarn", "factor": 4.0, "truncate": False, **L32}, 8, None, [1.00000000e+00, 2.50000004e-02, 2.49999994e-03, 2.50000012e-04]),
+    ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1], "long_factor": [1, 1.5, 3, 4], **L32}, 8, 32,
+     [1.00000000e+00, 1.00000001e-01, 9.99999978e-03, 1.00000005e-03]),
+    ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1], "long_factor": [1, 1.5, 3, 4], **L32}, 8, 33,
+     [1.00000000e+00, 6.66666701e-02, 3.33333341e-03, 2.50000012e-04]),
+    ({"rope_type": "proportional", "partial_rotary_factor": 0.5}, 8, None, [1.00000000e+00, 1.00000001e-01, 0, 0]),
+    ({"rope_type": "yarn", "factor": 4.0, **L64}, 16, None, [
+        1.00000000e+00, 2.37170815e-01, 4.99999970e-02, 7.90569466e-03, 2.49999994e-03, 7.90569466e-04, 2.50000012e-04, 7.90569466e-05]),
+    ({"rope_type": "yarn", "factor": 4.0, "truncate": False, **L64}, 16, None, [
+        1.00000000e+00, 1.98583528e-01, 2.55952496e-02, 7.90569466e-03, 2.49999994e-03, 7.90569466e-04, 2.50000012e-04, 7.90569466e-05]),
+    ({"rope_type": "yarn", "factor": 32.0, "rope_theta": 150000.0, "truncate": False, **L4096}, 64, None, [  # gpt-oss
+        1.00000000e+00, 6.89044297e-01, 4.74782050e-01, 3.27145875e-01, 2.25418001e-01, 1.55322984e-01, 1.07024424e-01, 7.37445652e-02,
+        5.08132726e-02, 3.17056961e-02, 1.93349998e-02, 1.15920492e-02, 6.79495931e-03, 3.86035908e-03, 2.09379266e-03, 1.05260219e-03,
+        4.56483918e-04, 1.29318694e-04, 3.83088118e-05, 2.63964685e-05, 1.81883370e-05, 1.25325696e-05, 8.63549576e-06, 5.95023948e-06,
+        4.09997847e-06, 2.82506676e-06, 1.94659629e-06, 1.34129095e-06, 9.24208962e-07, 6.36820914e-07, 4.38797855e-07, 3.02351140e-07]),
+    ({"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0, **L4096}, 64, None, [  # DeepSeek V3
+        1.00000000e+00, 7.49894202e-01, 5.62341332e-01, 4.21696514e-01, 3.16227764e-01, 2.37137362e-01, 1.77827939e-01, 1.33352146e-01,
+        1.00000001e-01, 7.49894157e-02, 5.62341288e-02, 3.90069261e-02, 2.68793609e-02, 1.83781441e-02, 1.24479560e-02, 8.33450910e-03,
+        5.50000044e-03, 3.56199732e-03, 2.24936521e-03, 1.37051346e-03, 7.90569407e-04, 4.14990413e-04, 1.77827940e-04, 3.33380340e-05,
+        2.49999994e-05, 1.87473543e-05, 1.40585325e-05, 1.05424124e-05, 7.90569447e-06, 5.92843435e-06, 4.44569832e-06, 3.33380353e-06]),
+    ({"rope_type": "default", "resonance": True}, 8, None, [1.04719755, .0997331001, .0100050721, .00100002949]),
+    ({"rope_type": "default", "resonance": True}, 16, None, [2 * math.pi / n for n in (6, 20, 63, 199, 628, 1987, 6283, 19869)]),
 ]
 GOLDEN_PAIRS = [  # (config, seq_len, sum, {pair: value}) for head_dim 128
     ({"rope_type": "default"}, None, 7.459954203,
@@ -160,6 +216,25 @@ GOLDEN_PAIRS = [  # (config, seq_len, sum, {pair: value}) for head_dim 128
     ({**LLAMA3, "factor": 8.0, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}, None, 5.386058263,  # Llama 3.1 8B
      {1: 8.14617217e-01, 28: 3.21144611e-03, 29: 2.16657063e-03, 31: 8.56751460e-04, 34: 1.78507791e-04, 35: 9.55621217e-05,
       36: 7.78465546e-05, 63: 3.06892588e-07}),
+    ({"rope_type": "yarn", "factor": 2.0, **L4096}, None, 7.409437171,
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.77602780e-02, 30: 1.07707502e-02, 45: 7.99577218e-04, 46: 6.66760723e-04, 63: 5.77390965e-05}),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": False, **L4096}, None, 7.412710285,
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.86406200e-02, 30: 1.08280461e-02, 45: 7.70822691e-04, 46: 6.66760723e-04, 63: 5.77390965e-05}),
+    ({"rope_type": "yarn", "factor": 4.0, **L4096}, None, 7.384178651,
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.72920388e-02, 30: 9.48851742e-03, 45: 4.29402600e-04, 46: 3.33380362e-04, 63: 2.88695483e-05}),
+    ({"rope_type": "yarn", "factor": 4.0, "truncate": False, **L4096}, None, 7.389088330,
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.86125536e-02, 30: 9.57446080e-03, 45: 3.86270724e-04, 46: 3.33380362e-04, 63: 2.88695483e-05}),
+    ({"rope_type": "yarn", "factor": 32.0, **L4096}, None, 7.362077448,
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.68823276e-02, 30: 8.36656429e-03, 45: 1.05499814e-04, 46: 4.16725452e-05, 63: 3.60869353e-06}),
+    ({"rope_type": "yarn", "factor": 32.0, "truncate": False, **L4096}, None, 7.368419113,
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.85879965e-02, 30: 8.47757421e-03, 45: 4.97877918e-05, 46: 4.16725452e-05, 63: 3.60869353e-06}),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32768}, None, 5.144034828,  # Qwen 2.5 and 3
+     {20: 1.33352149e-02, 21: 1.07460786e-02, 24: 5.37532149e-03, 30: 1.06436096e-03, 35: 2.46258394e-04, 39: 6.49039430e-05, 40: 4.44569851e-05, 41: 3.58253164e-05, 63: 3.10234441e-07}),
+    # the ramp that YaRN's paper prints, where its code has 4.76e-2, 2.48e-2, ... (above)
+    *(({"rope_type": name, "factor": s, **L4096, **more}, None, None, dict(zip((21, 25, 30, 40, 45), values)))
+      for name, more in (("ntk_by_parts", {}), ("yarn", {"ramp": "turns"}))
+      for s, values in ((2.0, [.04849674, .021135176, .0083222939, .0016352793, .00077005953]),
+                        (4.0, [.048396734, .018010666, .0058158337, .00087178011, .00038512604]))),
 ]
 
 
@@ -172,22 +247,59 @@ def test_golden_vectors(config, head_dim, seq_len, vector):
 @pytest.mark.parametrize("config, seq_len, total, pairs", GOLDEN_PAIRS, ids=label)
 def test_golden_pairs_of_head_dim_128(config, seq_len, total, pairs):
     theta, _ = inv_freq(RopeConfig.from_dict(config), 128, seq_len)
-    rtol = 1e-5 if config["rope_type"] == "dynamic" else 1e-6
-    np.testing.assert_allclose(theta.double().sum(), total, rtol=rtol)
+    rtol = {"dynamic": 1e-5, "yarn": 3e-6}.get(config["rope_type"], 1e-6)                  # what float32 lost in the reference
+    if total is not None:
+        np.testing.assert_allclose(theta.double().sum(), total, rtol=rtol)
     np.testing.assert_allclose(theta[list(pairs)], list(pairs.values()), rtol=rtol)
 
 
-@pytest.mark.parametrize("head_dim, theta, factor, base", [
-    (128, 1e4, 2, 20221.2617), (128, 1e4, 32, 338096.9460), (64, 1e4, 4, 41829.3659), (32, 1e4, 8, 91895.8684),
-    (16, 1e4, 16, 237759.0863), (128, 5e5, 8, 4134231.1320),
+@pytest.mark.parametrize("head_dim, theta, bases", [  # base * s^(D/(D-2)) for s = 2, 4, 8, 16, 32
+    (128, 1e4, [20221.2617, 40889.9424, 82684.6226, 167198.7392, 338096.9460]),
+    (64, 1e4, [20452.2287, 41829.3659, 85550.3759, 174969.5854, 357851.7978]),
+    (32, 1e4, [20945.8825, 43872.9992, 91895.8684, 192484.0058, 403174.7360]),
+    (16, 1e4, [22081.7903, 48760.5462, 107672.0154, 237759.0863, 525014.6278]),
+    (128, 5e5, [1011063.0845, 2044497.1216, 4134231.1320, 8359936.9607, 16904847.2991]),
 ])
-def test_ntk_stretches_the_base(head_dim, theta, factor, base):
-    scaled, _ = inv_freq(RopeConfig(rope_type="ntk", factor=factor, rope_theta=theta), head_dim)
+def test_ntk_stretches_the_base(head_dim, theta, bases):
     plain, _ = inv_freq(RopeConfig(rope_theta=theta), head_dim)
-    assert scaled[0] == plain[0] == 1                                  # the fastest pair is left alone
-    torch.testing.assert_close(scaled[-1], plain[-1] / factor, rtol=1e-6, atol=0)  # the slowest is interpolated as by PI
-    assert scaled[1].double().item() ** (-head_dim / 2) == pytest.approx(base, rel=1e-5)
-    assert (scaled <= plain).all() and (scaled >= plain / factor * (1 - 1e-6)).all()
+    for factor, base in zip((2, 4, 8, 16, 32), bases):
+        scaled, _ = inv_freq(RopeConfig(rope_type="ntk", factor=factor, rope_theta=theta), head_dim)
+        assert scaled[0] == plain[0] == 1                              # the fastest pair is left alone
+        torch.testing.assert_close(scaled[-1], plain[-1] / factor, rtol=1e-6, atol=0)  # the slowest is interpolated as by PI
+        assert scaled[1].double().item() ** (-head_dim / 2) == pytest.approx(base, rel=1e-5)
+
+
+@pytest.mark.parametrize("s, temperature, long_4096, long_2048", [
+    (2, 1.0693147181, 1.0408329997, 1.0444659357), (4, 1.1386294361, 1.0801234497, 1.0871146130),
+    (8, 1.2079441542, 1.1180339887, 1.1281521496), (16, 1.2772588722, 1.1547005384, 1.1677484162),
+    (32, 1.3465735903, 1.1902380714, 1.2060453783), (40, 1.3688879454, 1.2014549546, 1.2181180751),
+])
+def test_golden_attention_factors(s, temperature, long_4096, long_2048):
+    def factor(name, seq_len=None, **settings):
+        return inv_freq(config_of(name, 16, factor=s, **settings), 16, seq_len)[1]
+    for more in ({}, {"ramp": "turns"}, {"truncate": False}, {"mscale": 0.707}):           # mscale counts beside mscale_all_dim only
+        assert factor("yarn", **L4096, **more) == pytest.approx(temperature, abs=1e-9)
+    assert factor("dynamic_yarn", 64, **L64) == factor("dynamic_yarn", 64 * s, **L64) == pytest.approx(temperature, abs=1e-9)
+    assert factor("yarn", mscale=1.0, mscale_all_dim=1.0) == 1.0 and factor("yarn", attention_factor=1.7) == 1.7
+    assert factor("yarn", mscale=1.0, mscale_all_dim=0.707) == pytest.approx(temperature / (0.0707 * math.log(s) + 1), abs=1e-9)
+    for seq_len in (None, 10, 5000):                                                       # in both modes
+        assert factor("longrope", seq_len, **L4096) == pytest.approx(long_4096, abs=1e-9)
+        assert factor("longrope", seq_len, **L2048) == pytest.approx(long_2048, abs=1e-9)
+
+
+@pytest.mark.parametrize("head_dim, settings, low, high", [
+    (128, L2048, 16, 41), (128, L4096, 20, 46), (128, {**L8192, "rope_theta": 5e5}, 18, 35), (64, {"original_max_position_embeddings": 512}, 3, 16),
+    (128, {"original_max_position_embeddings": 32768, "rope_theta": 1e6}, 23, 40), (32, {"original_max_position_embeddings": 256}, 0, 7),
+    (16, {"original_max_position_embeddings": 128}, 0, 3),
+])
+def test_yarn_keeps_the_fast_pairs_interpolates_the_slow_ones_and_blends_between(head_dim, settings, low, high):
+    yarn = inv_freq(config_of("yarn", **settings), head_dim)[0].double()
+    share = (yarn / inv_freq(RopeConfig(rope_theta=settings.get("rope_theta")), head_dim)[0]).double()
+    torch.testing.assert_close(share[:low + 1], torch.ones(low + 1).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(share[high:], torch.full_like(share[high:], 1 / 4), rtol=1e-6, atol=0)
+    assert (share.diff()[low:high] < -1e-3).all()                                          # strictly between, and not upside down
+    printed = inv_freq(config_of("yarn", ramp="turns", **settings), head_dim)[0].double()
+    assert (printed / yarn - 1).abs().max() > 0.1, "the paper's ramp is another one than its code's"
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0, 4.0])
@@ -199,33 +311,355 @@ def test_linear_is_the_default_at_squeezed_positions(factor):
         torch.testing.assert_close(a, b, atol=5e-4, rtol=0)
 
 
-def test_methods_are_plain_rope_where_nothing_is_stretched():
-    plain, _ = inv_freq(DEFAULT, 32)
-    for config, length in [(RopeConfig("linear"), None), (RopeConfig("ntk"), None), (RopeConfig("llama3", 1.0, 128), None),
-                           (RopeConfig("dynamic", 4.0, 128), 128), (RopeConfig("dynamic", 4.0, 128), None)]:
-        torch.testing.assert_close(inv_freq(config, 32, length)[0], plain, rtol=1e-6, atol=0)
-    assert not torch.allclose(inv_freq(RopeConfig("dynamic", 4.0, 128), 32, 129)[0], plain, rtol=1e-3)
+# --- what holds for every method: a new one is tested by being in METHODS --------------------------------------------
+
+def stretch(config, length):
+    """The s that bounds a method's frequencies at a length l: theta / s <= f <= theta."""
+    l, L, f = length or 0, config.original_max_position_embeddings, config.factor
+    grown = {"dynamic": f * l / L - (f - 1) if l > L else 1, "dynamic_yarn": max(f, l / L), "clex": 2 * min(16, max(1, math.ceil(l / L))) - 1}
+    return grown.get(config.rope_type, f)
 
 
-def test_which_frequencies_depend_on_the_length():
-    for name in METHODS:
-        config = RopeConfig(name, 4.0, 64)
-        changes = not torch.equal(inv_freq(config, 16, 64)[0], inv_freq(config, 16, 200)[0])
-        assert depends_on_length(config) == changes, name
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("head_dim, base", [(16, 1e4), (64, 5e5)])
+def test_every_method_stays_between_extrapolation_and_interpolation(name, head_dim, base):
+    plain, _ = inv_freq(RopeConfig(rope_theta=base), head_dim)
+    for length in (None, 1, 1024, 1025, 2100, 50000):
+        config = config_of(name, head_dim, rope_theta=base, original_max_position_embeddings=1024)
+        theta, factor = inv_freq(config, head_dim, length)
+        assert theta.shape == (head_dim // 2,) and theta.dtype == torch.float32 and theta.device.type == "cpu" and theta.isfinite().all()
+        assert 1 <= factor < 2 and type(factor) is float
+        if name in STILL:
+            assert not theta.any()
+            continue
+        assert (theta <= plain * (1 + 1e-6)).all() or name == "abf"                        # whose base may be the smaller one
+        assert (theta >= plain / stretch(config, length) * (1 - 1e-6)).all() or name == "abf"
+        if name not in ("linear", "xpos", "proportional", "dprope"):                       # all others leave the fastest pair alone
+            assert theta[0] == 1 or name == "longrope" and length > 1024
+        if name != "dprope":                                                               # which interpolates some pairs among others
+            assert (theta.diff() < 0).all()
 
 
-def test_frequencies_are_real_under_the_meta_device_and_another_default_dtype():
-    expected, _ = inv_freq(RopeConfig("ntk", 4.0), 16)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in STILL | {"abf"}])
+def test_every_method_is_plain_rope_where_nothing_is_stretched(name):
+    ones = {"short_factor": [1] * 16, "long_factor": [1] * 16} if name == "longrope" else {}
+    for base, length in ((1e4, None), (5e5, 64)):
+        plain, _ = inv_freq(RopeConfig(rope_theta=base), 32)
+        theta, factor = inv_freq(config_of(name, 32, factor=1.0, rope_theta=base, **ones), 32, length)
+        torch.testing.assert_close(theta, plain, rtol=1e-6, atol=0)
+        assert factor == 1
+
+
+def test_abf_with_the_base_that_the_model_has_is_plain():
+    torch.testing.assert_close(inv_freq(config_of("abf", new_rope_theta=3e4, rope_theta=3e4), 32), inv_freq(RopeConfig(rope_theta=3e4), 32))
+
+
+@pytest.mark.parametrize("name", ["dynamic", "dynamic_yarn", "clex", "longrope", "drope"])
+def test_methods_that_grow_are_as_ever_up_to_the_window(name):
+    config = config_of(name, factor=1.0, **({"short_factor": [1] * 8} if name == "longrope" else {}))
+    for length in (None, 1, 63, 64):
+        assert inv_freq(config, 16, length)[1] == 1
+        assert torch.equal(inv_freq(config, 16, length)[0], inv_freq(DEFAULT, 16)[0] * (name != "drope"))
+    beyond = inv_freq(config, 16, 65)
+    assert not torch.equal(beyond[0], inv_freq(config, 16, 64)[0]) or beyond[1] > 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_which_angles_depend_on_the_length(name):
+    config = config_of(name)
+    (before, factor), (after, factor_after) = (inv_freq(config, 16, length) for length in (64, 300))
+    assert depends_on_length(config) == (not torch.equal(before, after) or factor != factor_after)
+
+
+def test_random_positions_depend_on_the_length():
+    assert depends_on_length(RopeConfig(random_positions=100)) and not depends_on_length(RopeConfig())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("extra", [{}, {"resonance": True, "partial_rotary_factor": 0.5, "random_positions": 500, "rope_theta": 5e5}], ids=str)
+def test_every_config_survives_a_json_file(name, extra):
+    config = config_of(name, **extra)
+    again = RopeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config) and again.to_dict() == config.to_dict()
+    assert config != config_of(name, **{**extra, "factor": 5.0})
+    for length in (10, 1000):
+        torch.testing.assert_close(inv_freq(again, 16, length), inv_freq(config, 16, length), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_partial_rotary_dimensions_are_a_smaller_head(name):
+    """But for proportional, whose share counts among the pairs of the whole head, and for drope, which rotates nothing."""
+    half, whole = config_of(name, 32, partial_rotary_factor=0.5), config_of(name, 16)
+    if name not in ("proportional", "drope"):
+        torch.testing.assert_close(inv_freq(half, 32, 200), inv_freq(whole, 16, 200), rtol=0, atol=0)
+    x = torch.randn(1, 1, 3, 32)
+    turned = rotated(x, [5, 77, 199], half, 200)
+    assert turned.shape == x.shape
+    if name != "drope":
+        assert torch.equal(turned[..., 16:], x[..., 16:])
+    else:  # all scores are multiplied by the same number
+        torch.testing.assert_close(turned, x * math.sqrt(1 + 0.412 * math.log(200 / 64)))
+
+
+def test_share_of_the_head_that_leaves_no_pair_is_refused():
+    for share in (0.01, 0.45):
+        with pytest.raises(UserError, match="partial_rotary_factor"):
+            inv_freq(RopeConfig(partial_rotary_factor=share), 20)
+    assert len(inv_freq(RopeConfig(partial_rotary_factor=0.4), 20)[0]) == 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resonance_rounds_the_wavelengths_of_every_method(name):
+    for length in (None, 300):
+        theta, wavelengths = (inv_freq(config_of(name, resonance=r), 16, length)[0].double() for r in (False, True))
+        moving = theta > 0
+        rounded = 2 * math.pi / wavelengths[moving]
+        torch.testing.assert_close(rounded, (2 * math.pi / theta[moving]).round(), rtol=1e-5, atol=0)
+        assert torch.equal(wavelengths > 0, moving)
+    torch.testing.assert_close(2 * math.pi / inv_freq(RopeConfig(resonance=True), 8)[0].double(),
+                               torch.tensor([6, 63, 628, 6283]).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frequencies_are_real_under_the_meta_device_and_another_default_dtype(name):
+    config = config_of(name)
+    expected, _ = inv_freq(config, 16, 200)
     with torch.device("meta"):
-        on_meta, _ = inv_freq(RopeConfig("ntk", 4.0), 16)
+        on_meta, _ = inv_freq(config, 16, 200)
+        config_of(name)
     assert on_meta.device.type == "cpu" and torch.equal(on_meta, expected)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        theta, _ = inv_freq(RopeConfig("ntk", 4.0), 16)
+        theta, _ = inv_freq(config_of(name), 16, 200)
         cos, _ = cos_sin(theta, torch.tensor([257]))
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(theta, expected) and torch.equal(cos, cos_sin(expected, torch.tensor([257]))[0])
+
+
+# --- DPRoPE ----------------------------------------------------------------------------------------------------------
+
+def interpolated(head_dim, **settings):
+    """Which pairs dprope interpolates."""
+    config = config_of("dprope", **settings)
+    share = inv_freq(config, head_dim)[0] / inv_freq(RopeConfig(rope_theta=config.rope_theta), head_dim)[0]
+    kept, squeezed = (share - 1).abs() < 1e-6, (share * config.factor - 1).abs() < 1e-6
+    assert (kept ^ squeezed).all()
+    return squeezed.nonzero().flatten().tolist()
+
+
+def test_dprope_interpolates_the_pairs_of_the_paper():
+    eight = [2, 4, 5, 6, 8, 9, 10, *range(15, 20), 28, *range(30, 45), *range(46, 64)]     # LLaMA 2 from 4k to 8k: 46 pairs
+    sixteen = [1, 2, 4, 8, 10, 21, 25, 28, *range(30, 64)]                                 # and to 16k: 42
+    assert interpolated(128, factor=2.0, **L4096) == eight and interpolated(128, factor=4.0, **L4096) == sixteen
+    assert interpolated(128, factor=2.0, bins=360, **L4096) == eight
+    small = interpolated(32, factor=2.0, original_max_position_embeddings=512)             # bins in proportion: 45
+    assert small == interpolated(32, factor=2.0, original_max_position_embeddings=512, bins=45) == list(range(4, 16))
+
+
+def test_dprope_interpolates_as_many_dimensions_as_it_is_told():
+    for factor, dims in ((2.0, 80), (4.0, 64)):                                            # the paper's n-hat for 8k and 16k
+        chosen = interpolated(128, factor=factor, interpolated_dims=dims, **L4096)
+        assert len(chosen) == dims // 2 and set(chosen) < set(interpolated(128, factor=factor, **L4096))
+    assert set(interpolated(128, factor=2.0, interpolated_dims=8, **L4096)) == {50, 51, 52, 54}
+    assert interpolated(128, factor=2.0, interpolated_dims=0, **L4096) == []
+    assert len(interpolated(128, factor=2.0, interpolated_dims=128, **L4096)) == 64
+    assert len(interpolated(64, interpolated_dims=9)) == 4                                 # half a pair is none
+    with pytest.raises(UserError, match="interpolated_dims 80: .* 64"):
+        inv_freq(config_of("dprope", interpolated_dims=80), 64)
+
+
+def test_dprope_interpolates_fewer_for_a_greater_threshold():
+    for threshold, dims in ((5.5e-4, 80), (2e-3, 64), (5e-3, 56)):                         # the paper's numbers of dimensions, 4k to 8k
+        chosen = interpolated(128, factor=2.0, threshold=threshold, **L4096)
+        assert chosen == interpolated(128, factor=2.0, interpolated_dims=dims, **L4096)
+    assert len(interpolated(128, factor=2.0, threshold=-1.0, **L4096)) == 64
+    with pytest.raises(AssertionError):                                                    # s = 1: both are the same
+        assert interpolated(128, factor=1.0, **L4096) == [] != list(range(64))
+
+
+def test_dprope_warns_of_too_many_bins(recwarn):
+    interpolated(16, original_max_position_embeddings=517)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="360 bins for a window of 519 .* about 47 bins"):
+        config_of("dprope", bins=360, original_max_position_embeddings=519)
+
+
+# --- CLEX ------------------------------------------------------------------------------------------------------------
+
+def trained(pairs, size=0.3, seed=0):
+    network, generator = CLEX(pairs), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for matrix in (network.up.weight, network.down.weight):
+            matrix.copy_(size * torch.randn(matrix.shape, generator=generator) / math.sqrt(pairs))
+    return network
+
+
+@pytest.mark.parametrize("t, base", [(1, 10000), (2, 30527.74), (4, 72195.86), (8, 156588.32), (16, 327366.40)])
+def test_untrained_clex_is_ntk(t, base):
+    config = config_of("clex", **L4096)
+    for network in (None, learned(config, 128)):
+        theta, factor = inv_freq(config, 128, 4096 * t, network)
+        assert factor == 1 and theta[1].double().item() ** -64 == pytest.approx(base, rel=1e-5)
+        assert torch.equal(theta, inv_freq(config, 128, 4096 * (t - 1) + 1, network)[0])   # t is rounded up
+        torch.testing.assert_close(theta, inv_freq(RopeConfig("ntk", factor=2.0 * t - 1), 128)[0], rtol=1e-6, atol=0)
+    assert torch.equal(inv_freq(config, 128, 16 * 4096)[0], inv_freq(config, 128, 10**6)[0])  # and at most max_factor
+
+
+@pytest.mark.parametrize("head_dim", [8, 64])
+@pytest.mark.parametrize("resonance", [False, True])
+def test_trained_clex_is_the_oracles(head_dim, resonance):
+    network, config = trained(head_dim // 2, size=1.0), config_of("clex", head_dim, resonance=resonance)
+    matrices = [matrix.detach().double().numpy() for matrix in (network.up.weight, network.down.weight)]
+    for length in (64, 65, 64 * 3, 64 * 16):
+        theta, _ = inv_freq(config, head_dim, length, network)
+        expected, _ = frequencies(config.to_dict(), head_dim, length, matrices)
+        np.testing.assert_allclose(theta.detach(), expected, rtol=1e-4)
+        untrained, _ = inv_freq(config, head_dim, length)
+        assert ((theta / untrained).log().abs().max() > 0.1) == (length > 64), "the network has to matter for this test to mean something"
+
+
+def test_clex_begins_at_the_frequencies_of_the_model_and_both_matrices_learn():
+    network, config = trained(8), config_of("clex")
+    assert torch.equal(inv_freq(config, 16, 64, network)[0], inv_freq(DEFAULT, 16)[0])     # y(1) = 0 whatever it learned
+    theta, _ = inv_freq(config, 16, 150, network)
+    theta.log().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() > 1e-4 for p in network.parameters())
+    fresh = learned(config, 16)
+    inv_freq(config, 16, 150, fresh)[0].log().sum().backward()
+    assert fresh.down.weight.grad.abs().max() > 1e-4 and not fresh.up.weight.grad.any()    # W_down = 0 at first: it moves first
+
+
+def test_the_gradient_of_clex_is_the_oracles_difference():
+    network, config = trained(8), config_of("clex")
+    matrices = [matrix.detach().double().numpy() for matrix in (network.up.weight, network.down.weight)]
+    inv_freq(config, 16, 150, network)[0].log().sum().backward()
+    step = np.random.default_rng(0).standard_normal((2, 8, 8))
+    ends = [np.log(frequencies(config.to_dict(), 16, 150, [m + e * s for m, s in zip(matrices, step)])[0]).sum() for e in (1e-4, -1e-4)]
+    slope = sum((m.grad.double().numpy() * s).sum() for m, s in zip((network.up.weight, network.down.weight), step))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-3)
+
+
+def test_only_clex_learns():
+    assert [name for name in METHODS if learned(config_of(name), 16) is not None] == ["clex"]
+    assert learned(config_of("clex", partial_rotary_factor=0.5), 32).up.weight.shape == (8, 8)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+def in_transformers(rope, head_dim, seq_len, max_position_embeddings=None):
+    """(inv_freq, attention factor) that transformers computes from the dict."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    longest = max_position_embeddings or int(rope.get("original_max_position_embeddings", 64) * rope.get("factor", 1))
+    config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, max_position_embeddings=longest,
+                         rope_parameters=dict(rope))
+    if rope["rope_type"] == "default":
+        return LlamaRotaryEmbedding(config).inv_freq, 1.0
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=seq_len)
+
+
+def random_rope(rng, kind):
+    """(dict, head_dim, lengths) of a method that transformers has."""
+    head_dim, window, s = rng.choice([16, 32, 64, 80, 96, 128]), rng.choice([64, 256, 2048, 4096, 8192]), rng.uniform(1.5, 32)
+    rope = {"rope_type": kind, "rope_theta": 10 ** rng.uniform(4, 6)}
+    if kind != "default":
+        rope["factor"] = s
+        if rng.random() < 0.3:
+            rope["partial_rotary_factor"] = rng.choice([0.25, 0.5, 0.75])
+    if kind in ("dynamic", "yarn", "llama3", "longrope"):
+        rope["original_max_position_embeddings"] = window
+    if kind == "llama3":
+        rope |= {"low_freq_factor": rng.uniform(0.5, 2), "high_freq_factor": rng.uniform(3, 8)}
+    if kind == "yarn":
+        for keys in ({"beta_fast": rng.uniform(8, 64), "beta_slow": rng.uniform(0.2, 4)}, {"truncate": False}, {"truncate": True},
+                     {"attention_factor": rng.uniform(1, 2)}, {"mscale": rng.choice([1.0, 0.7]), "mscale_all_dim": rng.choice([1.0, 0.5])}):
+            rope |= keys if rng.random() < 0.4 else {}
+    if kind == "longrope":
+        pairs = int(head_dim * rope.get("partial_rotary_factor", 1)) // 2
+        rope |= {key: [rng.uniform(1, most) for _ in range(pairs)] for key, most in (("short_factor", 2), ("long_factor", s))}
+        rope |= {"attention_factor": rng.uniform(1, 2)} if rng.random() < 0.3 else {}
+    return rope, head_dim, [None, window // 2, window, window + 1, 2 * window, int(s * window)]
+
+
+def test_every_rope_type_of_transformers_agrees_with_it_on_random_configs():
+    pytest.importorskip("transformers")
+    rng = random.Random(0)
+    for kind in ["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"] * 10:
+        rope, head_dim, lengths = random_rope(rng, kind)
+        config = RopeConfig.from_dict(rope)
+        for seq_len in lengths:
+            # for dynamic, transformers takes the config's window for L, which is that of pre-training
+            expected, factor = in_transformers(rope, head_dim, seq_len, rope["original_max_position_embeddings"] if kind == "dynamic" else None)
+            theta, attention_factor = inv_freq(config, head_dim, seq_len)
+            np.testing.assert_allclose(theta, expected, rtol=2e-5, err_msg=f"{rope} at {seq_len}")
+            assert attention_factor == pytest.approx(factor, rel=1e-6), rope
+
+
+NATIVE = {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
+EXPORTS = [*((name, {}) for name in METHODS), *((name, {"partial_rotary_factor": 0.5}) for name in METHODS),
+           *((name, {"resonance": True}) for name in METHODS), ("yarn", {"ramp": "turns"}), ("yarn", {"ramp": "turns", "mscale": 1.0, "mscale_all_dim": 0.5}),
+           ("yarn", {"truncate": False, "attention_factor": 1.3}), ("dprope", {"interpolated_dims": 14}), ("ntk", {"rope_theta": 5e5})]
+
+
+def said(value):
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+
+
+def exported(name, settings):
+    """(config, its Hugging Face dict), or None where transformers has no words for it. Which that are is a property of the method."""
+    config = config_of(name, 32, **settings)
+    fixed = METHODS[name].rotary and not METHODS[name].grows and not (inv_freq(config, 32)[0] == 0).any()
+    if fixed or METHODS[name].hugging_face and not config.resonance:
+        return config, config.to_hugging_face(32)
+    with pytest.raises(UserError, match=f"^rope_type {name}: "):
+        config.to_hugging_face(32)
+
+
+@pytest.mark.parametrize("name, settings", EXPORTS, ids=said)
+def test_what_is_exported_to_hugging_face_comes_back_as_the_same_angles(name, settings):
+    if pair := exported(name, settings):
+        config, rope = pair
+        assert rope["rope_type"] == (name if name in NATIVE and not {"ramp", "resonance"} & set(settings) else "longrope")
+        again = RopeConfig.from_dict(json.loads(json.dumps(rope)))
+        for length in (None, 10, 64, 65, 500):
+            theta, factor = inv_freq(config, 32, length)
+            back, factor_back = inv_freq(again, 32, length)
+            torch.testing.assert_close(back, theta, rtol=2e-7, atol=0)
+            assert factor_back == pytest.approx(factor, rel=1e-12)
+
+
+def test_what_is_exported_is_the_same_in_transformers():
+    pytest.importorskip("transformers")
+    count = 0
+    for name, settings in EXPORTS:
+        if pair := exported(name, settings):
+            config, rope = pair
+            for length in (None, 10, 64, 65, 500):
+                expected, factor = in_transformers(rope, 32, length, 64 if name == "dynamic" else None)
+                theta, attention_factor = inv_freq(config, 32, length)
+                np.testing.assert_allclose(theta, expected, rtol=2e-5, err_msg=f"{name} {settings} at {length}")
+                assert attention_factor == pytest.approx(factor, rel=1e-6), name
+                count += 1
+    assert count > 100
+
+
+def test_what_transformers_has_no_words_for_is_refused_by_name():
+    for name in ("dynamic_yarn", "clex", "nope", "drope", "alibi", "xpos"):
+        assert exported(name, {}) is None
+    assert exported("proportional", {"resonance": True, "partial_rotary_factor": 0.5}) is None
+    with pytest.raises(UserError, match="random_positions"):
+        RopeConfig(random_positions=100).to_hugging_face(16)
+    with pytest.raises(UserError, match="rope_type ntk .*original_max_position_embeddings"):
+        RopeConfig("ntk", 2.0).to_hugging_face(16)
+
+
+def test_a_hugging_face_dict_says_all_that_it_has_to():
+    assert config_of("linear").to_hugging_face(16) == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert RopeConfig(rope_theta=5e5).to_hugging_face(16) == {"rope_type": "default", "rope_theta": 5e5}
+    assert config_of("llama3").to_hugging_face(16) == {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+                                                      "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 # --- what a user may write -------------------------------------------------------------------------------------------
@@ -244,10 +678,11 @@ def test_spellings_of_plain_rope(spelling):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
-def test_a_config_survives_a_json_file(config):
-    config = RopeConfig.from_dict(config)
-    assert RopeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert "rope_type" in config.to_dict()
+def test_a_config_with_settings_survives_a_json_file(config):
+    config = complete(config, 16)
+    again = RopeConfig.from_dict(config).to_dict()
+    assert RopeConfig.from_dict(json.loads(json.dumps(again))).to_dict() == again
+    assert again.items() <= {"rope_theta": 10000.0, **config}.items()                      # what is not said is not written: defaults
 
 
 @pytest.mark.parametrize("wrong, words", [

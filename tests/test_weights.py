@@ -233,9 +233,9 @@ LLAMA2 = {"dim": 24, "multiple_of": 12, "n_heads": 6, "n_layers": 2, "norm_eps":
     ({"rope_theta": 500000.0, "n_kv_heads": 3}, {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}),                # LLaMA 3
     ({"rope_theta": 5e5, "use_scaled_rope": False}, {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}),
     ({"rope_theta": 5e5, "use_scaled_rope": True},                                                                         # 3.2 1B: narrow
-     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 32.0, 8192, 5e5, low_freq_factor=1.0, high_freq_factor=4.0)}),
+     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 32.0, 8192, 5e5)}),
     ({"rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 16, "rope_high_freq_factor": 2},
-     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 16, 8192, 5e5, low_freq_factor=1.0, high_freq_factor=2)}),
+     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 16, 8192, 5e5, options={"high_freq_factor": 2})}),
     ({"max_seq_len": 777}, {"max_seq_len": 777}),                                                                          # ours: it wins
     ({"rope": {"type": "linear", "factor": 4}}, {"max_seq_len": 16384, "rope": RopeConfig("linear", 4)}),
     ({"rope": {"rope_type": "ntk", "factor": 2, "original_max_position_embeddings": 100}, "rope_theta": 123.0},
