@@ -218,8 +218,8 @@ def plot_fit(theory, path):
     axes["beyond"].set_yticks([-1000, -10, 0, 10, 1000], ["−1,000", "−10", "0", "10", "1,000"])
     axes["beyond"].yaxis.set_minor_locator(NullLocator())
     mark_windows(axes["beyond"], {"": L})
-    for x in range(start, start + 51):
-        axes["near"].axvline(x, color="grey", linewidth=0.5, linestyle=(0, (4, 3)), zorder=0)
+    axes["near"].vlines(range(start, start + 51), 0, 1, transform=axes["near"].get_xaxis_transform(), color="grey", linewidth=0.5,
+                        linestyle=(0, (4, 3)), zorder=0)
     axes["near"].set_xlim(start, start + 50)
     for name, axis in axes.items():
         axis.set_xlabel("distance x (tokens)")

@@ -77,7 +77,7 @@ class RopeConfig:
         object.__setattr__(self, "options", {k: v for k, v in given.items() if v != function.options[k].default})
         # Tried once on a small head: settings that contradict each other are refused here, not in the middle of a run.
         pairs = next((len(v) for v in given.values() if isinstance(v, list)), max(4, min(256, -(-given.get("interpolated_dims", 0) // 2))))
-        self.frequencies(theory_theta(2 * pairs, self.base), 2 * pairs, None)
+        self.frequencies(plain_frequencies(2 * pairs, self.base), 2 * pairs, None)
 
     def __eq__(self, other):
         """Equal if they mean the same: a base that is not said is 10000."""
@@ -156,7 +156,7 @@ class RopeConfig:
             raise UserError(f"rope_type {self.rope_type}: transformers has no words for it, and no fixed factors give the same angles")
         if self.original_max_position_embeddings is None:
             raise UserError(f"rope_type {self.rope_type} is exported as longrope, which needs original_max_position_embeddings")
-        factors = (theory_theta(2 * len(frequencies), self.base) / frequencies.double()).tolist()
+        factors = (plain_frequencies(2 * len(frequencies), self.base) / frequencies.double()).tolist()
         return {"rope_type": "longrope", **shared, "factor": self.factor, "attention_factor": attention_factor, "short_factor": factors,
                 "long_factor": factors, "original_max_position_embeddings": self.original_max_position_embeddings}
 
@@ -410,7 +410,7 @@ def xpos(theta, head_dim, config, seq_len):
 # What the methods are made of
 
 
-def theory_theta(dim, base):
+def plain_frequencies(dim, base):
     """base^(-2i/dim), i = 0 .. dim/2-1, in float64. On the CPU by name: frequencies are numbers under `with torch.device("meta")` too,
     and a context here would break compiled graphs."""
     return base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
@@ -458,7 +458,7 @@ def gain_of_interpolation(theta, factor, window, bins):
 
 def resonate(frequencies):
     """Resonance RoPE: the wavelength rounded to whole tokens, so that a pair repeats itself exactly. (Wang et al. 2024, arXiv 2403.00071)"""
-    return torch.where(frequencies > 0, 2 * math.pi / (2 * math.pi / frequencies).round(), frequencies)
+    return torch.where(frequencies > 0, 2 * math.pi / (2 * math.pi / frequencies).round().clamp(min=1), frequencies)
 
 
 def clex_time(config, seq_len, max_factor):
@@ -516,7 +516,7 @@ def inv_freq(config, head_dim, seq_len=None, network=None):
     rotated = head_dim if whole else int(head_dim * config.partial_rotary_factor)
     if rotated < 2 or rotated % 2:
         raise UserError(f"partial_rotary_factor {config.partial_rotary_factor:g} of head_dim {head_dim}: has to leave an even number to rotate")
-    theta = theory_theta(rotated, config.base)
+    theta = plain_frequencies(rotated, config.base)
     frequencies, attention_factor = config.frequencies(theta, rotated, seq_len)
     if network is not None:
         t = clex_time(config, seq_len, config.setting("max_factor"))

@@ -30,7 +30,7 @@ def rope_frequencies(head_dim, base=10000.0):
 
 
 def score_curve(h, theta, x):
-    """a(x) = Re sum_i h_i e^(j x theta_i): h [P] complex, theta [P], x [N] -> [N]. (Chen et al. 2023, arXiv 2306.15595, eq. 3)"""
+    """a(x) = Re sum_i h_i e^(j x theta_i): h [P] complex, theta [P], x [N] -> [N]. (Chen et al. 2023, arXiv 2306.15595, section 2)"""
     return (np.exp(1j * np.multiply.outer(x, theta)) @ h).real
 
 
@@ -173,7 +173,7 @@ def disturbance(theta, new_theta, length, new_length, bins=360, printed=False, e
 
 
 def both_ways(theta, factor, length, bins=360, **kwargs):
-    """Disturbance of each pair at s * length positions: (left alone D_E [P], interpolated D_I [P]). (DPRoPE, section 3.2)"""
+    """Disturbance of each pair at s * length positions: (left alone D_E [P], interpolated D_I [P]). For whole s at most ln s."""
     return tuple(disturbance(theta, new, length, round(factor * length), bins, **kwargs) for new in (theta, theta / factor))
 
 

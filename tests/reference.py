@@ -20,7 +20,8 @@ def complete(rope, head_dim):
     rope = {"factor": 4.0, "original_max_position_embeddings": 64, **rope}
     if rope["rope_type"] == "longrope":
         pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
-        rope = {"short_factor": [1 + 0.05 * i for i in range(pairs)], "long_factor": [1.2 + 2.8 * i / pairs for i in range(pairs)], **rope}
+        given = {"short_factor": [1 + 0.05 * i for i in range(pairs)], "long_factor": [1.2 + 2.8 * i / pairs for i in range(pairs)]}
+        rope = {**given, **rope}
     return rope
 
 
@@ -124,7 +125,7 @@ def frequencies(rope, head_dim, length=None, clex=None):
             chosen = sorted(range(D // 2), key=lambda i: -gain[i])[:rope["interpolated_dims"] // 2]
         result = [theta / s if i in chosen else theta for i, theta in enumerate(result)]
     if rope.get("resonance"):
-        result = [2 * math.pi / round(2 * math.pi / theta) if theta else theta for theta in result]
+        result = [2 * math.pi / max(1, round(2 * math.pi / theta)) if theta else theta for theta in result]
     return np.array(result, dtype=np.float64), factor
 
 
@@ -138,7 +139,8 @@ def histogram(theta, length, bins):
 
 def disturbance(old, new, L, s, bins):
     """KL(angles of `old` within L || angles of `new` within s L), in nats. (DPRoPE, eq. 8 in the order that gives its Table 3)"""
-    return sum(p * math.log((p + 1e-12) / (q + 1e-12)) for p, q in zip(histogram(old, L, bins), histogram(new, round(s * L), bins)) if p > 0)
+    before, after = histogram(old, L, bins), histogram(new, round(s * L), bins)
+    return sum(p * math.log((p + 1e-12) / (q + 1e-12)) for p, q in zip(before, after) if p > 0)
 
 
 def clex_frequencies(theta, t, up, down, steps=400):

@@ -12,12 +12,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cli import UserError
 from model import KVCache, LLaMA, ModelConfig, generate
-from rope import RopeConfig
+from positions import position_ids
+from rope import METHODS, RopeConfig, depends_on_length
 
 IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
 VOCAB = 61
 LLAMA3 = RopeConfig("llama3", 8.0, 32)
 DYNAMIC = RopeConfig("dynamic", 2.0, 16)
+
+
+def every_rope(window, head_dim=8):
+    """Every method with L = window, and what may be combined with any: {name: RopeConfig}."""
+    def config(name, **settings):
+        return RopeConfig.from_dict(reference.complete({"rope_type": name, "original_max_position_embeddings": window, **settings}, head_dim))
+    return {**{name: config(name) for name in METHODS}, "yarn paper's ramp": config("yarn", ramp="turns"), "dynamic by length alone": config("dynamic", factor=1.0),
+            "dynamic_yarn by length alone": config("dynamic_yarn", factor=1.0), "half the pairs": config("proportional", partial_rotary_factor=0.5),
+            "half the head": config("dynamic", partial_rotary_factor=0.5), "half the head, drope": config("drope", partial_rotary_factor=0.5),
+            "half the head, clex": config("clex", partial_rotary_factor=0.5), "half the head, xpos": config("xpos", partial_rotary_factor=0.5),
+            "resonance": config("yarn", resonance=True), "resonance, dynamic": config("dynamic", resonance=True),
+            "random positions": config("linear", random_positions=100), "random positions, alibi": config("alibi", random_positions=100)}
+
+
+ROPES = every_rope(12)
 
 
 def build(seed=0, attention="auto", **changes):
@@ -29,7 +45,8 @@ def build(seed=0, attention="auto", **changes):
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             embedding = name == "tok_embeddings.weight" and not config.tied
-            p.copy_(1 + 0.3 * noise if p.dim() == 1 else noise if embedding else 1.5 * noise / math.sqrt(p.shape[1]))
+            size = 0.5 if name.startswith("clex") else 1.5
+            p.copy_(1 + 0.3 * noise if p.dim() == 1 else noise if embedding else size * noise / math.sqrt(p.shape[1]))
     model.attention = attention
     return model
 
@@ -62,6 +79,26 @@ def test_logits_are_the_oracles(changes):
         np.testing.assert_allclose(logits.detach(), expected, atol=2e-5, err_msg=model.attention)
 
 
+@pytest.mark.parametrize("name", ROPES)
+def test_logits_are_the_oracles_for_every_method(name):
+    model = build(rope=ROPES[name], n_heads=4, n_layers=2)
+    tokens = draw(2, 19)
+    positions = position_ids(ROPES[name], 19)
+    expected = oracle(model, tokens, positions)
+    for model.attention in IMPLEMENTATIONS:
+        np.testing.assert_allclose(model(tokens).detach(), expected, atol=5e-5, err_msg=model.attention)
+    if not name.startswith("default"):
+        model.config.rope = RopeConfig()
+        assert np.abs(model(tokens).detach() - expected).max() > 1e-3, "this method has to matter for this test to mean something"
+
+
+def test_logits_with_alibi_and_xpos_at_other_positions():
+    for rope in (ROPES["alibi"], ROPES["xpos"]):
+        model, tokens = build(rope=rope), draw(2, 11)
+        positions = torch.stack([torch.arange(11), torch.arange(11) * 3 + 40])
+        np.testing.assert_allclose(model(tokens, positions).detach(), oracle(model, tokens, positions), atol=2e-5)
+
+
 @pytest.mark.parametrize("positions", [
     torch.arange(7, 18), torch.arange(11) * 5, torch.stack([torch.arange(11), torch.arange(11) * 3 + 40]),
 ], ids=["offset", "gaps", "by row"])
@@ -78,11 +115,14 @@ def test_the_rope_of_a_model_can_be_changed_at_any_time():
     assert (model(tokens) - before).abs().max() > 0.01
 
 
-def test_a_long_input_leaves_nothing_behind_for_a_short_one():
-    model, tokens = build(rope=DYNAMIC), draw(1, 40)
-    fresh = model(tokens[:, :10])
-    model(tokens)
+@pytest.mark.parametrize("name", ROPES)
+def test_a_long_input_leaves_nothing_behind_for_a_short_one(name):
+    model, tokens = build(rope=ROPES[name]), draw(1, 40)
+    fresh = build(rope=ROPES[name])(tokens[:, :10])
+    long = model(tokens)
     assert torch.equal(model(tokens[:, :10]), fresh)
+    assert torch.equal(generate(model, tokens[:, :10], 5), generate(build(rope=ROPES[name]), tokens[:, :10], 5))
+    assert torch.equal(model(tokens), long)
 
 
 @pytest.mark.parametrize("select", [slice(-1, None), [-1], [0, 3, 8], slice(2, 7), torch.tensor([5, 1])], ids=str)
@@ -108,7 +148,7 @@ def test_a_bfloat16_model_has_float32_positions():
     assert (here - far).square().mean().sqrt() < 0.03 * here.std()
 
 
-@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 4.0), LLAMA3], ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_model_made_on_the_meta_device_has_the_right_frequencies(rope, assign):
     source = build(rope=rope)
@@ -192,12 +232,59 @@ def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implem
         torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], atol=1e-5, rtol=1e-5, msg=lambda m: f"at {end}: {m}")
 
 
-def test_a_cache_of_keys_rotated_once_would_fail_that():
-    """The frequencies of L = 16 at 32 tokens move the logits by much more than the tolerance above."""
-    model, tokens = build(rope=DYNAMIC), draw(2, 32)
-    dynamic = model(tokens)[:, -1]
-    model.config.rope = RopeConfig()
-    assert (model(tokens)[:, -1] - dynamic).abs().max() > 0.01
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ROPES)
+def test_a_cache_across_the_window_is_the_whole_for_every_method(name, implementation):
+    """L = 12, 30 tokens: token by token, in chunks, a prefill and then tokens. What each piece answers last is what the model answers to the
+    whole text up to there; where nothing depends on the length, all that it answers is."""
+    model, tokens = build(attention=implementation, rope=ROPES[name]), draw(2, 30)
+    grows, close = depends_on_length(ROPES[name]), {"atol": 1e-5, "rtol": 1e-5}
+    whole = model(tokens)
+    for sizes in ([1] * 30, [7, 4, 9, 10], [10] + [1] * 20):
+        got = cached(model, tokens, sizes)
+        torch.testing.assert_close(got[:, -1], whole[:, -1], **close)
+        if not grows:
+            torch.testing.assert_close(got, whole, **close)
+        elif len(sizes) < 30:
+            for end in np.cumsum(sizes):
+                torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], **close, msg=lambda m: f"at {end}: {m}")
+
+
+def test_methods_that_grow_are_in_that_test():
+    assert {"dynamic", "dynamic_yarn", "longrope", "clex", "drope"} <= {name for name, rope in ROPES.items() if depends_on_length(rope)}
+    longrope = ROPES["longrope"].options
+    assert longrope["short_factor"] != longrope["long_factor"]
+
+
+class StaleCache(KVCache):
+    """What most code has: keys are rotated once, by the angles of the moment, and kept."""
+
+    def outdated(self, *args):
+        super().outdated(*args)
+        return False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, harmed", [("dynamic", True), ("dynamic_yarn by length alone", True), ("longrope", True), ("clex", True), ("drope", True),
+                                          ("linear", False), ("yarn", False), ("dprope", False)])
+def test_a_cache_of_keys_rotated_once_gives_other_answers(monkeypatch, name, harmed):
+    model, tokens = build(rope=ROPES[name]), draw(2, 30)
+    whole = model(tokens)[:, -1]
+    assert (cached(model, tokens, [1] * 30)[:, -1] - whole).abs().max() < 1e-5
+    monkeypatch.setitem(globals(), "KVCache", StaleCache)
+    stale = (cached(model, tokens, [1] * 30)[:, -1] - whole).abs().max()
+    assert stale > 0.01 if harmed else stale < 1e-5
+    # in one piece beyond the window nothing is stale, which is why a prompt is answered well and its continuation is not
+    assert (cached(model, tokens, [30])[:, -1] - whole).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dynamic", "clex", "alibi", "random positions"])
+def test_a_cache_in_bfloat16_across_the_window(name):
+    model, tokens = build(rope=ROPES[name]).bfloat16(), draw(2, 30)
+    got, whole = cached(model, tokens, [10] + [1] * 20, dtype=torch.bfloat16), model(tokens)
+    assert (got[:, -1] - whole[:, -1]).abs().max() < 0.1 * whole.std()
 
 
 @torch.no_grad()
@@ -289,10 +376,30 @@ def test_recomputing_blocks_changes_memory_but_not_gradients(implementation):
     assert peaks[1] < 0.6 * peaks[0]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_gradient_of_the_loss_is_the_oracles_difference(tied):
+@pytest.mark.parametrize("name", ["nope", "alibi", "xpos", "clex", "drope", "random positions", "random positions, alibi", "half the head, clex"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_baseline_trains_with_recompute(name, implementation):
+    """From fresh weights, as train.py has them: all parameters get the gradients that they get without recompute."""
+    model = build(attention=implementation, rope=ROPES[name])
+    tokens, targets = draw(2, 24), targets_with_gaps(2, 24)                                # twice the window
+    loss, whole = gradients(model, tokens, targets)
+    model.recompute = True
+    again, recomputed = gradients(model, tokens, targets)
+    assert loss.isfinite() and loss == again and all(torch.equal(a, b) for a, b in zip(whole, recomputed, strict=True))
+    for parameter, gradient in zip(model.named_parameters(), whole, strict=True):
+        assert gradient is not None and gradient.isfinite().all() and gradient.any(), parameter[0]
+    optimizer, start = torch.optim.SGD(model.parameters(), lr=1e-3), loss
+    for _ in range(3):
+        loss, _ = gradients(model, tokens, targets)
+        optimizer.step()
+    assert model.loss(tokens, targets) < start
+
+
+@pytest.mark.parametrize("tied, rope", [(False, None), (True, None), (False, "clex"), (False, "alibi"), (True, "xpos")])
+def test_the_gradient_of_the_loss_is_the_oracles_difference(tied, rope):
     """A derivative along a random direction in all weights, against the float64 model on both sides."""
-    model, tokens, targets = build(tied=tied), draw(2, 9), targets_with_gaps(2, 9)
+    model = build(tied=tied, rope=ROPES[rope] if rope != "clex" else every_rope(4)["clex"]) if rope else build(tied=tied)
+    tokens, targets = draw(2, 9), targets_with_gaps(2, 9)
     _, gradient = gradients(model, tokens, targets)
     generator = torch.Generator().manual_seed(3)
     direction = {name: torch.randn(p.shape, generator=generator).double().numpy() for name, p in model.named_parameters()}
@@ -323,7 +430,8 @@ def greedy(model, tokens, new):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 4.0), DYNAMIC], ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("rope", [RopeConfig(), DYNAMIC, *(ROPES[name] for name in ("longrope", "clex", "alibi", "xpos", "random positions"))],
+                         ids=lambda r: r.rope_type)
 def test_greedy_generation_is_the_argmax_of_the_whole(implementation, rope):
     model, prompt = build(attention=implementation, rope=rope), draw(3, 7)
     assert torch.equal(generate(model, prompt, 20), greedy(model, prompt, 20))

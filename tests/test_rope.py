@@ -46,7 +46,8 @@ STILL = {"nope", "alibi", "drope"}  # methods that turn nothing
 def label(value):
     """A short name of a config for pytest's list."""
     if isinstance(value, dict) and "rope_type" in value:
-        said = {k: v for k, v in value.items() if k not in ("rope_type", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")}
+        silent = ("rope_type", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        said = {k: v for k, v in value.items() if k not in silent}
         return "-".join([value["rope_type"], *(f"{k}={v}" for k, v in said.items() if not isinstance(v, list))])
 
 
@@ -178,7 +179,8 @@ GOLDEN_FULL = [  # (config, head_dim, seq_len, the whole vector)
         4.29556705e-04, 9.70828623e-05, 1.94616387e-05, 1.29147675e-05, 8.57025589e-06, 5.68723226e-06, 3.77405445e-06, 2.50446715e-06,
         1.66196742e-06, 1.10288363e-06, 7.31874934e-07, 4.85673127e-07, 3.22293289e-07, 2.13874230e-07, 1.41927202e-07, 9.41830649e-08]),
     ({"rope_type": "yarn", "factor": 4.0, **L32}, 8, None, [1.00000000e+00, 2.50000004e-02, 2.49999994e-03, 2.50000012e-04]),
-    ({"rope_type": "yarn", "factor": 4.0, "truncate": False, **L32}, 8, None, [1.00000000e+00, 2.50000004e-02, 2.49999994e-03, 2.50000012e-04]),
+    ({"rope_type": "yarn", "factor": 4.0, "truncate": False, **L32}, 8, None,
+     [1.00000000e+00, 2.50000004e-02, 2.49999994e-03, 2.50000012e-04]),
     ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1], "long_factor": [1, 1.5, 3, 4], **L32}, 8, 32,
      [1.00000000e+00, 1.00000001e-01, 9.99999978e-03, 1.00000005e-03]),
     ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1, 1, 1, 1], "long_factor": [1, 1.5, 3, 4], **L32}, 8, 33,
@@ -217,19 +219,26 @@ GOLDEN_PAIRS = [  # (config, seq_len, sum, {pair: value}) for head_dim 128
      {1: 8.14617217e-01, 28: 3.21144611e-03, 29: 2.16657063e-03, 31: 8.56751460e-04, 34: 1.78507791e-04, 35: 9.55621217e-05,
       36: 7.78465546e-05, 63: 3.06892588e-07}),
     ({"rope_type": "yarn", "factor": 2.0, **L4096}, None, 7.409437171,
-     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.77602780e-02, 30: 1.07707502e-02, 45: 7.99577218e-04, 46: 6.66760723e-04, 63: 5.77390965e-05}),
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.77602780e-02, 30: 1.07707502e-02, 45: 7.99577218e-04, 46: 6.66760723e-04,
+      63: 5.77390965e-05}),
     ({"rope_type": "yarn", "factor": 2.0, "truncate": False, **L4096}, None, 7.412710285,
-     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.86406200e-02, 30: 1.08280461e-02, 45: 7.70822691e-04, 46: 6.66760723e-04, 63: 5.77390965e-05}),
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.86406200e-02, 30: 1.08280461e-02, 45: 7.70822691e-04, 46: 6.66760723e-04,
+      63: 5.77390965e-05}),
     ({"rope_type": "yarn", "factor": 4.0, **L4096}, None, 7.384178651,
-     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.72920388e-02, 30: 9.48851742e-03, 45: 4.29402600e-04, 46: 3.33380362e-04, 63: 2.88695483e-05}),
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.72920388e-02, 30: 9.48851742e-03, 45: 4.29402600e-04, 46: 3.33380362e-04,
+      63: 2.88695483e-05}),
     ({"rope_type": "yarn", "factor": 4.0, "truncate": False, **L4096}, None, 7.389088330,
-     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.86125536e-02, 30: 9.57446080e-03, 45: 3.86270724e-04, 46: 3.33380362e-04, 63: 2.88695483e-05}),
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.86125536e-02, 30: 9.57446080e-03, 45: 3.86270724e-04, 46: 3.33380362e-04,
+      63: 2.88695483e-05}),
     ({"rope_type": "yarn", "factor": 32.0, **L4096}, None, 7.362077448,
-     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.68823276e-02, 30: 8.36656429e-03, 45: 1.05499814e-04, 46: 4.16725452e-05, 63: 3.60869353e-06}),
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.68823276e-02, 30: 8.36656429e-03, 45: 1.05499814e-04, 46: 4.16725452e-05,
+      63: 3.60869353e-06}),
     ({"rope_type": "yarn", "factor": 32.0, "truncate": False, **L4096}, None, 7.368419113,
-     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.85879965e-02, 30: 8.47757421e-03, 45: 4.97877918e-05, 46: 4.16725452e-05, 63: 3.60869353e-06}),
+     {1: 8.65964353e-01, 20: 5.62341288e-02, 21: 4.85879965e-02, 30: 8.47757421e-03, 45: 4.97877918e-05, 46: 4.16725452e-05,
+      63: 3.60869353e-06}),
     ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32768}, None, 5.144034828,  # Qwen 2.5 and 3
-     {20: 1.33352149e-02, 21: 1.07460786e-02, 24: 5.37532149e-03, 30: 1.06436096e-03, 35: 2.46258394e-04, 39: 6.49039430e-05, 40: 4.44569851e-05, 41: 3.58253164e-05, 63: 3.10234441e-07}),
+     {20: 1.33352149e-02, 21: 1.07460786e-02, 24: 5.37532149e-03, 30: 1.06436096e-03,
+      35: 2.46258394e-04, 39: 6.49039430e-05, 40: 4.44569851e-05, 41: 3.58253164e-05, 63: 3.10234441e-07}),
     # the ramp that YaRN's paper prints, where its code has 4.76e-2, 2.48e-2, ... (above)
     *(({"rope_type": name, "factor": s, **L4096, **more}, None, None, dict(zip((21, 25, 30, 40, 45), values)))
       for name, more in (("ntk_by_parts", {}), ("yarn", {"ramp": "turns"}))
@@ -288,7 +297,8 @@ def test_golden_attention_factors(s, temperature, long_4096, long_2048):
 
 
 @pytest.mark.parametrize("head_dim, settings, low, high", [
-    (128, L2048, 16, 41), (128, L4096, 20, 46), (128, {**L8192, "rope_theta": 5e5}, 18, 35), (64, {"original_max_position_embeddings": 512}, 3, 16),
+    (128, L2048, 16, 41), (128, L4096, 20, 46), (128, {**L8192, "rope_theta": 5e5}, 18, 35),
+    (64, {"original_max_position_embeddings": 512}, 3, 16),
     (128, {"original_max_position_embeddings": 32768, "rope_theta": 1e6}, 23, 40), (32, {"original_max_position_embeddings": 256}, 0, 7),
     (16, {"original_max_position_embeddings": 128}, 0, 3),
 ])
@@ -507,9 +517,8 @@ def test_untrained_clex_is_ntk(t, base):
 
 
 @pytest.mark.parametrize("head_dim", [8, 64])
-@pytest.mark.parametrize("resonance", [False, True])
-def test_trained_clex_is_the_oracles(head_dim, resonance):
-    network, config = trained(head_dim // 2, size=1.0), config_of("clex", head_dim, resonance=resonance)
+def test_trained_clex_is_the_oracles(head_dim):
+    network, config = trained(head_dim // 2, size=1.0), config_of("clex", head_dim)
     matrices = [matrix.detach().double().numpy() for matrix in (network.up.weight, network.down.weight)]
     for length in (64, 65, 64 * 3, 64 * 16):
         theta, _ = inv_freq(config, head_dim, length, network)
@@ -551,12 +560,12 @@ def in_transformers(rope, head_dim, seq_len, max_position_embeddings=None):
     """(inv_freq, attention factor) that transformers computes from the dict."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi.modeling_phi import PhiRotaryEmbedding  # LLaMA's does not know a partial_rotary_factor
     longest = max_position_embeddings or int(rope.get("original_max_position_embeddings", 64) * rope.get("factor", 1))
     config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, max_position_embeddings=longest,
                          rope_parameters=dict(rope))
     if rope["rope_type"] == "default":
-        return LlamaRotaryEmbedding(config).inv_freq, 1.0
+        return PhiRotaryEmbedding(config).inv_freq, 1.0
     return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=seq_len)
 
 
@@ -564,10 +573,10 @@ def random_rope(rng, kind):
     """(dict, head_dim, lengths) of a method that transformers has."""
     head_dim, window, s = rng.choice([16, 32, 64, 80, 96, 128]), rng.choice([64, 256, 2048, 4096, 8192]), rng.uniform(1.5, 32)
     rope = {"rope_type": kind, "rope_theta": 10 ** rng.uniform(4, 6)}
+    if rng.random() < 0.3:
+        rope["partial_rotary_factor"] = rng.choice([0.25, 0.5, 0.75])
     if kind != "default":
         rope["factor"] = s
-        if rng.random() < 0.3:
-            rope["partial_rotary_factor"] = rng.choice([0.25, 0.5, 0.75])
     if kind in ("dynamic", "yarn", "llama3", "longrope"):
         rope["original_max_position_embeddings"] = window
     if kind == "llama3":
@@ -599,7 +608,8 @@ def test_every_rope_type_of_transformers_agrees_with_it_on_random_configs():
 
 NATIVE = {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
 EXPORTS = [*((name, {}) for name in METHODS), *((name, {"partial_rotary_factor": 0.5}) for name in METHODS),
-           *((name, {"resonance": True}) for name in METHODS), ("yarn", {"ramp": "turns"}), ("yarn", {"ramp": "turns", "mscale": 1.0, "mscale_all_dim": 0.5}),
+           *((name, {"resonance": True}) for name in METHODS),
+           ("yarn", {"ramp": "turns"}), ("yarn", {"ramp": "turns", "mscale": 1.0, "mscale_all_dim": 0.5}),
            ("yarn", {"truncate": False, "attention_factor": 1.3}), ("dprope", {"interpolated_dims": 14}), ("ntk", {"rope_theta": 5e5})]
 
 
@@ -685,28 +695,125 @@ def test_a_config_with_settings_survives_a_json_file(config):
     assert again.items() <= {"rope_theta": 10000.0, **config}.items()                      # what is not said is not written: defaults
 
 
+YARN, LONG = {"rope_type": "yarn", **L64}, {"rope_type": "longrope", **L64, "short_factor": [1, 1], "long_factor": [2, 3]}
+DPROPE = {"rope_type": "dprope", **L64}
+
+
 @pytest.mark.parametrize("wrong, words", [
     ({"rope_type": "lineer"}, sorted([*METHODS])),                       # the message names every choice
+    ({"rope_type": ["linear"]}, ["rope_type", "linear"]),
+    ({"rope_type": {"linear": 4}}, ["rope_type"]),
+    ({"rope_type": 0}, ["rope_type"]),
+    ({"type": []}, ["rope_type"]),
+    ({"rope_type": ""}, ["rope_type"]),
     ({"rope_type": "linear", "factr": 4.0}, ["factr", "factor"]),         # a misspelt key is not dropped in silence
     ({"rope_type": "linear", "type": "ntk", "factor": 4.0}, ["linear", "ntk"]),
+    ({"factor": 4.0}, ["factor", "rope_type"]),
     ({"rope_type": "linear", "factor": 0.5}, ["factor", "0.5"]),
-    ({"rope_type": "linear", "factor": -4.0}, ["factor"]),
-    ({"rope_type": "linear", "factor": float("nan")}, ["factor"]),
-    ({"rope_type": "linear", "factor": float("inf")}, ["factor"]),
-    ({"rope_type": "linear", "factor": "4"}, ["factor"]),
-    ({"rope_type": "linear", "factor": None}, ["factor"]),
-    ({"rope_type": "linear", "factor": True}, ["factor"]),
-    ({"rope_theta": 0.0}, ["rope_theta"]),
-    ({"rope_type": "dynamic", "factor": 2.0}, ["original_max_position_embeddings"]),
-    ({"rope_type": "llama3", "factor": 8.0}, ["original_max_position_embeddings"]),
-    ({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 0}, ["original_max_position_embeddings"]),
+    ({"rope_type": "linear", "factor": 2e6}, ["factor", "2e+06"]),
+    *(({"rope_type": "linear", "factor": value}, ["factor"]) for value in (
+        -4.0, 0, float("nan"), float("inf"), 10**400, "4", None, True, [4], {})),
+    *(({"rope_theta": value}, ["rope_theta"]) for value in (0.0, 1, -1e4, "10000", float("nan"), [1e4])),
+    *(({"partial_rotary_factor": value}, ["partial_rotary_factor"]) for value in (0, -0.5, 1.5, "half", None)),
+    *(({"resonance": value}, ["resonance"]) for value in (1, "yes", None, 0.0)),
+    *(({"random_positions": value}, ["random_positions"]) for value in (0, -1, 2.5, "many", True, float("inf"))),
+    *(({"rope_type": name, "factor": 2.0}, [name, "original_max_position_embeddings"]) for name in METHODS if METHODS[name].needs_window),
+    *(({"rope_type": "dynamic", "original_max_position_embeddings": value}, ["original_max_position_embeddings"])
+      for value in (0, -64, 64.5, "64", True, [64], float("nan"))),
+    ({"rope_type": "yarn", "max_position_embeddings": "64"}, ["max_position_embeddings"]),
+    ({**LONG, "max_position_embeddings": [64]}, ["max_position_embeddings"]),
+    ({**LONG, "max_position_embeddings": 256, "original_max_position_embeddings": "64"}, ["original_max_position_embeddings"]),
+    # settings of another method, and of none
+    ({"rope_type": "ntk_by_parts", **L64, "truncate": False}, ["truncate", "ntk_by_parts"]),
+    ({"rope_type": "linear", "beta_fast": 32}, ["beta_fast", "linear"]),
+    ({**YARN, "bins": 3, "betafast": 3}, ["bins", "betafast", "beta_fast"]),
+    # types
+    *(({**YARN, key: value}, [key]) for key, value in (("beta_fast", "32"), ("beta_slow", [1]), ("truncate", 1), ("truncate", "no"),
+                                                      ("ramp", 3), ("ramp", "turn"), ("attention_factor", "1"), ("mscale", [1.0]), ("mscale", -0.5))),
+    *(({**DPROPE, key: value}, [key]) for key, value in (("threshold", "0"), ("bins", 4.5), ("bins", 0), ("bins", -3), ("bins", "360"),
+                                                        ("interpolated_dims", -1), ("interpolated_dims", 7.5))),
+    *(({"rope_type": "abf", "new_rope_theta": value}, ["new_rope_theta"]) for value in (1.0, 0, -5e5, "5e5")),
+    *(({"rope_type": "clex", **L64, "max_factor": value}, ["max_factor"]) for value in (0.5, -1, "16", True)),
+    *(({"rope_type": "drope", **L64, "log_scale": value}, ["log_scale"]) for value in (-1, "x", False)),
+    # lists
+    ({"rope_type": "longrope", **L64, "short_factor": [1, 1]}, ["longrope", "long_factor"]),
+    ({"rope_type": "longrope", **L64, "long_factor": [1, 1]}, ["longrope", "short_factor"]),
+    ({**LONG, "long_factor": [1, 2, 3]}, ["longrope", "3 long", "2 short"]),
+    *(({**LONG, "long_factor": value}, ["long_factor"])
+      for value in ([], 2, "23", [1, "2"], [1, 0], [1, -2], [1, float("nan")], [[1], [2]], None)),
+    # limits that contradict each other
     ({**LLAMA3, **L64, "factor": 8.0, "low_freq_factor": 4.0}, ["low_freq_factor", "high_freq_factor"]),
+    ({**LLAMA3, **L64, "low_freq_factor": 5.0}, ["low_freq_factor", "high_freq_factor"]),
+    *(({**more, "beta_fast": 1.0}, ["beta_slow", "beta_fast"]) for more in (YARN, {**YARN, "ramp": "turns"}, {"rope_type": "ntk_by_parts", **L64})),
+    ({**YARN, "beta_slow": 0}, ["beta_slow"]),
+    ({**YARN, "rope_type": "dynamic_yarn", "beta_slow": 40.0}, ["beta_slow"]),
+    ({"rope_type": "dprope", "original_max_position_embeddings": 10**9, "factor": 4.0}, ["dprope", "4000000000"]),  # days, not an answer
 ], ids=str)
 def test_a_mistake_is_one_line_that_names_it(wrong, words):
     with pytest.raises(UserError) as error:
         RopeConfig.from_dict(wrong)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("wrong", [[], 0, "", "linear", 4.0, True, ["linear"]], ids=repr)
+def test_what_is_no_object_is_refused(wrong):
+    with pytest.raises(UserError, match="^rope .*give an object"):
+        RopeConfig.from_dict(wrong)
+
+
+def test_the_wrong_number_of_factors_is_refused_with_the_model():
+    config = RopeConfig.from_dict(LONG)
+    assert len(inv_freq(config, 4)[0]) == 2
+    with pytest.raises(UserError, match="2 short and 2 long factors for 8 pairs"):
+        inv_freq(config, 16)
+
+
+def random_json(rng, depth=0):
+    numbers = [0, 1, -1, 2, 4.0, 0.5, 64, 64.0, 1000, 1e-300, 1e300, -1e308, 10**400, 2**63, float("nan"), float("inf"), -float("inf")]
+    leaves = [*numbers, *numbers, None, True, False, "", "4", "linear", "turns", "index", *METHODS]
+    kind = rng.random() if depth < 2 else 1
+    if kind < 0.12:
+        return [random_json(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(leaves).__str__(): random_json(rng, depth + 1) for _ in range(rng.randrange(3))} if kind < 0.16 else rng.choice(leaves)
+
+
+@pytest.mark.filterwarnings("ignore:dprope")
+def test_whatever_json_says_the_answer_is_a_config_or_one_line():
+    rng, accepted, refused = random.Random(0), 0, 0
+    fields = ["factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "resonance", "random_positions", "type",
+              "max_position_embeddings", "rope_scaling"]
+    for n in range(4000):
+        name = rng.choice([*METHODS])
+        keys = rng.sample([*fields, *METHODS[name].options], rng.randrange(5))
+        rope = {**complete({"rope_type": name}, 16), **{key: random_json(rng) for key in keys}}
+        if rng.random() < 0.1:
+            rope["rope_type"] = random_json(rng)
+        if rng.random() < 0.05:
+            rope = random_json(rng)
+        try:
+            config = RopeConfig.from_dict(rope)
+            accepted += 1
+            assert RopeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+            for length in (None, 1, 100):
+                theta, factor = inv_freq(config, 16, length)
+                assert theta.isfinite().all() and (theta >= 0).all() and math.isfinite(factor), rope
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), rope
+    assert accepted > 500 and refused > 500
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("ntk", {"rope_type": "ntk"}), ("pi", {"rope_type": "pi"}), (' {"type": "linear", "factor": 2}', {"type": "linear", "factor": 2}),
+])
+def test_what_the_flag_says(text, expected):
+    assert rope_argument(text) == expected
+
+
+def test_a_flag_that_is_half_an_object_is_refused():
+    with pytest.raises(UserError, match="neither a method's name nor a JSON object"):
+        rope_argument('{"rope_type": linear}')
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 65])

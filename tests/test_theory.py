@@ -173,6 +173,7 @@ def test_golden_disturbances_and_selections(ways):
         chosen = theory.interpolated_pairs(left_alone, interpolated)
         assert np.flatnonzero(chosen).tolist() == CHOSEN[s] and chosen.sum() == (46 if s == 2 else 42)
         assert set(theory.slow_pairs(THETA, 4096)) <= set(CHOSEN[s])
+        assert max(left_alone.max(), interpolated.max()) <= math.log(s) + 1e-9  # one new position in s has an angle of training
 
 
 def test_as_many_pairs_as_asked_for(ways):

@@ -238,6 +238,35 @@ def test_command(corpus_folder, tokenizer, tmp_path, capsys):
     assert (tmp_path / "state.pt").stat().st_mtime_ns == before, "a finished run is not trained again"
 
 
+@pytest.mark.parametrize("rope, expected", [
+    ("alibi", {"rope_type": "alibi"}), ("xpos", {"rope_type": "xpos"}), ("nope", {"rope_type": "nope"}),
+    ('{"rope_type": "default", "random_positions": 300}', {"rope_type": "default", "random_positions": 300}),
+    ('{"rope_type": "proportional", "partial_rotary_factor": 0.5}', {"rope_type": "proportional", "partial_rotary_factor": 0.5})])
+def test_command_trains_other_positions_from_scratch(corpus_folder, tokenizer, tmp_path, rope, expected):
+    """The folder knows them, and what is loaded from it is the model that was validated."""
+    train.main(f"--dim 16 --n-layers 1 --n-heads 2 --max-seq-len 80 --steps 3 --batch-size 2 --corpus {corpus_folder} "
+               f"--tokenizer {tokenizer.path} --device cpu --out {tmp_path} --rope".split() + [rope])
+    model = load_model(tmp_path)
+    assert expected.items() <= model.config.rope.to_dict().items() and model.config.rope.original_max_position_embeddings == 80
+    measured = validation(TokenFile(corpus_folder, "val"), tokenizer, 2, 80)(model)["val_loss"]
+    assert measured == pytest.approx([line for line in lines(tmp_path) if "val_loss" in line][-1]["val_loss"], rel=1e-6)
+
+
+def test_positions_reach_the_model(tmp_path):
+    """A batch of three tensors is trained on at its positions, micro-batch by micro-batch."""
+    def moved(step, first=0, last=8):
+        tokens, targets = toy(step, first, last)
+        return tokens, targets, torch.arange(T).expand(len(tokens), -1) + 10 * torch.arange(len(tokens))[:, None] ** 2 % 70
+
+    def stretched(step, first=0, last=8):
+        tokens, targets = toy(step, first, last)
+        return tokens, targets, 9 * torch.arange(T).expand(len(tokens), -1)
+    plain, same, other = (trained(tmp_path / name, batches, steps=4) for name, batches in (("a", toy), ("b", moved), ("c", stretched)))
+    for a, b in zip(plain.parameters(), same.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)  # a shift changes nothing but rounding
+    assert not torch.allclose(plain.layers[0].attention.wq.weight, other.layers[0].attention.wq.weight, atol=2e-3)
+
+
 def test_command_trains_on_the_mix_that_its_flags_say(corpus_folder, tokenizer, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "fit", lambda *given: asked.append(given) or 1.0)
