@@ -36,23 +36,28 @@ class ModelConfig:
     max_seq_len: int = 2048                   # the window the weights were trained for, L' after an extension
     rope: RopeConfig = field(default_factory=RopeConfig)
     tied: bool = False                        # the output projection is the embedding
+    head_dim: int | None = None               # D, where it is not dim / n_heads
+    ffn_dim: int | None = None                # F, where it does not follow from Meta's rule
 
     def __post_init__(self):
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)!r}: has to be a positive whole number")
-        if self.dim % self.n_heads or self.dim // self.n_heads % 2:
-            raise UserError(f"dim {self.dim} / n_heads {self.n_heads}: has to be an even whole number, the head_dim that RoPE pairs up")
+        if self.head_dim is None:
+            if self.dim % self.n_heads or self.dim // self.n_heads % 2:
+                raise UserError(f"dim {self.dim} / n_heads {self.n_heads}: has to be an even whole number, the head_dim that RoPE pairs up")
+            self.head_dim = self.dim // self.n_heads
+        if self.ffn_dim is None:
+            self.ffn_dim = self.metas_ffn_dim()
+        for name, least in (("head_dim", 2), ("ffn_dim", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least or name == "head_dim" and value % 2:
+                raise UserError(f"{name} = {value!r}: has to be a positive whole number{', and even' if name == 'head_dim' else ''}")
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads {self.n_heads} has to be a multiple of n_kv_heads {self.n_kv_heads}")
 
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
-
-    @property
-    def ffn_dim(self):
+    def metas_ffn_dim(self):
         """Meta's rule: two thirds of 4C (SwiGLU has three matrices), scaled, rounded up to multiple_of."""
         width = int(8 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
@@ -61,7 +66,7 @@ class ModelConfig:
 
     def parameters(self):
         """Number of parameters: embeddings, and per layer wq and wo, wk and wv, the three feed-forward matrices, two norms; and CLEX's."""
-        layer = 2 * self.dim**2 + 2 * self.dim * self.n_kv_heads * self.head_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        layer = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
         with torch.device("meta"):
             network = learned(self.rope, self.head_dim)
         extra = sum(p.numel() for p in network.parameters()) if network else 0
@@ -69,10 +74,10 @@ class ModelConfig:
 
     def flops_per_token(self, seq_len, training=True):
         """Floating-point operations per token at length T, matrix products only: 2 per weight of every matrix but the embedding
-        table, plus q.k and p.v over the (T+1)/2 keys that a causal token sees on average, 4 C (T+1)/2 a layer. The backward pass
+        table, plus q.k and p.v over the (T+1)/2 keys that a causal token sees on average, 4 H D (T+1)/2 a layer. The backward pass
         costs twice the forward, so training is 3 times this (4 times with recompute)."""
         matrices = self.parameters() - (0 if self.tied else self.vocab_size * self.dim) - (2 * self.n_layers + 1) * self.dim
-        forward = 2 * matrices + 4 * self.n_layers * self.dim * (seq_len + 1) / 2
+        forward = 2 * matrices + 4 * self.n_layers * self.n_heads * self.head_dim * (seq_len + 1) / 2
         return int(3 * forward if training else forward)
 
     def training_bytes(self, rows, seq_len, dtype=torch.float32, recompute=False, attention="sdpa"):

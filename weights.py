@@ -146,7 +146,7 @@ def check_values(file, name, tensor, dtype):
 
 PARAMS = {"dim": int, "n_layers": int, "n_heads": int, "n_kv_heads": int, "vocab_size": int, "multiple_of": int, "max_seq_len": int,
           "ffn_dim_multiplier": float, "norm_eps": float, "rope_theta": float, "rope_scaling_factor": float, "rope_high_freq_factor": float,
-          "use_scaled_rope": bool, "rope": dict}
+          "use_scaled_rope": bool, "rope": dict, "head_dim": int, "ffn_dim": int}
 KINDS = {int: "a positive whole number", float: "a positive number", bool: "true or false", dict: "an object, {\"rope_type\": ...}"}
 HARMLESS = {"max_batch_size"}  # says how to run a model, not what it computes
 
@@ -329,6 +329,9 @@ def save_model(model, folder, tokenizer=None, dtype=None):
     assert "norm.weight" in weights, "give the LLaMA itself, not what torch.compile or DistributedDataParallel made of it"
     params = {key: getattr(config, key) for key in PARAMS if getattr(config, key, None) is not None}
     params |= {"rope_theta": config.rope.base, "rope": config.rope.to_dict()}
+    for key, rule in (("head_dim", config.dim / config.n_heads), ("ffn_dim", config.metas_ffn_dim())):
+        if params[key] == rule:
+            del params[key]  # Meta's code knows neither: only where its rules do not give them
     if config.rope.rope_type == "llama3":
         params["use_scaled_rope"] = True  # for Meta's code, which does not know `rope`
     put_in_place(folder)
