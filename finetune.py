@@ -36,8 +36,8 @@ from weights import load_config, load_model, load_tokenizer, original_window, wi
 class FinetuneConfig(FitConfig):
     """Defaults are scaled to the tiny model. For a 7B model the paper has lr 2e-5, 1000 steps of 64 rows, constant after warm-up."""
     model: str = field("data/tiny", "pretrained model folder")
-    rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., or a JSON object with its settings; default "
-                      "is plain RoPE (only the direct fine-tuning)")
+    rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., or a JSON object with its settings; "
+                      "default is plain RoPE (only the direct fine-tuning)")
     factor: float = field(2.0, "s = L'/L: how many times longer the window becomes, counted from the original one")
     out: str = field("", "folder of the extended model; the baseline's is the same with -direct [out/ROPE-xFACTOR and out/direct-xFACTOR]")
     steps: int = field(400, "optimiser steps")
