@@ -109,14 +109,14 @@ def pose_positions(rng, length, longest):
     return positions
 
 
-def training_positions(config, original, target, pose=False):
+def training_positions(config, original, target, way="own"):
     """How training draws positions, as data.batches.Batches takes it: a function (rng of the step, rng of the row, T) -> [T], or None for
-    0 .. T-1. config: RopeConfig; original, target: L and L'."""
+    0 .. T-1. config: RopeConfig; original, target: L and L'; way: "pose", "contiguous", or the method's "own"."""
     if config.random_positions is not None:
         return lambda step, row, length: random_positions(row, length, config.random_positions)
-    if pose:
+    if way == "pose":
         return lambda step, row, length: pose_positions(row, length, target)
-    if METHODS[config.rope_type].train_on == "random":  # one t for all rows of a step, as it decides the frequencies
+    if way == "own" and METHODS[config.rope_type].train_on == "random":  # one t for all rows of a step, as it decides the frequencies
         longest = math.floor(config.setting("max_factor"))
         return lambda step, row, length: stretched_positions(row, length, int(step.integers(1, longest + 1)) * original)
     return None
