@@ -4,8 +4,8 @@
     python eval.py passkey --model data/tiny --lengths 256 512 1024 --depths 10 --trials 10
     python eval.py compare --model data/tiny                  # every method of rope.py, untrained -> a table, a JSON file and a figure
 
-A model's folder knows its own RoPE scaling; --rope and --factor replace it, for a model that was not fine-tuned. --rope takes a method's name
-or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
+A model's folder knows its own RoPE scaling; --rope and --factor replace it, for a model that was not fine-tuned. --rope takes a method's
+name or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
 """
 import dataclasses
 import json
@@ -225,11 +225,13 @@ def variants(config, factors, chosen=()):
     if chosen:
         methods = [rope_argument(each) for each in chosen]
     elif METHODS[own.rope_type].rotary:  # plain RoPE may be stretched by all that is RoPE, but for what has to be searched for first
-        methods = [{"rope_type": name} for name, m in METHODS.items() if m.rotary and all(o.default is not o.empty for o in m.options.values())]
+        methods = [{"rope_type": name} for name, m in METHODS.items()
+                   if m.rotary and all(option.default is not option.empty for option in m.options.values())]
         # p-RoPE of plain RoPE: let those pairs stand still that never complete a turn in L
         plain, _ = inv_freq(RopeConfig(rope_theta=own.base), config.head_dim)
         turning = int((plain * original_window(config) >= 2 * math.pi).sum())
-        methods = [m | {"partial_rotary_factor": turning / (config.head_dim // 2)} if m["rope_type"] == "proportional" else m for m in methods]
+        share = {"partial_rotary_factor": turning / (config.head_dim // 2)}
+        methods = [m | share if m["rope_type"] == "proportional" else m for m in methods]
         methods += [{"rope_type": "yarn", "ramp": "turns"}, {"rope_type": "yarn", "resonance": True}]
     else:
         methods = [own.to_dict() | {"factor": 1.0}]
@@ -306,7 +308,7 @@ def rope_flags(config):
     """--rope and --factor as a dict for load_model, or None: the folder's own."""
     if config.rope is None:
         if config.factor is not None:
-            raise UserError(f"--factor {config.factor:g} needs --rope: which method stretches the window? (linear is Position Interpolation)")
+            raise UserError(f"--factor {config.factor:g} needs --rope: which method stretches the window? (linear: Position Interpolation)")
         return None
     rope = rope_argument(config.rope)
     known = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | rope)  # any window: the folder knows its own

@@ -4,7 +4,7 @@
 
     python finetune.py                                            # the tiny model from 256 to 512 tokens, on a laptop, in minutes
     python finetune.py --rope yarn --factor 4                     # any method of rope.py
-    python finetune.py --pose                                     # at the cost of the old window: PoSE
+    python finetune.py --positions pose                           # at the cost of the old window: PoSE
     python finetune.py --model llama-7b --factor 4 --lr 2e-5 --steps 1000 --schedule constant --batch-size 1 --accumulate 64 --recompute \\
         --passkey-share 0 --corpus data/corpora/books --out out/llama-7b-pi      # the paper's recipe, on a corpus of long documents
 
@@ -36,8 +36,8 @@ from weights import load_config, load_model, load_tokenizer, original_window, wi
 class FinetuneConfig(FitConfig):
     """Defaults are scaled to the tiny model. For a 7B model the paper has lr 2e-5, 1000 steps of 64 rows, constant after warm-up."""
     model: str = field("data/tiny", "pretrained model folder")
-    rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., or a JSON object with its settings; default "
-                      "is plain RoPE (only the direct fine-tuning)")
+    rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., or a JSON object with its settings; "
+                      "default is plain RoPE (only the direct fine-tuning)")
     factor: float = field(2.0, "s = L'/L: how many times longer the window becomes, counted from the original one")
     out: str = field("", "folder of the extended model; the baseline's is the same with -direct [out/ROPE-xFACTOR and out/direct-xFACTOR]")
     steps: int = field(400, "optimiser steps")
@@ -49,7 +49,9 @@ class FinetuneConfig(FitConfig):
     passkey_share: float = field(1.0, "share of rows of text that hold a passkey prompt, which is never longer than L")
     passkey_packed: bool = field(False, "fill those rows with prompts, as in pre-training: the model then learns to overlook keys "
                                  "farther away than L")
-    pose: bool = field(False, "PoSE: rows of L tokens, whose positions skip so that they cover L': the memory and time of the old window")
+    positions: str = field("own", "of the rows: pose (rows of L tokens, whose positions skip so that they cover L': the memory and time of the "
+                           "old window), contiguous (rows of L'), or the method's own way, which is contiguous for nearly all",
+                           choices=["own", "contiguous", "pose"])
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if it has to be made")
     baseline: bool = field(True, "also the baseline: direct fine-tuning with the same steps and data")
@@ -72,7 +74,7 @@ def main(argv=None):
     name = "pi" if method == "linear" else method
     # Where no folder is named, all methods share the baseline's: it is trained once.
     direct_out = f"{config.out}-direct" if config.out else f"out/direct-x{config.factor:g}"
-    config = dataclasses.replace(config, out=config.out or f"out/{name}{'-pose' if config.pose else ''}-x{config.factor:g}")
+    config = dataclasses.replace(config, out=config.out or f"out/{name}{'' if config.positions == 'own' else '-' + config.positions}-x{config.factor:g}")
     if not math.isfinite(config.factor):
         raise UserError(f"--factor {config.factor}: give a number above 1")
     if Path(config.model).resolve() in (Path(config.out).resolve(), Path(direct_out).resolve()):
@@ -104,15 +106,15 @@ def main(argv=None):
     def recipe(rope):
         """The batches of a row, and its settings, which tell its run from others."""
         own = rope == ours or not scaled
-        pose, said = own and config.pose, {k: v for k, v in rope.items() if k != "factor"}
+        way, said = config.positions if own else "contiguous", {k: v for k, v in rope.items() if k != "factor"}
         batches = Batches(corpus, tokenizer, rows, L if own and short else window, config.passkey_share, L, config.passkey_packed,
-                          config.seed, training_positions(with_rope(base, rope).rope, L, window, pose))
+                          config.seed, training_positions(with_rope(base, rope).rope, L, window, way))
         said = rope["rope_type"] if len(said) == 1 else json.dumps(said)
-        return batches, dataclasses.replace(config, out=config.out if own else direct_out, rope=said, pose=pose)
+        return batches, dataclasses.replace(config, out=config.out if own else direct_out, rope=said, positions=way)
 
     model = load(ours)
     target = model.config
-    short = config.pose or METHODS[method].train_on != "target"  # rows of L tokens
+    short = config.positions == "pose" or config.positions == "own" and METHODS[method].train_on != "target"  # rows of L tokens
     if rank == 0:
         describe(target, config, device, L if short else window)
         ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)

@@ -108,9 +108,15 @@ def naive_attention(q, k, v, bias=None):
     k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)            # [B, K, S, D] -> [B, H, S, D]
     scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])            # [B, H, T, S]
     if bias is not None:
-        scores = scores + bias
+        scores = scores + relative(bias, T, S)
     future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
     return scores.masked_fill(future, -torch.inf).softmax(dim=-1).type_as(v) @ v
+
+
+def relative(bias, T, S):
+    """A bias [.., T or 1, S] less what each query's own key has: softmax is the same, and near keys keep all their digits in any dtype."""
+    bias = bias.float().expand(*bias.shape[:-2], T, S)
+    return bias - bias.diagonal(S - T, -2, -1).clamp(min=-1e30)[..., None]
 
 
 def sdpa_attention(q, k, v, bias=None):
@@ -119,9 +125,7 @@ def sdpa_attention(q, k, v, bias=None):
     mask, causal = None, T == S
     if bias is not None:
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        mask, causal = bias.float().masked_fill(future, -torch.inf), False         # [.., T, S]
-        mask = mask - mask.amax(dim=-1, keepdim=True).clamp(min=-1e30)             # softmax does not mind, and bfloat16 is finest at 0
-        mask = mask.to(q.dtype)
+        mask, causal = relative(bias, T, S).masked_fill(future, -torch.inf).to(q.dtype), False   # [.., T, S]
     elif T != S and T > 1:                                                         # is_causal would align the diagonal with key 0
         mask = causal_lower_right(T, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -210,8 +214,9 @@ def tile_scores(q_tile, k_tile, bias, rows, keys, q_shape, k_shape):
     (B, H, T, D), (K, S) = q_shape, k_shape[1:3]
     scores = (q_tile @ k_tile.transpose(-2, -1)).float() / math.sqrt(D)
     if bias is not None:
-        tile = bias.expand(B, H, T, S)[:, :, rows, keys]                                     # expand copies nothing
-        scores = scores + fold(tile, slice(None), K)
+        bias = bias.float().expand(B, H, T, S)                                               # copies nothing
+        own = bias.diagonal(S - T, -2, -1)[:, :, rows, None].clamp(min=-1e30)                # see relative()
+        scores = scores + fold(bias[:, :, rows, keys] - own, slice(None), K)
     if keys.stop - 1 > S - T + rows.start:                                                   # only tiles on the diagonal need a mask
         position = torch.arange(S - T + rows.start, S - T + rows.stop, device=scores.device).repeat(H // K)
         future = torch.arange(keys.start, keys.stop, device=scores.device) > position[:, None]
@@ -256,8 +261,8 @@ class KVCache:
         self.length, self.capacity, self.positions, self.angles = 0, capacity, None, None
 
     def append(self, tokens, positions):
-        """Make room for T more tokens [B, T] at `positions`, theirs or those of the whole text: [T], [B, T] or [S]. Returns the tokens and the
-        positions of the whole text, [B, S] each."""
+        """Make room for T more tokens [B, T] at `positions`, theirs or those of the whole text: [T], [B, T] or [S]. Returns the tokens and
+        the positions of the whole text, [B, S] each."""
         start, end = self.length, self.length + tokens.shape[1]
         if end > self.capacity:
             raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed: ask for fewer new tokens")
@@ -357,7 +362,7 @@ class LLaMA(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
-        self.clex = learned(config.rope, config.head_dim)                          # None, but for the one method that learns its frequencies
+        self.clex = learned(config.rope, config.head_dim)                          # None, but for the method that learns frequencies
 
     def init_weights(self, std=0.02):
         """Normal(0, std); wo and w2, which write into the residual stream, are divided by sqrt(2 n_layers) (GPT-2's rule): its variance

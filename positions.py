@@ -45,11 +45,11 @@ def alibi_slopes(n_heads):
 
 
 def alibi_bias(positions, n_heads, factor=1.0):
-    """-slope_h * (m - n) / s, what ALiBi adds to the score of query m and key n: key positions n, [S] or [B, S] -> [H, 1, S] or [B, H, 1, S].
+    """-slope_h * (m - n) / s, what ALiBi adds to the score of query m and key n: positions n, [S] or [B, S] -> [H, 1, S] or [B, H, 1, S].
 
     It has no row for each query: softmax is the same whatever is added to all scores of a row, so m may be any number, here the last
-    position. Memory stays linear in S. Dividing the slopes by s is Position Interpolation for ALiBi. (Al-Khateeb et al. 2023, arXiv
-    2310.13017)"""
+    position. So `tiled` attention stays linear in memory (`sdpa` makes a mask of every bias). Dividing the slopes by s is Position
+    Interpolation for ALiBi. (Al-Khateeb et al. 2023, arXiv 2310.13017)"""
     slopes = alibi_slopes(n_heads).to(positions.device) / factor
     distance = positions.max() - positions                                         # [S] or [B, S]
     return -(slopes[:, None] * distance[..., None, :].float())[..., None, :]       # [.., H, 1, S]
@@ -60,14 +60,15 @@ def alibi_bias(positions, n_heads, factor=1.0):
 
 
 def xpos_scale(positions, pairs, factor=1.0, scale_base=512):
-    """zeta_i^(m / 512) with zeta_i = (2i + 0.4 D) / 1.4 D: positions [..., T] -> [..., T, D/2]. Queries are multiplied by it and keys divided,
-    so the score of pair i decays as zeta_i^((m-n)/512), the fast pairs most. (Sun et al. 2022, arXiv 2212.10554; torchscale)
+    """zeta_i^(m / 512 s) with zeta_i = (2i + 0.4 D) / 1.4 D: positions [..., T] -> [..., T, D/2]. Queries are multiplied by it and keys
+    divided, so the score of pair i decays as zeta_i^((m-n) / 512 s), the fast pairs most. (Sun et al. 2022, arXiv 2212.10554; torchscale,
+    which counts m from the middle of the text: the same scores)
 
-    Powers of a position, and so a limit: past 30,000 or so the fastest pair's leaves float32. A UserError there."""
+    Powers of a position, and so a limit: past 32,695 s the fastest pair's nears the end of float32. A UserError there."""
     zeta = (2 * torch.arange(pairs, dtype=torch.float32, device=positions.device) + 0.8 * pairs) / (2.8 * pairs)
     power = positions[..., None].float() / (factor * scale_base)
     if float(power.max()) * -float(zeta[0].log()) > 80:
-        raise UserError(f"xpos: position {int(positions.max())} is too far for its powers in float32: use a shorter text or a greater factor")
+        raise UserError(f"xpos: position {int(positions.max())} is too far for powers in float32: use a shorter text or a greater factor")
     return zeta ** power
 
 
@@ -76,8 +77,9 @@ def xpos_scale(positions, pairs, factor=1.0, scale_base=512):
 
 
 def position_ids(config, length, device=None):
-    """Positions of a text of `length` tokens, [S]: 0, 1, 2, ..., or, with config.random_positions = N, a sorted random choice of 0 .. N-1, the
-    same for every text of this length. (Ruoss et al. 2023, arXiv 2305.16843, who draw anew for every text)"""
+    """Positions of a text of `length` tokens, [S]: 0, 1, 2, ..., or, with config.random_positions = N, a sorted random choice of
+    0 .. N-1, the same for every text of this length, and another for every other length. (Ruoss et al. 2023, arXiv 2305.16843, who draw
+    for every text)"""
     if config.random_positions is None:
         return torch.arange(length, device=device)
     return torch.from_numpy(random_positions(np.random.default_rng(length), length, config.random_positions)).to(device)
@@ -99,7 +101,7 @@ def stretched_positions(rng, length, longest):
 
 def pose_positions(rng, length, longest):
     """PoSE: 0 .. l-1, then a skip, then the rest in a row; l and the skip at random, so that positions up to longest-1 and distances of all
-    sizes are seen on rows of `length` tokens. The text itself runs on without a skip, the paper's variant v = 0. (Zhu et al. 2023, arXiv
+    sizes are seen on rows of `length` tokens. The text itself runs on; the paper's main variant skips in it, too. (Zhu et al. 2023, arXiv
     2309.10400, section 3.2)"""
     first = int(rng.integers(1, (length + 1) // 2 + 1))
     positions = np.arange(length)
@@ -107,14 +109,14 @@ def pose_positions(rng, length, longest):
     return positions
 
 
-def training_positions(config, original, target, pose=False):
-    """How fine-tuning draws positions, as data.batches.Batches takes it: a function (rng of the step, rng of the row, T) -> [T], or None for
-    0 .. T-1. config: RopeConfig; original, target: L and L'."""
+def training_positions(config, original, target, way="own"):
+    """How training draws positions, as data.batches.Batches takes it: a function (rng of the step, rng of the row, T) -> [T], or None for
+    0 .. T-1. config: RopeConfig; original, target: L and L'; way: "pose", "contiguous", or the method's "own"."""
     if config.random_positions is not None:
         return lambda step, row, length: random_positions(row, length, config.random_positions)
-    if pose:
+    if way == "pose":
         return lambda step, row, length: pose_positions(row, length, target)
-    if METHODS[config.rope_type].train_on == "random":  # one t for all rows of a step, as it decides the frequencies
+    if way == "own" and METHODS[config.rope_type].train_on == "random":  # one t for all rows of a step, as it decides the frequencies
         longest = math.floor(config.setting("max_factor"))
         return lambda step, row, length: stretched_positions(row, length, int(step.integers(1, longest + 1)) * original)
     return None

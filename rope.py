@@ -279,7 +279,7 @@ def yarn(theta, head_dim, config, seq_len, *, beta_fast: float = 32.0, beta_slow
         keep = keep_by_index(theta, window, beta_slow, beta_fast, head_dim, config.base, truncate)
     if attention_factor is None:
         both = mscale and mscale_all_dim
-        attention_factor = temperature(s, mscale if both else 1.0) / (temperature(s, mscale_all_dim) if both else 1.0)
+        attention_factor = yarn_mscale(s, mscale if both else 1.0) / (yarn_mscale(s, mscale_all_dim) if both else 1.0)
     return keep * theta + (1 - keep) * theta / s, attention_factor
 
 
@@ -287,7 +287,7 @@ def yarn(theta, head_dim, config, seq_len, *, beta_fast: float = 32.0, beta_slow
 def dynamic_yarn(theta, head_dim, config, seq_len, **options):
     """Dynamic YaRN: YaRN with s = max(factor, l/L). factor 1 suits a model without fine-tuning; after it, the factor of the training.
 
-    (Peng et al. 2023, arXiv 2309.00071, section 3.5)"""
+    (Peng et al. 2023, arXiv 2309.00071, "Dynamic Scaling")"""
     if (seq_len or 0) > config.factor * config.original_max_position_embeddings:
         config = dataclasses.replace(config, factor=seq_len / config.original_max_position_embeddings)
     return yarn(theta, head_dim, config, seq_len, **options)
@@ -295,8 +295,8 @@ def dynamic_yarn(theta, head_dim, config, seq_len, **options):
 
 @method(needs_window=True, hugging_face=True)
 def llama3(theta, head_dim, config, seq_len, *, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0):
-    """LLaMA 3.1: NTK-by-parts with other limits. With r = L theta / 2 pi turns inside L: theta/s where r < low, theta where r > high, a
-    linear blend between.
+    """LLaMA 3.1: with r = L theta / 2 pi turns inside L, theta/s where r < low, theta where r > high, a linear blend between. That is
+    ntk_by_parts with beta_slow = low_freq_factor and beta_fast = high_freq_factor.
 
     (Meta's llama-models)"""
     if not low_freq_factor < high_freq_factor:
@@ -308,7 +308,7 @@ def llama3(theta, head_dim, config, seq_len, *, low_freq_factor: float = 1.0, hi
 @method(needs_window=True, grows=True, hugging_face=True)
 def longrope(theta, head_dim, config, seq_len, *, short_factor: list, long_factor: list, attention_factor: float | None = None):
     """LongRoPE: theta_i / f_i with a factor for each pair, found by a search: short_factor while l <= L, long_factor beyond. cos and sin
-    are multiplied by sqrt(1 + ln s / ln L) in both, unless attention_factor is given.
+    are multiplied by sqrt(1 + ln s / ln L) = sqrt(ln L' / ln L), within L too, unless attention_factor is given.
 
     (Ding et al. 2024, arXiv 2402.13753; Phi-3's code)"""
     window = config.original_max_position_embeddings
@@ -322,8 +322,7 @@ def longrope(theta, head_dim, config, seq_len, *, short_factor: list, long_facto
 
 @method()
 def abf(theta, head_dim, config, seq_len, *, new_rope_theta: float = 500000.0):
-    """Adjusted base frequency: another base, b'^(-2i/D), whatever s. (Xiong et al. 2023, arXiv 2309.16039: 500000 for 4k -> 16k; Code
-    Llama: 1000000.)"""
+    """Adjusted base frequency: another base, b'^(-2i/D), whatever s. (Xiong et al. 2023, arXiv 2309.16039: 500000; Code Llama: 1000000)"""
     if new_rope_theta <= 1:
         raise UserError(f"abf new_rope_theta {new_rope_theta:g}: has to be greater than 1")
     return theta ** (math.log(new_rope_theta) / math.log(config.base)), 1.0
@@ -333,11 +332,11 @@ def abf(theta, head_dim, config, seq_len, *, new_rope_theta: float = 500000.0):
 def dprope(theta, head_dim, config, seq_len, *, threshold: float = 0.0, interpolated_dims: int | None = None, bins: int | None = None):
     """DPRoPE: a pair is interpolated if that disturbs the distribution of its angles less than extrapolating does, by more than threshold:
 
-        theta_i / s  where D(theta_i over L') > D(theta_i/s over L') + t,  else theta_i.
+        theta_i / s  where rho(theta_i over L') > rho(theta_i/s over L') + threshold,  else theta_i.
 
-    D is the divergence of the histograms of m theta_i mod 2 pi, m < L against m < L' (theory.disturbance). interpolated_dims takes that many
-    dimensions, twice the pairs, in the order of the difference instead. bins: 360 at L = 4096 as in the paper, at most 360, and
-    fewer in proportion for a shorter window, whose histograms would be nearly empty otherwise.
+    rho is the divergence KL(original || extended) of the histograms of m theta_i mod 2 pi, m < L against m < L' (theory.disturbance; eq. 8
+    prints the other order). interpolated_dims takes that many dimensions, twice the pairs, by the size of the difference instead. bins: 360
+    at L = 4096 as in the paper, at most 360, and fewer in proportion for a shorter window, whose histograms would be nearly empty.
 
     (Wu et al. 2024, EMNLP, eqs. 5-9)"""
     window = config.original_max_position_embeddings
@@ -359,7 +358,7 @@ def dprope(theta, head_dim, config, seq_len, *, threshold: float = 0.0, interpol
 @method(hugging_face=True)
 def proportional(theta, head_dim, config, seq_len):
     """p-RoPE: only the fastest share p of the pairs turns (`partial_rotary_factor`), the slow rest stands still and knows no position;
-    then as linear.
+    then as linear. (In the other methods that key makes the rotated part a smaller head, with all frequencies from 1 to nearly 1/base.)
 
     (Barbero et al. 2024, arXiv 2410.06205; Gemma's code)"""
     turning = int(config.partial_rotary_factor * head_dim // 2)
@@ -369,7 +368,7 @@ def proportional(theta, head_dim, config, seq_len):
 @method(needs_window=True, grows=True, train_on="random")
 def clex(theta, head_dim, config, seq_len, *, max_factor: float = 16.0):
     """CLEX: frequencies that flow with t = ceil(l/L), by a differential equation whose right side is learned. Untrained, and here, it is
-    NTK-aware with 2t - 1 in the place of s; class CLEX below is what training adds.
+    NTK-aware with 2t - 1 in the place of s, which is `dynamic` with factor 2 in steps of L; class CLEX below is what training adds.
 
     (Chen et al. 2023, arXiv 2310.16450)"""
     if max_factor < 1:
@@ -385,8 +384,8 @@ def nope(theta, head_dim, config, seq_len):
 
 @method(needs_window=True, grows=True, rotary=False, train_on="original")
 def drope(theta, head_dim, config, seq_len, *, log_scale: float = 0.412):
-    """DroPE: train with RoPE, then switch it off and recalibrate at length L. Beyond L scores are multiplied by 1 + log_scale ln(l/L), half
-    of it (the square root) on q, half on k. 0.412 is for models trained from scratch, 0.103 the paper's for SmolLM.
+    """DroPE: train with RoPE, then switch it off and recalibrate at length L. Beyond L scores are multiplied by 1 + log_scale ln(l/L),
+    q and k by its square root each. 0.412 is for models trained from scratch, 0.103 the paper's for SmolLM.
 
     (Gelberg et al. 2025, arXiv 2512.12167)"""
     stretch = max(1.0, (seq_len or 0) / config.original_max_position_embeddings)
@@ -430,8 +429,8 @@ def keep_by_turns(theta, window, slow, fast):
 
 
 def keep_by_index(theta, window, slow, fast, head_dim, base, truncate):
-    """The same, linear in the pair's number i between the pairs with `fast` and `slow` turns within L: i = D ln(L / 2 pi turns) / 2 ln base.
-    Rounding, limits and all are those of YaRN's code (the upper limit D-1, although there are only D/2 pairs, is the authors')."""
+    """The same, linear in the pair's number between the pairs with `fast` and `slow` turns within L: i = D ln(L / 2 pi turns) / 2 ln base.
+    `truncate` rounds the two outwards, which widens the blend. All of it is YaRN's code, also the upper limit D-1 of D/2 pairs."""
     if not 0 < slow < fast:
         raise UserError(f"the limits {slow:g} and {fast:g} turns: 0 < beta_slow < beta_fast is needed")
     low, high = (head_dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (fast, slow))
@@ -441,23 +440,25 @@ def keep_by_index(theta, window, slow, fast, head_dim, base, truncate):
     return 1 - ((torch.arange(len(theta), dtype=theta.dtype, device=theta.device) - low) / (high - low)).clamp(0, 1)
 
 
-def temperature(s, weight=1.0):
-    """YaRN's sqrt(1/t) = 0.1 ln s + 1, a fit to perplexities of LLaMA (section 3.4). Cos and sin are multiplied by it."""
+def yarn_mscale(s, weight=1.0):
+    """0.1 ln s + 1, which is sqrt(1/t) for YaRN's temperature t: a fit to perplexities of LLaMA. Cos and sin are multiplied by it, so that
+    scores are multiplied by 1/t."""
     return 0.1 * weight * math.log(s) + 1 if s > 1 else 1.0
 
 
 @functools.lru_cache(maxsize=64)
 def gain_of_interpolation(theta, factor, window, bins):
-    """D of extrapolation minus D of interpolation, [D/2]: above 0 where interpolating a pair disturbs its angles less."""
-    if window / bins < 5:
+    """rho of extrapolation minus rho of interpolation, [D/2]: above 0 where interpolating a pair disturbs its angles less."""
+    if window / bins < 5 and bins > (suited := max(4, round(window / 11))):
         warnings.warn(f"dprope: {bins} bins for a window of {window} leave the histograms nearly empty, and the choice of pairs to chance; "
-                      f"about {max(4, round(window / 11))} bins suit it", stacklevel=2)
-    theta, target = np.array(theta), round(window * factor)
-    return torch.from_numpy(theory.disturbance(theta, theta, window, target, bins) - theory.disturbance(theta, theta / factor, window, target, bins))
+                      f"about {suited} bins suit it", stacklevel=2)
+    left_alone, interpolated = theory.both_ways(np.array(theta), factor, window, bins)
+    return torch.from_numpy(left_alone - interpolated)
 
 
 def resonate(frequencies):
-    """Resonance RoPE: the wavelength rounded to whole tokens, so that a pair repeats itself exactly. (Wang et al. 2024, arXiv 2403.00071)"""
+    """Resonance RoPE: the wavelength rounded to whole tokens, so that a pair which completes turns repeats itself exactly. (Wang et al.
+    2024, arXiv 2403.00071)"""
     return torch.where(frequencies > 0, 2 * math.pi / (2 * math.pi / frequencies).round().clamp(min=1), frequencies)
 
 
@@ -481,15 +482,16 @@ class CLEX(torch.nn.Module):
 
     def forward(self, theta, t, steps=8):
         """theta [D/2], unscaled -> theta_i(t) / theta_NTK,i(t) = exp y(t), [D/2] in float32; Runge and Kutta's method of order 4, `steps`
-        steps for every unit of t."""
+        steps for every unit of t (the paper has 100; with 8 the frequencies differ by less than 1e-5)."""
         theta = theta.float().to(self.up.weight.device)
-        y, step = torch.zeros_like(theta), 1 / steps
+        n_steps = math.ceil((t - 1) * steps)
+        y, step = torch.zeros_like(theta), (t - 1) / max(n_steps, 1)
 
         def slope(t, y):
             ntk = stretch_base(theta, 2 * len(theta), 2 * t - 1).log()
-            return self.down(torch.tanh(self.up(y + 2 * ntk)))
+            return self.down.weight.float() @ torch.tanh(self.up.weight.float() @ (y + 2 * ntk))  # float32 in a bfloat16 model, too
         with torch.autocast(theta.device.type, enabled=False):
-            for n in range(round((t - 1) * steps)):
+            for n in range(n_steps):
                 now = 1 + n * step
                 k1 = slope(now, y)
                 k2 = slope(now + step / 2, y + step / 2 * k1)
@@ -515,10 +517,11 @@ def inv_freq(config, head_dim, seq_len=None, network=None):
     whole = config.rope_type in ("proportional", "drope")  # a share of the pairs; a factor of all scores
     rotated = head_dim if whole else int(head_dim * config.partial_rotary_factor)
     if rotated < 2 or rotated % 2:
-        raise UserError(f"partial_rotary_factor {config.partial_rotary_factor:g} of head_dim {head_dim}: has to leave an even number to rotate")
+        raise UserError(f"partial_rotary_factor {config.partial_rotary_factor:g} of head_dim {head_dim}: has to leave an even number of "
+                        "elements to rotate")
     theta = plain_frequencies(rotated, config.base)
     frequencies, attention_factor = config.frequencies(theta, rotated, seq_len)
-    if network is not None:
+    if network is not None and config.rope_type == "clex":
         t = clex_time(config, seq_len, config.setting("max_factor"))
         frequencies = frequencies.float().to(network.up.weight.device) * network(theta, t)
     if config.resonance:

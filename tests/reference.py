@@ -298,7 +298,7 @@ def forward(weights, config, tokens, positions=None):
     x = weights["tok_embeddings.weight"][tokens]                                            # [B,T,C]
     D = x.shape[-1] // H
     positions, s = np.broadcast_to(positions, (B, T)), rope.get("factor", 1.0)
-    clex = (weights["clex.up.weight"], weights["clex.down.weight"]) if "clex.up.weight" in weights else None
+    clex = (weights["clex.up.weight"], weights["clex.down.weight"]) if rope.get("rope_type") == "clex" else None
     theta, factor = frequencies(rope, D, positions.max() + 1, clex)
     bias = alibi_bias(positions, H, s) if rope.get("rope_type") == "alibi" else None
 

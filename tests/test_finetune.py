@@ -130,7 +130,7 @@ def test_baseline_gets_the_same_steps_and_rows(recorded, base, finetuned, tmp_pa
     finetuned(base, tmp_path, "--factor", 3, "--seed", 5)
     (pi, pi_config, pi_batches), (direct, direct_config, direct_batches) = recorded
     differ = {f.name for f in dataclasses.fields(FinetuneConfig) if getattr(pi_config, f.name) != getattr(direct_config, f.name)}
-    assert differ == {"out", "rope"}
+    assert differ == {"out", "rope", "positions"}
     for step in range(4):
         (tokens, targets), (same_tokens, same_targets) = pi_batches(step), direct_batches(step)
         assert tokens.shape == (pi_config.batch_size, 3 * L) and torch.equal(tokens, same_tokens) and torch.equal(targets, same_targets)
@@ -161,9 +161,10 @@ def test_rows_of_other_methods(recorded, base, finetuned, tmp_path, L, flags, na
 
 
 @pytest.mark.parametrize("flags, row, spread", [
-    (["--pose"], "L", "skip"), (["--rope", "clex"], "L", "stretched"), (["--rope", "drope"], "L", None),
+    (["--positions", "pose"], "L", "skip"), (["--rope", "clex"], "L", "stretched"),
+    (["--rope", "clex", "--positions", "contiguous"], "window", None), (["--rope", "drope"], "L", None),
     (["--rope", "yarn"], "window", None), (["--rope", '{"rope_type": "default", "random_positions": 5000}'], "window", "random")],
-    ids=["pose", "clex", "drope", "yarn", "random"])
+    ids=["pose", "clex", "clex contiguous", "drope", "yarn", "random"])
 def test_rows_and_positions_of_each_recipe(recorded, base, finetuned, tmp_path, L, flags, row, spread):
     """PoSE, CLEX and DroPE train on rows of L tokens; where positions are drawn, they are new for every row and the same for every call.
     The baseline has whole rows and plain positions always."""
@@ -171,7 +172,7 @@ def test_rows_and_positions_of_each_recipe(recorded, base, finetuned, tmp_path, 
     (model, config, batches), (_, direct_config, direct) = recorded
     assert [r["name"] for r in result["rows"]][-1] == "direct_finetuned" and len(result["rows"]) == 4
     assert batches.seq_len == (L if row == "L" else 3 * L) and direct.seq_len == 3 * L and direct.positions is None
-    assert not direct_config.pose and config.pose == ("--pose" in flags) and batches.passkey_longest == L
+    assert direct_config.positions == "contiguous" and batches.passkey_longest == L
     assert all(len(direct(step)) == 2 for step in range(2))
     for step in range(3):
         batch = batches(step)
@@ -188,7 +189,7 @@ def test_rows_and_positions_of_each_recipe(recorded, base, finetuned, tmp_path, 
             assert (positions[:, 0] == 0).all() and (positions[:, -1] == positions[0, -1]).all() and (positions[0, -1] + 1) % L == 0
         if spread == "random":
             assert positions.max() < 5000 and positions.max() > 3 * L
-    if flags[-1] == "drope":
+    if "drope" in flags:
         theta, factor = model.frequencies(torch.arange(2 * L))
         assert (theta == 0).all() and factor > 1
 

@@ -92,6 +92,12 @@ def test_logits_are_the_oracles_for_every_method(name):
         assert np.abs(model(tokens).detach() - expected).max() > 1e-3, "this method has to matter for this test to mean something"
 
 
+def test_a_clex_model_with_another_method_set_is_that_method():
+    model, tokens = build(rope=ROPES["clex"]), draw(1, 30)
+    model.config.rope = RopeConfig("linear", 4.0)
+    np.testing.assert_allclose(model(tokens).detach(), oracle(model, tokens), atol=2e-5)
+
+
 def test_logits_with_alibi_and_xpos_at_other_positions():
     for rope in (ROPES["alibi"], ROPES["xpos"]):
         model, tokens = build(rope=rope), draw(2, 11)
@@ -200,7 +206,7 @@ def cached(model, tokens, sizes, positions=None, dtype=torch.float32):
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 4.0), RopeConfig("ntk", 4.0), LLAMA3], ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("rope", [RopeConfig(), LLAMA3], ids=lambda r: r.rope_type)
 @pytest.mark.parametrize("sizes", [[12] + [1] * 8, [1] * 20, [5, 5, 5, 5], [1, 7, 2, 10], [20]],
                          ids=["12 then one by one", "one by one", "chunks", "uneven", "at once"])
 def test_prefill_and_decode_are_the_whole(implementation, rope, sizes):
@@ -221,9 +227,8 @@ def test_a_cache_at_other_positions(rope, positions):
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("n_layers", [1, 2, 3])
-@pytest.mark.parametrize("sizes", [[12] + [1] * 20, [1] * 32, [5, 5, 5, 5, 5, 7], [20, 1, 1, 10]],
-                         ids=["12 then one by one", "one by one", "chunks", "across at once"])
+@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize("sizes", [[12] + [1] * 20, [5, 5, 5, 5, 5, 7], [20, 1, 1, 10]], ids=["12 then one by one", "chunks", "across at once"])
 def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implementation, n_layers, sizes):
     """Dynamic NTK, L = 16: what each piece answers last is what the model answers to the whole text up to there."""
     model, tokens = build(attention=implementation, rope=DYNAMIC, n_layers=n_layers), draw(2, 32)
@@ -236,18 +241,18 @@ def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implem
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ROPES)
 def test_a_cache_across_the_window_is_the_whole_for_every_method(name, implementation):
-    """L = 12, 30 tokens: token by token, in chunks, a prefill and then tokens. What each piece answers last is what the model answers to the
+    """L = 12, 26 tokens: token by token, in chunks, a prefill and then tokens. What each piece answers last is what the model answers to the
     whole text up to there; where nothing depends on the length, all that it answers is."""
-    model, tokens = build(attention=implementation, rope=ROPES[name]), draw(2, 30)
+    model, tokens = build(attention=implementation, rope=ROPES[name]), draw(2, 26)
     grows, close = depends_on_length(ROPES[name]), {"atol": 1e-5, "rtol": 1e-5}
     whole = model(tokens)
-    for sizes in ([1] * 30, [7, 4, 9, 10], [10] + [1] * 20):
+    for sizes in ([1] * 26, [7, 4, 9, 6], [10, *[1] * 8, 8]):
         got = cached(model, tokens, sizes)
         torch.testing.assert_close(got[:, -1], whole[:, -1], **close)
         if not grows:
             torch.testing.assert_close(got, whole, **close)
-        elif len(sizes) < 30:
-            for end in np.cumsum(sizes):
+        elif len(sizes) < 26:
+            for end in np.cumsum(sizes)[::3]:
                 torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], **close, msg=lambda m: f"at {end}: {m}")
 
 
@@ -434,7 +439,7 @@ def greedy(model, tokens, new):
                          ids=lambda r: r.rope_type)
 def test_greedy_generation_is_the_argmax_of_the_whole(implementation, rope):
     model, prompt = build(attention=implementation, rope=rope), draw(3, 7)
-    assert torch.equal(generate(model, prompt, 20), greedy(model, prompt, 20))
+    assert torch.equal(generate(model, prompt, 13), greedy(model, prompt, 13))
 
 
 def test_generation_is_a_function_of_the_seed_and_leaves_the_global_one_alone():

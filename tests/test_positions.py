@@ -8,7 +8,8 @@ import torch
 
 from cli import UserError
 from model import attention
-from positions import alibi_bias, alibi_slopes, pose_positions, position_ids, random_positions, stretched_positions, where, xpos_scale
+from positions import (alibi_bias, alibi_slopes, pose_positions, position_ids, random_positions, stretched_positions, training_positions, where,
+                       xpos_scale)
 from rope import METHODS, RopeConfig, apply_rope, cos_sin, inv_freq
 
 IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
@@ -193,3 +194,17 @@ def test_pose_positions_are_two_runs_with_one_skip():
     assert set(skips) == set(range(longest - length + 1))                                  # the skip: 0 .. all that there is
     assert abs(np.mean(skips) - (longest - length) / 2) < 3 * 14.2 / math.sqrt(3000)
     assert (pose_positions(np.random.default_rng(0), length, length) == np.arange(length)).all()
+
+
+def test_which_positions_training_draws():
+    def drawn(config, pose=False, step=0, row=0):
+        draw = training_positions(config, 16, 64, pose)
+        return draw and draw(np.random.default_rng(step), np.random.default_rng(row), 16).tolist()
+    clex = RopeConfig.from_dict(reference.complete({"rope_type": "clex", "original_max_position_embeddings": 16, "max_factor": 5.5}, 16))
+    assert drawn(RopeConfig()) is None and drawn(RopeConfig("yarn", 4.0, 16)) is None
+    assert drawn(RopeConfig("yarn", 4.0, 16), pose=True) == pose_positions(np.random.default_rng(0), 16, 64).tolist()
+    assert drawn(RopeConfig(random_positions=500)) == random_positions(np.random.default_rng(0), 16, 500).tolist()
+    ends = [{drawn(clex, step=step, row=row)[-1] for row in range(3)} for step in range(60)]
+    assert all(len(end) == 1 for end in ends)                                              # one t for all rows of a step
+    assert set().union(*ends) == {16 * t - 1 for t in range(1, 6)}                         # t = 1 .. max_factor
+    assert drawn(clex, row=0) != drawn(clex, row=1) and drawn(clex, row=0)[0] == 0

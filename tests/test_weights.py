@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import complete
 
 import weights
 from cli import UserError, run
 from data.tokenizer import train_tokenizer
 from model import LLaMA, ModelConfig
-from rope import RopeConfig
+from rope import METHODS, RopeConfig
 from weights import load_config, load_model, load_tokenizer, original_window, save_model, with_rope
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # Python 3.12 on fork(); the children use one thread
@@ -329,6 +330,117 @@ def test_override_reaches_the_logits(saved):
     save_model(stretched, saved)                                                           # and travels with the weights
     assert torch.equal(load_model(saved)(TOKENS), stretched(TOKENS))
     assert load_model(saved, rope={"rope_type": "linear", "factor": 4}).config.max_seq_len == 128
+
+
+@pytest.mark.parametrize("config, rope, share", [
+    (replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5)), {"rope_type": "linear", "factor": 2}, 0.5),
+    (replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5)), RopeConfig("yarn", 2.0, 32), 0.5),
+    (replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5)), {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 1.0}, 1.0),
+    (BASE, {"rope_type": "proportional", "factor": 2, "partial_rotary_factor": 0.25}, 0.25),
+])
+def test_the_rotated_share_stays_unless_it_is_given(config, rope, share):
+    assert with_rope(config, rope).rope.partial_rotary_factor == share
+    assert with_rope(config, rope).max_seq_len == 64
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("extra", [{}, {"resonance": True, "partial_rotary_factor": 0.5, "random_positions": 70, "rope_theta": 5e5}], ids=["", "with all"])
+def test_every_method_travels_with_the_weights(tmp_path, name, extra):
+    rope = RopeConfig.from_dict(complete({"rope_type": name, "factor": 4, "original_max_position_embeddings": 32, **extra}, 8))
+    model = make(dim=48, max_seq_len=128, rope=rope)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert same(loaded, model) and loaded.config == load_config(tmp_path) == model.config and loaded.config.rope.to_dict() == rope.to_dict()
+    tokens = torch.randint(0, 48, (1, 40), generator=torch.Generator().manual_seed(0))     # beyond L
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert with_rope(loaded.config, rope) is loaded.config and with_rope(loaded.config, rope.to_dict()) is loaded.config
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_laid_over_a_plain_model_and_taken_off(saved, name):
+    asked = {k: v for k, v in complete({"rope_type": name}, 4).items() if k != "original_max_position_embeddings"}
+    model = load_model(saved, rope=asked)
+    assert model.config.rope.rope_type == name and model.config.max_seq_len == 128
+    assert model.config.rope.original_max_position_embeddings == 32                        # not said, and so the model's
+    assert model(TOKENS).isfinite().all()
+    back = with_rope(model.config, {"rope_type": "default"})
+    assert back.max_seq_len == 32 and back.rope.rope_type == "default"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLEX: what it learns is saved with the model
+
+CLEX = RopeConfig("clex", 4.0, 32)
+LONG = torch.randint(0, 48, (1, 80), generator=torch.Generator().manual_seed(0))                    # t = 3
+CLEX_TENSORS = {"clex.up.weight", "clex.down.weight"}
+
+
+@pytest.fixture
+def clex(tmp_path):
+    """A folder with a trained CLEX, and the model that it holds."""
+    model = make(rope=CLEX, max_seq_len=128)
+    save_model(model, tmp_path / "clex")
+    return tmp_path / "clex", model
+
+
+def test_what_clex_learned_is_saved_and_loaded(clex):
+    folder, model = clex
+    written = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    assert CLEX_TENSORS == {name for name in written if name.startswith("clex")}
+    loaded = load_model(folder)
+    assert same(loaded, model) and torch.equal(loaded(LONG), model(LONG)) and loaded.clex.down.weight.any()
+    assert same(load_model(folder, rope={"rope_type": "clex", "factor": 2}), model)        # the same method, another window
+    assert load_model(folder, rope={"rope_type": "clex", "factor": 2}).config.max_seq_len == 64
+    loaded.loss(LONG[:, :-1], LONG[:, 1:]).backward()
+    assert all(p.grad is not None and p.grad.any() for p in loaded.clex.parameters())
+    half = load_model(folder, dtype=torch.bfloat16)
+    assert half.clex.up.weight.dtype == torch.bfloat16 and half(LONG).isfinite().all()
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4}, {"rope_type": "default"}, RopeConfig("alibi")])
+def test_another_method_ignores_what_clex_learned(clex, rope):
+    folder, model = clex
+    loaded = load_model(folder, rope=rope)
+    assert loaded.clex is None and not CLEX_TENSORS & set(loaded.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    model.config.rope = loaded.config.rope
+    assert torch.equal(loaded(LONG), model(LONG))
+
+
+def test_a_plain_model_as_clex_begins_untrained_and_always_the_same(saved):
+    torch.manual_seed(1)
+    state, loaded = torch.get_rng_state(), load_model(saved, rope=CLEX)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.clex.down.weight.any() and loaded.clex.up.weight.any()
+    torch.manual_seed(2)
+    assert same(load_model(saved, rope=CLEX), loaded)
+    ntk = load_model(saved, rope={"rope_type": "ntk", "factor": 2 * 3 - 1})
+    torch.testing.assert_close(loaded(LONG), ntk(LONG), atol=1e-5, rtol=1e-5)              # t = 3
+    assert torch.equal(loaded(TOKENS), load_model(saved)(TOKENS))                          # t = 1
+    assert all(p.is_leaf and p.requires_grad for p in loaded.parameters())
+    save_model(loaded, saved)                                                              # and from here on it is a CLEX
+    assert same(load_model(saved), loaded)
+
+
+@pytest.mark.parametrize("name", sorted(CLEX_TENSORS))
+def test_a_clex_folder_without_what_it_learned_is_refused(clex, name):
+    folder, model = clex
+    state = {key: tensor for key, tensor in model.state_dict().items() if key != name}
+    torch.save(state, folder / "consolidated.00.pth")
+    with pytest.raises(UserError, match=f"consolidated.00.pth: {name} is missing"):
+        load_model(folder)
+    plain = load_model(folder, rope={"rope_type": "linear", "factor": 4})                  # which another method does not miss
+    assert torch.equal(plain.norm.weight, model.norm.weight)
+
+
+@pytest.mark.parametrize("tensor, words", [
+    (torch.zeros(3, 2), r"clex.up.weight is \[3, 2\]"), (torch.full((2, 2), float("nan")), "clex.up.weight holds NaN"),
+])
+def test_damaged_clex_tensors_are_refused(clex, tensor, words):
+    folder, model = clex
+    torch.save({**model.state_dict(), "clex.up.weight": tensor}, folder / "consolidated.00.pth")
+    with pytest.raises(UserError, match=f"consolidated.00.pth: {words}"):
+        load_model(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
