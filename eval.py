@@ -1,8 +1,9 @@
-"""What a window is worth: sliding-window perplexity, passkey retrieval, and all methods side by side.
+"""What a window is worth: sliding-window perplexity, passkey retrieval, all methods side by side; and a model's own words.
 
     python eval.py ppl     --model data/tiny --window 1024 --rope linear --factor 4
     python eval.py passkey --model data/tiny --lengths 256 512 1024 --depths 10 --trials 10
     python eval.py compare --model data/tiny                  # every method of rope.py, untrained -> a table, a JSON file and a figure
+    python eval.py generate --model data/tiny --prompt "def main("          # the proof that the weights are right
 
 A model's folder knows its own RoPE scaling; --rope and --factor replace it, for a model that was not fine-tuned. --rope takes a method's
 name or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
@@ -24,7 +25,7 @@ from cli import (Parser, UserError, add_flags, choose_device, choose_dtype, comm
 from data.batches import TokenFile
 from data.passkey import PasskeyPrompts, random_key
 from data.prepare import ensure_corpus, read_text
-from model import generate
+from model import generate, stream
 from plot import plot_compare
 from rope import METHODS, RopeConfig, depends_on_length, inv_freq, rope_argument
 from weights import load_config, load_model, load_tokenizer, original_window, with_rope
@@ -304,6 +305,14 @@ class CompareConfig(Common):
     out: str = field("results/compare.json", "table, as JSON; a figure of the same name is drawn beside it")
 
 
+@dataclass
+class GenerateConfig(Common):
+    prompt: str = field("", "text to continue; @FILE reads it from a file")
+    max_new_tokens: int = field(100, "tokens at most; an end-of-sequence token ends it sooner")
+    temperature: float = field(0.0, "0 takes the most probable token always")
+    top_p: float = field(1.0, "sample from the fewest tokens whose probability reaches this")
+
+
 def rope_flags(config):
     """--rope and --factor as a dict for load_model, or None: the folder's own."""
     if config.rope is None:
@@ -400,9 +409,41 @@ def compare_command(config):
                   depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
 
 
+def generate_command(config):
+    if not config.prompt:
+        raise UserError("--prompt is empty: give a text to continue")
+    text = config.prompt
+    if text.startswith("@"):
+        if not Path(text[1:]).is_file() or (text := read_text(Path(text[1:]))) is None:
+            raise UserError(f"--prompt {config.prompt}: no such file, or not UTF-8 text")
+    if config.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: has to be at least 1")
+    model, tokenizer = load(config)
+    prompt = torch.tensor([tokenizer.encode(text, bos=True)], device=model.device)
+    total = prompt.shape[1] + config.max_new_tokens
+    print(f"prompt     {prompt.shape[1]} tokens, BOS ({tokenizer.bos_id}) in front, no chat template"
+          + (f"; up to {total} with the answer, beyond the window" if total > model.config.max_seq_len else "") + "\n")
+    started, new, shown, first = time.perf_counter(), [], "", 0.0
+    before = tokenizer.decode(prompt[0].tolist())
+    print(text, end="", flush=True)
+    for token in stream(model, prompt, config.max_new_tokens, config.temperature, config.top_p, (tokenizer.eos_id,), config.seed):
+        first = first or time.perf_counter() - started
+        new.append(int(token[0]))
+        said = tokenizer.decode(prompt[0].tolist() + [t for t in new if t != tokenizer.eos_id])[len(before):]
+        if not said.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            print(said[len(shown):], end="", flush=True)
+            shown = said
+    seconds = time.perf_counter() - started
+    speed = (len(new) - 1) / max(seconds - first, 1e-9)
+    print(f"\n\n{len(new)} tokens: the first after {first:.2f} s, then {speed:.1f} tok/s")
+    return result(model, config.seed, prompt=text, text=said, prompt_tokens=prompt.shape[1], new_tokens=len(new), first_token_seconds=first,
+                  tokens_per_second=speed, temperature=config.temperature, top_p=config.top_p, seconds=seconds)
+
+
 COMMANDS = {"ppl": (PerplexityConfig, perplexity_command, "sliding-window perplexity"),
             "passkey": (PasskeyConfig, passkey_command, "passkey retrieval by length and depth"),
-            "compare": (CompareConfig, compare_command, "every scaling method, without training, at every length")}
+            "compare": (CompareConfig, compare_command, "every scaling method, without training, at every length"),
+            "generate": (GenerateConfig, generate_command, "continue a text")}
 
 
 def main(argv=None):

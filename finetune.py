@@ -81,11 +81,10 @@ def main(argv=None):
         raise UserError(f"--out {config.out}: the pretrained model would be written over: choose another folder")
     base = load_config(config.model)
     if config.lr is None:
-        if base.parameters() > 5e7:
+        if base.parameters() > 5e7 and not config.dry_run:
             raise UserError("--lr is needed for a model of this size: the PI paper has 2e-5 for 7B and 13B, 1e-5 for 33B and 65B")
         config = dataclasses.replace(config, lr=1e-3)
     check(config)
-    tokenizer = load_tokenizer(config.model, base.vocab_size)
     L = original_window(base)
     window = round(L * config.factor)
     if window <= L:
@@ -112,11 +111,14 @@ def main(argv=None):
         said = rope["rope_type"] if len(said) == 1 else json.dumps(said)
         return batches, dataclasses.replace(config, out=config.out if own else direct_out, rope=said, positions=way)
 
-    model = load(ours)
-    target = model.config
+    target = dataclasses.replace(with_rope(base, ours), max_seq_len=window)
     short = config.positions == "pose" or config.positions == "own" and METHODS[method].train_on != "target"  # rows of L tokens
     if rank == 0:
         describe(target, config, device, L if short else window)
+    if config.dry_run:
+        return
+    tokenizer, model = load_tokenizer(config.model, base.vocab_size), load(ours)
+    if rank == 0:
         ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)
     if world > 1:
         torch.distributed.barrier()

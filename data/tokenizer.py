@@ -1,17 +1,21 @@
-"""Text <-> token ids: Meta's SentencePiece file exactly as it is, and small ones of our own that lose no character.
+"""Text <-> token ids: Meta's SentencePiece file exactly as it is, small ones of our own that lose no character, and tokenizer.json.
+
+No BOS and no EOS is ever added unless asked for: encode(text, bos=True, eos=True). Evaluation and training put BOS in front of every
+document, training EOS behind it.
 
 A SentencePiece model writes a space as '▁' (U+2581) and everything it has no piece for as bytes, <0x00> ... <0xFF>. Meta's puts one more
 space in front of every text and takes it off again when decoding. Ours does not, so that pieces of one document can be encoded apart.
 """
 import hashlib
 import io
+import json
 import os
 import re
 from pathlib import Path
 
 import sentencepiece
 
-from cli import UserError, whole_file
+from cli import UserError, read_json, whole_file
 
 SPACE = "\u2581"
 SINGLE_SPACE = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
@@ -34,8 +38,8 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
-        if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", data):
-            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: only SentencePiece files are read today (LLaMA 1, 2, ours)")
+        if is_tiktoken(path):
+            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's tokenizer.json there, which is read and is the same")
         try:
             if not data:
                 raise RuntimeError("empty file")
@@ -45,6 +49,7 @@ class Tokenizer:
             self.dummy_prefix = self.model.encode("a", out_type=str)[0].startswith(SPACE)
         except (RuntimeError, IndexError, OSError, UnicodeError):
             raise UserError(f"{path}: not a SentencePiece model, or not a whole one: {REMEDY}") from None
+        self.padded_size = self.vocab_size
         self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f"{path}: this SentencePiece model has no BOS or no EOS piece, which LLaMA needs: {REMEDY}")
@@ -88,12 +93,118 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of a list of ids. BOS and EOS are silent; bytes that are no UTF-8 become U+FFFD."""
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = max(ids) if min(ids) >= 0 else min(ids)
-            raise UserError(f"token {wrong} is not in the vocabulary of {self.path} (0 to {self.vocab_size - 1}): "
-                            "take the tokenizer that was made with this model or token file")
-        return self.model.decode(ids)
+        return self.model.decode(known(self, ids))
+
+    @property
+    def policy(self):
+        return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for"
+
+    def files(self):
+        """{name: bytes} of what a model folder needs to have this tokenizer."""
+        return {"tokenizer.model": self.path.read_bytes()}
+
+
+class JsonTokenizer:
+    """A tokenizer.json, by the `tokenizers` package. Interface and attributes are Tokenizer's, and ids are those of transformers.
+
+    The file does not say which tokens are BOS and EOS: tokenizer_config.json beside it does, else special_tokens_map.json, else
+    config.json. The post-processor, by which many files add BOS by themselves, is not used. The name of a special token inside a text
+    stands for that token, as in transformers.
+    """
+
+    def __init__(self, path):
+        self.path, folder = Path(path), Path(path).parent
+        try:
+            from tokenizers import Tokenizer as Model
+        except ImportError:
+            raise UserError(f"{path}: reading it needs a package: pip install tokenizers") from None
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            self.model = Model.from_str(data.decode("utf-8"))
+            self.model.no_truncation(), self.model.no_padding()
+            self.pieces = self.model.get_vocab(with_added_tokens=True)
+            first = self.model.encode("a", add_special_tokens=False).tokens
+        except Exception as error:  # the package has no class of its own for what it finds wrong
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"{path}: not a tokenizer.json, or not a whole one ({reason}): copy it again") from None
+        if not self.pieces:
+            raise UserError(f"{path}: has no pieces: copy it again")
+        self.padded_size = self.vocab_size = max(self.pieces.values()) + 1
+        self.dummy_prefix = bool(first) and first[0].startswith((SPACE, "\u0120"))  # "Ġ" is the space of byte-level BPE
+        self.said = {name: settings(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")}
+        self.bos_id, self.eos_id = self.special("bos"), self.special("eos")
+        added = self.said["tokenizer_config.json"].get("add_bos_token")
+        self.add_bos = added if isinstance(added, bool) else None  # what transformers does unasked; nothing here depends on it
+
+    def special(self, kind):
+        """The id of BOS or EOS."""
+        for name, given in self.said.items():
+            token = given.get(f"{kind}_token_id" if name == "config.json" else f"{kind}_token")
+            token = token.get("content") if isinstance(token, dict) else token[0] if isinstance(token, list) and token else token
+            if type(token) is int and token not in self.pieces.values() or isinstance(token, str) and token not in self.pieces:
+                raise UserError(f"{self.path.parent / name}: {kind.upper()} is {token!r:.60}, which tokenizer.json does not have: do "
+                                "the two belong together?")
+            if type(token) is int or isinstance(token, str):
+                return self.pieces.get(token, token)
+        raise UserError(f"{self.path}: which token is {kind.upper()}? Say so in a tokenizer_config.json beside it: "
+                        f"{{\"bos_token\": \"<s>\", \"eos_token\": \"</s>\"}}")
+
+    @property
+    def policy(self):
+        alone = {None: "", True: "; transformers adds BOS unasked", False: "; transformers adds no BOS"}[self.add_bos]
+        return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for{alone}"
+
+    def encode(self, text, bos=False, eos=False):
+        """The ids of `text`, a list of ints, with BOS in front and EOS behind if asked."""
+        return self.encode_batch([text], bos, eos)[0]
+
+    def encode_batch(self, texts, bos=False, eos=False):
+        """The ids of each text: a list of lists."""
+        encoded = self.model.encode_batch([characters(text) for text in texts], add_special_tokens=False)
+        return [[self.bos_id] * bos + one.ids + [self.eos_id] * eos for one in encoded]
+
+    def decode(self, ids):
+        """The text of a list of ids. Special tokens are silent; bytes that are no UTF-8 become U+FFFD."""
+        return self.model.decode(known(self, ids), skip_special_tokens=True)
+
+    def files(self):
+        """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS."""
+        names = {token_id: token for token, token_id in self.pieces.items()}
+        config = {**self.said["tokenizer_config.json"], "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
+        return {"tokenizer.json": self.path.read_bytes(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+
+
+def open_tokenizer(path):
+    """The Tokenizer of a tokenizer.model, or the JsonTokenizer of a tokenizer.json."""
+    return JsonTokenizer(path) if Path(path).suffix == ".json" else Tokenizer(path)
+
+
+def is_tiktoken(path):
+    """Whether a file is a list of base64 pieces and their ranks, as LLaMA 3's tokenizer.model."""
+    with open(path, "rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(4096)) is not None
+
+
+def settings(file):
+    """The object in a JSON file; {} where there is none."""
+    given = read_json(file) if file.is_file() else {}
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: holds no object {{...}}: copy it again")
+    return given
+
+
+def known(tokenizer, ids):
+    """`ids` without those by which the model's vocabulary was rounded up (padded_size); others that are no token are refused."""
+    ids = [int(i) for i in ids]
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.padded_size:
+        wrong = max(ids) if min(ids) >= 0 else min(ids)
+        raise UserError(f"token {wrong} is not in the vocabulary of {tokenizer.path} (0 to {tokenizer.vocab_size - 1}): "
+                        "take the tokenizer that was made with this model or token file")
+    return [i for i in ids if i < tokenizer.vocab_size]
 
 
 def cores():

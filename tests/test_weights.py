@@ -479,7 +479,7 @@ WRONG = [
     # the folder
     (lambda f: f.rename(f.parent / "elsewhere"), r"model: no such folder: give a folder with params.json"),
     (lambda f: (f / "params.json").unlink(), r"model: no params.json in it"),
-    (lambda f: (f / "params.json").rename(f / "config.json"), r"a Hugging Face folder, but only Meta's layout loads today"),
+    (lambda f: (f / "params.json").rename(f / "config.json"), r"config.json: architecture null: only LLaMA's loads"),
     (lambda f: (f / "consolidated.00.pth").unlink(), r"no consolidated.00.pth in it"),
     (lambda f: (f / "consolidated.00.pth").rename(f / "consolidated.01.pth"), r"00.pth: no such file, but there is consolidated.01"),
     (lambda f: (f / "consolidated.02.pth").write_bytes(b""), r"consolidated.01.pth: no such file, but there is consolidated.02"),
@@ -559,7 +559,7 @@ def test_a_file_is_not_a_folder(saved):
     with pytest.raises(UserError, match="a file: give the folder"):
         load_model(saved / "consolidated.00.pth")
     (saved / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="a GGUF file, but only Meta's layout loads today"):
+    with pytest.raises(UserError, match="model.gguf: damaged or cut off"):
         load_model(saved / "model.gguf")
     with pytest.raises(UserError, match="this machine has"):
         load_model(saved, device="tpu")

@@ -1,0 +1,842 @@
+"""Hugging Face folders: what is read of them, what is written, and that transformers computes the same with both."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import huggingface
+import weights
+from cli import UserError
+from data.tokenizer import JsonTokenizer, open_tokenizer
+from huggingface import export, export_hugging_face, head_order, hugging_face_name, metas_rule
+from model import LLaMA, ModelConfig
+from rope import RopeConfig, apply_rope, cos_sin, inv_freq
+from weights import load_config, load_model, load_tokenizer, original_window, save_model
+
+ROOT = Path(weights.__file__).parent
+L = 32                                                                             # the original window of all toys
+TOY = dict(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=48, head_dim=8, ffn_dim=40, max_seq_len=L)  # 36 / 6 is not 8
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 6,
+          "num_key_value_heads": 2, "vocab_size": 48, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": L,
+          "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 1000.0, "tie_word_embeddings": False}
+TEXT = torch.randint(0, 48, (2, 90), generator=torch.Generator().manual_seed(7))
+FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 1.5, 2.5, 4.0]}
+
+# In Hugging Face's words: (rope_parameters, max_position_embeddings). The toys know positions 0 .. 31; texts go up to 90.
+SPOKEN = {
+    "default": ({"rope_type": "default"}, L),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 4 * L),
+    "dynamic": ({"rope_type": "dynamic", "factor": 3.0}, L),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": L, "beta_fast": 4.0, "beta_slow": 0.5}, 4 * L),
+    "yarn, mscale": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": L, "truncate": False, "mscale": 0.7,
+                      "mscale_all_dim": 0.3, "beta_fast": 3.0}, 4 * L),
+    "yarn, no L": ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0}, L),
+    "llama3": ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
+                "original_max_position_embeddings": L}, 8 * L),
+    "longrope": ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": L, **FACTORS}, 4 * L),
+    "longrope, no factor": ({"rope_type": "longrope", "original_max_position_embeddings": L, **FACTORS}, 6 * L),
+    "longrope, temperature": ({"rope_type": "longrope", "factor": 2.0, "attention_factor": 1.3, "original_max_position_embeddings": L,
+                               **FACTORS}, 2 * L),
+    "proportional": ({"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0}, 2 * L),
+}
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers")  # only the comparisons with it; CI installs it
+
+
+def randomize(model, seed=0):
+    """Every tensor random, and large enough that attention prefers some keys to others."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def make(seed=0, **changes):
+    return randomize(LLaMA(ModelConfig(**{**TOY, "rope": RopeConfig(rope_theta=1000.0), **changes})), seed)
+
+
+def theirs(transformers, **changes):
+    """A random LLaMA of transformers."""
+    given = {key: value for key, value in {**CONFIG, **changes}.items() if key not in ("architectures", "model_type")}
+    if "rope_parameters" in given:
+        given["rope_parameters"] = {"rope_theta": given.pop("rope_theta"), **given["rope_parameters"]}
+    return randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**given, bos_token_id=1, eos_token_id=2)))
+
+
+@torch.no_grad()
+def difference(ours, model, lengths=(20, 90)):
+    """The largest difference of logits at texts below and above L."""
+    assert ours.config.vocab_size == 48 and max(lengths) <= TEXT.shape[1]
+    found = [(ours(TEXT[:, :n]) - model(input_ids=TEXT[:, :n], use_cache=False).logits.float()).abs().max() for n in lengths]
+    return max(map(float, found))
+
+
+def by_hand(folder, model=None, config=None, **changes):
+    """A folder as transformers would write it, with nothing of huggingface.py: the layout is restated here, row by row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = translate(model or make())
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    merged = {key: value for key, value in {**CONFIG, **(config or {}), **changes}.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(merged), encoding="utf-8")
+    return folder
+
+
+def translate(model):
+    """Hugging Face's names and rows, one row at a time: row j of a head is the first of pair j for j < D/2, else the second of pair
+    j - D/2."""
+    words = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj",
+             "w2": "mlp.down_proj", "w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    top, tensors, D = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}, {}, model.config.head_dim
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[-2] in ("wq", "wk"):
+            heads = range(len(tensor) // D)
+            tensor = torch.stack([tensor[h * D + (2 * j if j < D // 2 else 2 * (j - D // 2) + 1)] for h in heads for j in range(D)])
+        word = top[parts[0]] if parts[0] in top else f"model.layers.{parts[1]}.{words[parts[-2]]}"
+        tensors[f"{word}.weight"] = tensor.detach().clone()
+    return tensors
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    merged = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    file.write_text(json.dumps({key: value for key, value in merged.items() if value != "absent"}), encoding="utf-8")
+    return folder
+
+
+def same(a, b):
+    a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
+    return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name]) for name, x in a.items())
+
+
+def stored(folder):
+    """{name: tensor} of all safetensors files of a folder."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in safetensors.torch.load_file(file).items()}
+
+
+def cut(folder, parts, index=True, binary=False):
+    """Cut the weights of a folder into several files."""
+    tensors, stem, suffix = stored(folder), *(("pytorch_model", "bin") if binary else ("model", "safetensors"))
+    (folder / "model.safetensors").unlink()
+    names, where = list(tensors), {}
+    for n in range(parts):
+        file = f"{stem}.{suffix}" if parts == 1 else f"{stem}-{n + 1:05d}-of-{parts:05d}.{suffix}"
+        part = {name: tensors[name] for name in names[n::parts]}
+        torch.save(part, folder / file) if binary else safetensors.torch.save_file(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    if index and parts > 1:
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return by_hand(tmp_path / "hf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layout
+
+def test_the_picture_of_the_docstring():
+    assert head_order(8, 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7] and head_order(8, 8).argsort().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert head_order(8, 4).tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert hugging_face_name("layers.31.attention.wk.weight") == "model.layers.31.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 6}, {"head_dim": 6, "dim": 36}])
+def test_a_folder_made_by_hand(tmp_path, changes, capsys):
+    model = make(**changes)
+    folder = by_hand(tmp_path / "hf", model, tie_word_embeddings=model.config.tied, head_dim=changes.get("head_dim", 8),
+                     num_key_value_heads=model.config.n_kv_heads)
+    loaded = load_model(folder)
+    assert same(loaded, model) and torch.equal(loaded(TEXT), model(TEXT)) and loaded.path == str(folder)
+    assert replace(loaded.config, multiple_of=256, ffn_dim_multiplier=None) == model.config and not capsys.readouterr().out
+
+
+def test_partial_rotary_permutes_the_rotated_rows_only():
+    """Half-split rotation of the first r numbers of a head, written down, against ours on the reordered head."""
+    D, r, x, positions = 8, 4, torch.randn(1, 1, 5, 8), torch.arange(5)
+    rope = RopeConfig(partial_rotary_factor=r / D)
+    frequencies, _ = inv_freq(rope, D)
+    angles = positions[:, None] * frequencies                                      # [T, r/2]
+    a, b = x[..., :r // 2], x[..., r // 2:r]
+    expected = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), x[..., r:]], dim=-1)
+    config = ModelConfig(dim=8, n_layers=1, n_heads=1, vocab_size=4, rope=rope)
+    ours = huggingface.reorder(config, "layers.0.attention.wq.weight", x[0, 0].t())  # rows of a weight are the numbers of a head
+    turned = apply_rope(ours.t()[None, None], *cos_sin(frequencies, positions))
+    assert torch.allclose(turned[..., head_order(D, r).argsort()], expected, atol=1e-6)
+    back = huggingface.reorder(config, "layers.0.attention.wq.weight", ours, inverse=True)
+    assert torch.equal(back, x[0, 0].t())
+
+
+@pytest.mark.parametrize("form", ["sharded", "no index", "bin", "bins", "bins without index", "inv_freq", "tied", "mistral",
+                                  "1 file beside", "half beside", "old name"])
+def test_forms_of_the_weights(tmp_path, form):
+    model = make(tied=form == "tied")
+    folder = by_hand(tmp_path / "hf", model, tie_word_embeddings=model.config.tied)
+    if form == "inv_freq":                                                         # transformers before 4.32 stored it in each layer
+        tensors = {**stored(folder), **{f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(4) for n in range(2)}}
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    elif form == "tied":                                                           # written out all the same, which is no contradiction
+        tensors = stored(folder)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    elif form == "mistral":
+        edit(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
+        (folder / "params.json").write_text("{}")                                  # Mistral's own format lies beside
+        (folder / "consolidated.safetensors").write_bytes(b"x")
+        (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    elif form == "1 file beside":
+        (folder / "adapter_model.safetensors").write_bytes(b"x")
+        (folder / "pytorch_model.bin").write_bytes(b"x")
+    elif form == "half beside":
+        cut(folder, 2)
+        (folder / "model-00009-of-00009.safetensors").write_bytes(b"not in the index")
+    elif form == "old name":
+        edit(folder, architectures=["LLaMAForCausalLM"])
+    else:
+        cut(folder, 1 if form == "bin" else 3, "no" not in form and "without" not in form, "bin" in form)
+    assert same(load_model(folder), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes(tmp_path, dtype):
+    model = make().to(dtype)
+    folder = by_hand(tmp_path / "hf", model)
+    assert same(load_model(folder, dtype=None), model) and same(load_model(folder), model.float())
+
+
+def test_mapped_anew_between_tensors(folder, monkeypatch):
+    monkeypatch.setattr(huggingface, "REMAP", 1)
+    assert same(load_model(folder), make())
+    assert same(load_model(cut(folder, 2, binary=True)), make())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json: RoPE and windows
+
+@pytest.mark.parametrize("changes, window, original, rope", [
+    ({}, 32, 32, RopeConfig(rope_theta=1000.0)),
+    ({"rope_theta": "absent"}, 32, 32, RopeConfig()),
+    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 32, 32, RopeConfig(rope_theta=5e5)),         # the inner one wins
+    ({"rope_scaling": {"type": "linear", "factor": 4}}, 32, 8, RopeConfig("linear", 4, 8, 1000.0)),
+    ({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}, "original_max_position_embeddings": 16}, 32, 16,
+     RopeConfig("linear", 4, 16, 1000.0)),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4}}, 128, 32, RopeConfig("dynamic", 4, 32, 1000.0)),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4, "original_max_position_embeddings": 32}}, 128, 32,
+     RopeConfig("dynamic", 4, 32, 1000.0)),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 16, "finetuned": True}}, 32, 16,
+     RopeConfig("yarn", 2, 16, 1000.0)),
+    ({"rope_scaling": {"type": "yarn", "factor": None}, "original_max_position_embeddings": 8}, 32, 8, RopeConfig("yarn", 4, 8, 1000.0)),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 4}}, 32, 4,
+     RopeConfig("llama3", 8, 4, 1000.0)),
+    ({"rope_scaling": {"type": "su", **FACTORS}, "original_max_position_embeddings": 8}, 32, 8,
+     RopeConfig("longrope", 4, 8, 1000.0, options=FACTORS)),
+    ({"partial_rotary_factor": 0.5}, 32, 32, RopeConfig(rope_theta=1000.0, partial_rotary_factor=0.5)),
+    ({"rope_scaling": None, "rope_parameters": {}}, 32, 32, RopeConfig(rope_theta=1000.0)),
+    ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}},
+     32, 16, RopeConfig("linear", 2, 16, 1000.0)),
+    ({"rope_scaling": {"type": "default", "factor": 4}}, 32, 32, RopeConfig(rope_theta=1000.0)),
+])
+def test_windows_and_dialects(folder, changes, window, original, rope, capsys):
+    config = load_config(edit(folder, **changes))
+    assert (config.max_seq_len, original_window(config), config.rope) == (window, original, rope)
+    assert not capsys.readouterr().out
+
+
+def test_what_is_assumed_is_said(folder, capsys):
+    dynamic = {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 8}
+    config = load_model(edit(folder, rope_scaling=dynamic)).config
+    assert original_window(config) == 32 and config.max_seq_len == 64
+    assert capsys.readouterr().out.count("8 is ignored: dynamic begins at max_position_embeddings, 32") == 1
+    assert load_config(edit(folder, rope_scaling=None, max_position_embeddings="absent", rms_norm_eps="absent")).max_seq_len == 2048
+    assert "does not say max_position_embeddings" in capsys.readouterr().out
+    assert load_config(folder).norm_eps == 1e-6                                    # transformers' default
+
+
+@pytest.mark.parametrize("dim, ffn_dim, multiplier", [(4096, 11008, None), (5120, 13824, None), (8192, 22016, None), (8192, 28672, 1.3125),
+                                                      (4096, 14336, 1.3126), (2048, 8192, 1.5001), (2048, 5632, None), (576, 1536, None)])
+def test_official_widths_follow_from_metas_rule(dim, ffn_dim, multiplier):
+    rule = metas_rule(dim, ffn_dim)
+    assert ModelConfig(dim=dim, n_heads=1, n_layers=1, **rule).ffn_dim == ffn_dim and rule["multiple_of"] == 256
+    assert rule["ffn_dim_multiplier"] == (multiplier and pytest.approx(multiplier, abs=1e-4))
+
+
+def test_any_width_survives_metas_layout(tmp_path):
+    for width in (1, 37, 95, 96, 97, 640):
+        model = make(ffn_dim=width)
+        export(by_hand(tmp_path / f"{width}", model, intermediate_size=width), "meta", tmp_path / f"{width}.meta")
+        assert same(load_model(tmp_path / f"{width}.meta"), model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers itself: in
+
+@pytest.mark.parametrize("kind", SPOKEN)
+def test_logits_equal_transformers(tmp_path, transformers, kind):
+    rope, window = SPOKEN[kind]
+    model = theirs(transformers, rope_parameters=rope, max_position_embeddings=window)
+    model.save_pretrained(tmp_path / "new")
+    ours = load_model(tmp_path / "new")
+    assert difference(ours, model) < 1e-4
+    assert ours.config.max_seq_len == (3 * L if kind == "dynamic" else window)
+    # the same folder as older versions wrote it
+    old = {("type" if key == "rope_type" else key): value for key, value in rope.items()}
+    (tmp_path / "old").mkdir()
+    for file in (tmp_path / "new").iterdir():
+        (tmp_path / "old" / file.name).write_bytes(file.read_bytes())
+    edit(tmp_path / "old", rope_parameters="absent", rope_scaling=old, rope_theta=1000.0)
+    assert load_config(tmp_path / "old") == ours.config
+    if kind != "default":                                                          # the lengths are such that the method matters
+        plain = load_model(tmp_path / "new", rope={"rope_type": "default", "partial_rotary_factor": 1.0})
+        assert (ours(TEXT) - plain(TEXT)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("form", ["tied", "one key head", "no groups", "sharded", "head_dim derived", "mistral", "bfloat16"])
+def test_shapes_equal_transformers(tmp_path, transformers, form):
+    changes = {"tied": {"tie_word_embeddings": True}, "one key head": {"num_key_value_heads": 1},
+               "no groups": {"num_key_value_heads": None}, "head_dim derived": {"head_dim": None}}.get(form, {})
+    if form == "mistral":
+        config = transformers.MistralConfig(**{key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")},
+                                            sliding_window=None)
+        model = randomize(transformers.MistralForCausalLM(config))
+    else:
+        model = theirs(transformers, **changes)
+    if form == "bfloat16":
+        model = model.bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if form == "sharded" else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (form == "sharded")
+    ours = load_model(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert difference(ours, model) < 1e-4
+    if form == "head_dim derived":
+        edit(tmp_path, head_dim="absent")
+        assert load_config(tmp_path).head_dim == 6
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+def test_biases_are_refused(tmp_path, transformers, key):
+    theirs(transformers, **{key: True}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"config.json: {key} is true, and LLaMA's layers have no biases"):
+        load_model(tmp_path)
+    edit(tmp_path, **{key: False})                                                 # mislabelled
+    with pytest.raises(UserError, match=r"model.safetensors: model.layers.0.\w+.\w+_proj.bias is no tensor of the LLaMA"):
+        load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers itself: out
+
+OURS = {
+    "default": RopeConfig(rope_theta=1000.0),
+    "linear": RopeConfig("linear", 4.0, L, 1000.0),
+    "dynamic": RopeConfig("dynamic", 3.0, L, 1000.0),
+    "yarn": RopeConfig("yarn", 4.0, L, 1000.0, options={"beta_fast": 4.0, "beta_slow": 0.5}),
+    "yarn as printed": RopeConfig("yarn", 4.0, L, 1000.0, options={"ramp": "turns", "beta_fast": 4.0}),
+    "llama3": RopeConfig("llama3", 8.0, L, 1000.0),
+    "longrope": RopeConfig("longrope", 4.0, L, 1000.0, options=FACTORS),
+    "proportional": RopeConfig("proportional", 2.0, None, 1000.0, partial_rotary_factor=0.5),
+    "ntk": RopeConfig("ntk", 4.0, L, 1000.0),
+    "ntk, L not said": RopeConfig("ntk", 4.0, None, 1000.0),
+    "ntk_by_parts": RopeConfig("ntk_by_parts", 4.0, L, 1000.0, options={"beta_fast": 4.0}),
+    "dprope": RopeConfig("dprope", 4.0, L, 1000.0, options={"bins": 4, "interpolated_dims": 4}),
+    "abf": RopeConfig("abf", 4.0, L, 1000.0, options={"new_rope_theta": 50000.0}),
+    "resonance": RopeConfig("yarn", 4.0, L, 1000.0, resonance=True),
+}
+
+
+def extended(kind, **changes):
+    rope = OURS[kind]
+    return make(rope=rope, max_seq_len=round(rope.factor * L), **changes)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_transformers_computes_the_same_with_what_is_written(tmp_path, transformers, kind):
+    model = extended(kind, tied=kind == "linear")
+    export_hugging_face(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    for form in ("rope_parameters", "rope_scaling"):                               # transformers 5's words, and those of all before it
+        if form == "rope_scaling" and kind in ("default", "proportional"):
+            continue
+        edit(tmp_path / "out", **{key: written[key] if key == form else "absent" for key in ("rope_parameters", "rope_scaling")})
+        read, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(report.values()) and read.dtype == torch.float32
+        assert difference(model, read.eval()) < 1e-4
+        assert read.config.max_position_embeddings == (L if kind == "dynamic" else model.config.max_seq_len)
+    (tmp_path / "out/config.json").write_text(json.dumps(written))
+    again = load_model(tmp_path / "out")                                           # and so do we
+    assert same(again, model) and torch.allclose(again(TEXT), model(TEXT), atol=1e-5)
+    assert again.config.max_seq_len == model.config.max_seq_len and original_window(again.config) == L
+    if kind in SPOKEN:
+        assert again.config.rope.rope_type == kind
+
+
+@pytest.mark.parametrize("rope, words", [
+    (RopeConfig("dynamic_yarn", 4.0, L), "dynamic_yarn: transformers has no words"), (RopeConfig("nope"), "nope: transformers"),
+    (RopeConfig("alibi"), "alibi"), (RopeConfig("xpos"), "xpos"), (RopeConfig("drope", 1.0, L), "drope"),
+    (RopeConfig("clex", 4.0, L), "clex"),
+    (RopeConfig("dynamic", 4.0, L, resonance=True), "dynamic"), (RopeConfig(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    (RopeConfig(random_positions=64), "random_positions")])
+def test_what_transformers_cannot_say_is_refused(tmp_path, rope, words):
+    with pytest.raises(UserError, match=words):
+        export_hugging_face(make(rope=rope), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    save_model(make(rope=RopeConfig("clex", 4.0, L)), tmp_path / "meta")
+    monkeypatch.setattr(weights, "load_model", None)
+    with pytest.raises(UserError, match="clex: transformers has no words"):
+        export(tmp_path / "meta", "hf", tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round trips
+
+def mixed(model):
+    """bfloat16 with float32 norms, as some checkpoints are."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "norm" in name else parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 6}, {"head_dim": 6}, {"ffn_dim": 37}])
+@pytest.mark.parametrize("cast", [lambda model: model, lambda model: model.bfloat16(), mixed], ids=["float32", "bfloat16", "mixed"])
+def test_round_trips_are_exact(tmp_path, changes, cast):
+    model = cast(make(**changes, rope=RopeConfig("yarn", 4.0, L, 1000.0), max_seq_len=4 * L))
+    save_model(model, tmp_path / "meta")
+    for source, to, out in (("meta", "hf", "hf"), ("hf", "meta", "meta2"), ("meta2", "hf", "hf2"), ("meta2", "meta", "meta3")):
+        export(tmp_path / source, to, tmp_path / out)
+    for out in ("hf", "meta2", "hf2", "meta3"):
+        loaded = load_model(tmp_path / out, dtype=None)
+        assert same(loaded, model) and loaded.config.rope == model.config.rope and loaded.config.max_seq_len == 4 * L
+    assert same(stored(tmp_path / "hf"), stored(tmp_path / "hf2")) and same(stored(tmp_path / "hf"), translate(model))
+    assert (tmp_path / "hf/config.json").read_bytes() == (tmp_path / "hf2/config.json").read_bytes()
+    first, last = (torch.load(tmp_path / out / "consolidated.00.pth", weights_only=True) for out in ("meta", "meta3"))
+    assert same(first, last)
+
+
+def test_window_of_a_model_tuned_without_scaling_survives(tmp_path):
+    model = make(rope=RopeConfig("default", original_max_position_embeddings=L), max_seq_len=4 * L)
+    export_hugging_face(model, tmp_path / "hf")
+    assert load_config(tmp_path / "hf").rope == model.config.rope and load_config(tmp_path / "hf").max_seq_len == 4 * L
+
+
+def test_several_files_and_an_index(tmp_path, transformers):
+    model = extended("llama3")
+    export_hugging_face(model, tmp_path / "hf", shard_bytes=20_000)
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text(encoding="utf-8"))
+    files = sorted(file.name for file in (tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    for file in files:
+        part = safetensors.torch.load_file(tmp_path / "hf" / file)
+        assert all(index["weight_map"][name] == file for name in part) and sum(t.nbytes for t in part.values()) <= 20_000
+    assert same(load_model(tmp_path / "hf"), model) and same(stored(tmp_path / "hf"), translate(model))
+    assert difference(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()) < 1e-4
+
+
+def test_another_dtype(tmp_path):
+    model = make()
+    export_hugging_face(model, tmp_path / "a", dtype=torch.bfloat16)
+    save_model(model, tmp_path / "meta")
+    weights.main(["export", "--model", str(tmp_path / "meta"), "--to", "hf", "--out", str(tmp_path / "b"), "--dtype", "bfloat16"])
+    weights.main(["export", "--model", str(tmp_path / "meta"), "--to", "meta", "--out", str(tmp_path / "c"), "--dtype", "bfloat16"])
+    half = make().bfloat16()
+    for name in "abc":
+        assert same(load_model(tmp_path / name, dtype=None), half)
+    assert json.loads((tmp_path / "a/config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
+    with torch.no_grad():
+        model.output.weight[3, 4] = 70_000.0
+    with pytest.raises(UserError, match="output.weight reaches 7e.04, too large for torch.float16"):
+        export_hugging_face(model, tmp_path / "d", dtype=torch.float16)
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "meta"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder is written whole or not at all
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path, folder):
+    for to in ("hf", "meta"):
+        with pytest.raises(UserError, match=r"--out .*: exists and is not empty: name a new folder"):
+            export(folder, to, folder)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export(folder, "hf", tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    export(folder, "hf", tmp_path / "empty")
+    assert same(load_model(tmp_path / "empty"), make())
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    """A disk that is full at the n-th file: one error that names it, and no folder. Afterwards it works."""
+    flush, calls = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(28, "No space left on device")
+        flush(descriptor)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        export_hugging_face(make(), tmp_path / "out")                              # config.json takes two calls, the folder's included
+    assert str(error.value.filename).endswith("model.safetensors") and not list(tmp_path.iterdir())
+    export_hugging_face(make(), tmp_path / "out")
+    assert same(load_model(tmp_path / "out"), make())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_killed_at_every_step(tmp_path):
+    """An export in a process that is killed just before its n-th rename leaves no folder, or a whole one, and the next succeeds."""
+    for step in range(1, 30):
+        out = tmp_path / str(step)
+        child = os.fork()
+        if child == 0:
+            replace_, left = os.replace, [step]
+
+            def counted(*args):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return replace_(*args)
+            try:
+                os.replace = counted
+                export_hugging_face(make(), out, shard_bytes=20_000)
+            finally:
+                os._exit(1 if sys.exc_info()[0] else 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL) and out.exists() == (code == 0)
+        if code:
+            export_hugging_face(make(), out)
+        assert same(load_model(out), make())
+        if not code:
+            break
+    assert step > 3 and not code
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+def resave(change):
+    """The weights, changed by change({name: tensor})."""
+    def spoil(folder):
+        tensors = stored(folder)
+        tensors = change(tensors) or tensors
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return spoil
+
+
+def header(text):
+    """A safetensors file of this header."""
+    return lambda folder: (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"\0" * 64)
+
+
+def write(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def index_of(value):
+    def spoil(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(value))
+    return spoil
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("code of the file ran",)
+
+
+def pickled(name):
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save({"model.norm.weight": Hostile()}, folder / name)
+    return spoil
+
+
+def truncated(fraction):
+    def spoil(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:int(fraction * len(data))])
+    return spoil
+
+
+def config(**changes):
+    return lambda folder: edit(folder, **changes)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+DAMAGED = "model.safetensors: damaged, cut off, or no safetensors file"
+WRONG = [
+    # the label
+    (config(architectures=["Qwen2ForCausalLM"]), 'config.json: architecture "Qwen2ForCausalLM": only LLaMA.s loads'),
+    (config(architectures=["LlamaForSequenceClassification"]), "architecture .LlamaForSequenceClassification"),
+    (config(architectures="absent", model_type="gpt2"), "config.json: architecture null"),
+    (config(architectures=7), "architecture 7"), (config(architectures=["LlamaForCausalLM", "X"]), "architecture .+X"),
+    (config(architectures=["MistralForCausalLM"], sliding_window=4096), "sliding_window 4096: attention here sees the whole text"),
+    (config(architectures=["MistralForCausalLM"]), "sliding_window 4096"),
+    (config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None, num_key_value_heads="absent"),
+     "num_key_value_heads is missing"),
+    (config(attention_bias=True), "attention_bias is true"), (config(mlp_bias=True), "mlp_bias is true"),
+    (config(hidden_act="gelu"), "hidden_act 'gelu': LLaMA's is silu"),
+    (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config gptq: quantised weights do not load"),
+    (config(quantization_config=True), "quantization_config : quantised"),
+    # the numbers
+    (config(hidden_size="36"), "hidden_size = '36': has to be a positive whole number"),
+    (config(num_hidden_layers=True), "num_hidden_layers = True"),
+    (config(vocab_size="absent"), "vocab_size is missing"), (config(intermediate_size=0), "intermediate_size = 0"),
+    (config(num_hidden_layers=2**40), "num_hidden_layers = 1099511627776"),
+    (config(num_hidden_layers=3), "have 2 layers, .* num_hidden_layers 3"),
+    (config(num_hidden_layers=2**30), "have 2 layers"),
+    (config(vocab_size=2**31 - 1), r"embed_tokens.weight is \[48, 36\], and config.json"),
+    (config(num_attention_heads=2**30), r"q_proj.weight is \[48, 36\], and config.json makes it \[8589934592, 36\]"),
+    (config(num_key_value_heads=4), "n_heads 6 has to be a multiple of n_kv_heads 4"), (config(num_key_value_heads=1), "k_proj.weight is"),
+    (config(head_dim=7), "head_dim = 7"), (config(head_dim="absent"), "q_proj.weight is"),
+    (config(intermediate_size=41), "gate_proj.weight is"),
+    (config(rms_norm_eps="small"), "rms_norm_eps = 'small'"), (config(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
+    (config(rope_theta=-1), "rope_theta"), (config(max_position_embeddings=1.5), "max_position_embeddings = 1.5"),
+    (config(tie_word_embeddings=True), "lm_head.weight is not the embedding, and config.json has tie_word_embeddings true"),
+    # RoPE
+    (config(rope_scaling={"type": "yam", "factor": 2}), "rope_type 'yam' is unknown"), (config(rope_scaling=[1]), "has to be an object"),
+    (config(rope_scaling={"factor": 2}), "factor 2 without a method"), (config(rope_scaling={"type": ["linear"]}), "rope_type"),
+    (config(rope_scaling={"type": "linear", "factor": 2}, rope_parameters={"rope_type": "linear", "factor": 3}), "contradict each other"),
+    (config(rope_scaling={"type": "linear", "rope_type": "yarn", "factor": 2}), "contradict each other"),
+    (config(rope_parameters={"full_attention": {"rope_type": "default"}}), "unknown key 'full_attention'"),
+    (config(rope_scaling={"type": "longrope", "factor": 2, "short_factor": [1.0], "long_factor": [1.0]}),
+     "1 short and 1 long factors for 4"),
+    # files
+    (write("config.json", b"{"), "config.json: not a JSON file"), (write("config.json", b"[" * 100_000), "config.json: not a JSON file"),
+    (write("config.json", b'{"hidden_size": ' + b"9" * 10_000 + b"}"), "config.json: not a JSON file"),
+    (write("config.json", b"[]"), "config.json: holds no object"), (write("config.json", b"\xff\xfe"), "config.json: not a JSON file"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no pytorch_model.bin"),
+    (truncated(0), DAMAGED), (truncated(0.1), DAMAGED), (truncated(0.9), DAMAGED),
+    (write("model.safetensors", b"version https://git-lfs"), DAMAGED),
+    (header("{" * 50_000), DAMAGED),
+    (header('{"a": {"dtype": "F32", "shape": [999999999999, 99999999999], "data_offsets": [0, 64]}}'), DAMAGED),
+    (header('{"a": {"dtype": "F32", "shape": [16], "data_offsets": [-1, 64]}}'), DAMAGED),
+    (pickled("pytorch_model.bin"), "pytorch_model.bin: refused, since loading it would run code"),
+    (pickled("model.safetensors"), DAMAGED),
+    (index_of({"weight_map": {"a": "../model.safetensors"}}),
+     r"names the file '../model.safetensors': only .safetensors files of the same folder"),
+    (index_of({"weight_map": {"a": "/etc/passwd"}}), "names the file '/etc/passwd'"),
+    (index_of({"weight_map": {"a": "x.bin"}}), "names the file 'x.bin'"),
+    (index_of({"weight_map": {"a": "a\0.safetensors"}}), "names the file"), (index_of({"weight_map": {"a": 3}}), "has no weight_map"),
+    (index_of({"weight_map": {}}), "has no weight_map"), (index_of([]), "holds no object"),
+    (index_of({"weight_map": {"a": "b.safetensors"}}), "b.safetensors: no such file, but the index names it"),
+    (lambda folder: (cut(folder, 3, index=False) / "model-00002-of-00003.safetensors").unlink(), "2 of 3 parts of the weights"),
+    (lambda folder: cut(folder, 2, index=False) and safetensors.torch.save_file({Q: torch.zeros(1)}, folder / "more.safetensors"),
+     f"{Q} is in .* too"),
+    # tensors
+    (resave(lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}),
+     r"lm_head.weight is missing \(or is tie_word_embeddings true"),
+    (resave(lambda t: {k: v for k, v in t.items() if k != Q}), f"model.safetensors: {Q} is missing"),
+    (resave(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})), "q_proj.bias is no tensor of the LLaMA"),
+    (resave(lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.zeros(8)})), "q_norm.weight is no tensor of the LLaMA"),
+    (resave(lambda t: {k.removeprefix("model."): v for k, v in t.items()}), "have 0 layers"),
+    (resave(lambda t: t.update({Q: torch.zeros(36, 48)})), rf"{Q} is \[36, 48\], and config.json makes it \[48, 36\]"),
+    (resave(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), f"{Q} is torch.float8_e4m3fn: quantised weights do not load"),
+    (resave(lambda t: t.update({Q: t[Q].to(torch.int8)})), f"{Q} is torch.int8: quantised weights do not load"),
+    (resave(lambda t: t.update({Q: t[Q] / 0})), "attention.wq.weight holds NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize("spoil, words", WRONG, ids=[f"{n} {words[:40]}" for n, (_, words) in enumerate(WRONG)])
+def test_what_does_not_load_is_one_line(folder, spoil, words, capsys):
+    spoil(folder)
+    with pytest.raises(UserError, match=words) as error:
+        load_model(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert not capsys.readouterr().out
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path):
+    """Bytes changed at random in the header of the weights and in config.json: a line, or a model of finite numbers."""
+    folder, generator, refused = by_hand(tmp_path / "hf"), random.Random(0), 0
+    whole = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    start = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
+    for n in range(200):
+        name = ("model.safetensors", "config.json")[n % 2]
+        data = bytearray(whole[name])
+        for _ in range(2):
+            byte = generator.choice([0, 34, 44, 48, 57, 91, 123, 125, 255, generator.randrange(256)])
+            data[generator.randrange(min(start, len(data)))] = byte
+        for other in whole:
+            (folder / other).write_bytes(data if other == name else whole[other])
+        try:
+            assert all(parameter.isfinite().all() for parameter in load_model(folder).parameters())
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 100
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(folder):
+    truncated(0.5)(folder)
+    command = [sys.executable, "weights.py", "export", "--model", folder, "--to", "meta", "--out", folder.parent / "out"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert (shown.returncode, shown.stdout) == (2, "") and not (folder.parent / "out").exists()
+    assert shown.stderr.startswith(f"error: {folder}/model.safetensors: damaged, cut off") and shown.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match="model.safetensors: reading it needs a package: pip install safetensors"):
+        load_model(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="tokenizer.json: reading it needs a package: pip install tokenizers"):
+        load_tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+TEXTS = ["hello world", "def f(x):\n    return x + 1\n", "  two  spaces \n\n\t tab ", "1234567", "\u00e9 \u6f22\u5b57 \U0001f642",
+         "", "\n", "a", "The grass is green. The sky is blue. The sun is yellow. Here we go."]
+
+
+@pytest.fixture(scope="module")
+def json_folder(tmp_path_factory):
+    """A byte-level BPE tokenizer.json as LLaMA 3's: it adds BOS by its post-processor, and truncates, which nobody asked for here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|begin|>", "<|end|>", "<|user|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    model.train_from_iterator(TEXTS * 4, trainer)
+    model.post_processor = processors.TemplateProcessing(single="<|begin|> $A <|end|>", pair=None,
+                                                         special_tokens=[("<|begin|>", 0), ("<|end|>", 1)])
+    model.enable_truncation(4), model.enable_padding(length=16, pad_id=1, pad_token="<|end|>")
+    folder = tmp_path_factory.mktemp("json")
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
+                                                              "add_bos_token": True,
+                                                              "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}))
+    return folder
+
+
+def test_tokenizer_json_makes_the_ids_of_transformers(json_folder, transformers):
+    ours, reference = load_tokenizer(json_folder), transformers.AutoTokenizer.from_pretrained(json_folder)
+    assert isinstance(ours, JsonTokenizer) and ours.vocab_size == len(reference) == 300
+    assert (ours.bos_id, ours.eos_id, ours.dummy_prefix, ours.add_bos) == (0, 1, False, True) and len(ours.sha256) == 64
+    for text in [*TEXTS, "x<|user|>y", "word " * 200]:
+        ids = reference(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids and ours.encode(text, bos=True) == [0, *ids] and ours.encode(text, eos=True) == [*ids, 1]
+        assert ours.decode(ours.encode(text, bos=True, eos=True)) == text.replace("<|user|>", "")
+    assert ours.encode_batch(TEXTS, bos=True) == [[0, *ours.encode(text)] for text in TEXTS]
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        ours.encode("\ud800")
+    with pytest.raises(UserError, match="token 300 is not in the vocabulary"):
+        ours.decode([300])
+
+
+def test_a_space_in_front_is_noticed(tmp_path, json_folder):
+    from tokenizers import Tokenizer, pre_tokenizers
+    model = Tokenizer.from_file(str(json_folder / "tokenizer.json"))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|end|>"}, "eos_token": "<|user|>"}))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.dummy_prefix and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, 2, None)
+
+
+@pytest.mark.parametrize("beside, words", [
+    ({}, "which token is BOS. Say so in a tokenizer_config.json"),
+    ({"tokenizer_config.json": {"bos_token": "<|begin|>"}}, "which token is EOS"),
+    ({"tokenizer_config.json": {"bos_token": "<s>"}}, "tokenizer_config.json: BOS is '<s>', which tokenizer.json does not have"),
+    ({"config.json": {"bos_token_id": 0, "eos_token_id": [900, 1]}}, "config.json: EOS is 900, which"),
+    ({"config.json": []}, "config.json: holds no object"),
+    ({"tokenizer.json": {}}, "tokenizer.json: not a tokenizer.json, or not a whole one"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": []}}}, "tokenizer.json: has no pieces"),
+])
+def test_tokenizer_json_errors(tmp_path, json_folder, beside, words):
+    (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
+    for name, value in beside.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(UserError, match=words) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_which_tokenizer_of_a_folder(tmp_path, json_folder, tokenizer):
+    for file in json_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    assert load_tokenizer(tmp_path, 300).path == load_tokenizer(tmp_path / "tokenizer.json").path == tmp_path / "tokenizer.json"
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")                  # LLaMA 3's tiktoken file, which says the same
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
+
+
+def test_a_vocabulary_may_be_rounded_up(json_folder, tokenizer):
+    for given, size in ((json_folder, 300), (tokenizer.path, tokenizer.vocab_size)):
+        rounded = load_tokenizer(given, size + 20)
+        assert rounded.vocab_size == size and rounded.decode([*rounded.encode("hello"), size + 19]) == "hello"
+        with pytest.raises(UserError, match="is not in the vocabulary"):
+            rounded.decode([size + 20])
+        for wrong in (size - 1, 3 * size):
+            with pytest.raises(UserError, match=f"has {size} pieces, and the model's vocabulary {wrong}"):
+                load_tokenizer(given, wrong)
+
+
+def test_tokenizers_travel_with_an_export(tmp_path, json_folder, tokenizer, transformers):
+    """SentencePiece: transformers makes the same ids of what we write, BOS in front. tokenizer.json: with the words for BOS and EOS."""
+    save_model(make(vocab_size=1024), tmp_path / "meta", tokenizer)
+    export(tmp_path / "meta", "hf", tmp_path / "hf")
+    for kind in (transformers.AutoTokenizer, transformers.LlamaTokenizer):
+        reference = kind.from_pretrained(tmp_path / "hf")
+        assert (reference.bos_token_id, reference.eos_token_id, len(reference)) == (tokenizer.bos_id, tokenizer.eos_id, 1024)
+        for text in TEXTS:
+            assert reference(text)["input_ids"] == tokenizer.encode(text, bos=True)
+            assert reference.decode(tokenizer.encode(text, bos=True), skip_special_tokens=True) == text
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
+    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
+    export(tmp_path / "hf", "meta", tmp_path / "meta2")
+    assert load_tokenizer(tmp_path / "meta2", 1024).sha256 == tokenizer.sha256
+
+    save_model(make(vocab_size=304), tmp_path / "json", load_tokenizer(json_folder))
+    (tmp_path / "json/chat_template.jinja").write_text("{{ x }}")
+    export(tmp_path / "json", "hf", tmp_path / "json.hf")
+    export(tmp_path / "json.hf", "meta", tmp_path / "json.meta")
+    for name in ("json", "json.hf", "json.meta"):
+        loaded = load_tokenizer(tmp_path / name, 304)
+        assert (loaded.sha256, loaded.bos_id, loaded.eos_id, loaded.add_bos) == (load_tokenizer(json_folder).sha256, 0, 1, True)
+    assert (tmp_path / "json.hf/chat_template.jinja").exists()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "json.hf").eos_token_id == 1
+
+
+def test_ids_that_end_a_text_are_kept(tmp_path, json_folder):
+    """LLaMA 3's chat models end at any of several tokens, which only config.json says."""
+    folder = by_hand(tmp_path / "hf", make(vocab_size=300), vocab_size=300, bos_token_id=0, eos_token_id=[1, 2], pad_token_id=2)
+    for file in json_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    export(folder, "hf", tmp_path / "again")
+    config = json.loads((tmp_path / "again/config.json").read_text(encoding="utf-8"))
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, [1, 2], 2)
+
+
+def test_info(folder, json_folder, capsys):
+    edit(folder, rope_scaling={"type": "linear", "factor": 4})
+    weights.main(["info", "--model", str(folder)])
+    shown = capsys.readouterr().out
+    for words in ("2 layers", "6 heads of 8, 2 key/value heads", "32 tokens, original 8", "tokenizer   none"):
+        assert words in shown
+    save_model(make(vocab_size=300), folder.parent / "meta", load_tokenizer(json_folder))
+    weights.main(["info", "--model", str(folder.parent / "meta")])
+    assert "300 pieces, BOS 0 and EOS 1 where asked for; transformers adds BOS unasked" in capsys.readouterr().out
