@@ -170,7 +170,8 @@ def rotate(x, position, theta, attention_factor=1.0):
 
 
 def xpos_decay(x, positions, pairs, sign, s=1.0):
-    """xPos (arXiv 2212.10554): pair i of x [B,H,T,D] times zeta_i^(sign m / 512 s), zeta_i = (2i + 0.4 D) / 1.4 D; sign 1 for q, -1 for k."""
+    """xPos (arXiv 2212.10554): pair i of x [B,H,T,D] times zeta_i^(sign m / 512 s), zeta_i = (2i + 0.4 D) / 1.4 D. sign: 1 for q, -1 for
+    k."""
     out, D = x.copy(), 2 * pairs
     for b, h, t in np.ndindex(x.shape[:3]):
         for i in range(pairs):

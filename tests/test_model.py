@@ -24,11 +24,14 @@ DYNAMIC = RopeConfig("dynamic", 2.0, 16)
 def every_rope(window, head_dim=8):
     """Every method with L = window, and what may be combined with any: {name: RopeConfig}."""
     def config(name, **settings):
-        return RopeConfig.from_dict(reference.complete({"rope_type": name, "original_max_position_embeddings": window, **settings}, head_dim))
-    return {**{name: config(name) for name in METHODS}, "yarn paper's ramp": config("yarn", ramp="turns"), "dynamic by length alone": config("dynamic", factor=1.0),
-            "dynamic_yarn by length alone": config("dynamic_yarn", factor=1.0), "half the pairs": config("proportional", partial_rotary_factor=0.5),
-            "half the head": config("dynamic", partial_rotary_factor=0.5), "half the head, drope": config("drope", partial_rotary_factor=0.5),
-            "half the head, clex": config("clex", partial_rotary_factor=0.5), "half the head, xpos": config("xpos", partial_rotary_factor=0.5),
+        rope = {"rope_type": name, "original_max_position_embeddings": window, **settings}
+        return RopeConfig.from_dict(reference.complete(rope, head_dim))
+    half = {"partial_rotary_factor": 0.5}
+    return {**{name: config(name) for name in METHODS}, "yarn, the paper's ramp": config("yarn", ramp="turns"),
+            "dynamic by length alone": config("dynamic", factor=1.0), "dynamic_yarn by length alone": config("dynamic_yarn", factor=1.0),
+            "half the pairs": config("proportional", **half), "half the head": config("dynamic", **half),
+            "half the head, drope": config("drope", **half), "half the head, clex": config("clex", **half),
+            "half the head, xpos": config("xpos", **half),
             "resonance": config("yarn", resonance=True), "resonance, dynamic": config("dynamic", resonance=True),
             "random positions": config("linear", random_positions=100), "random positions, alibi": config("alibi", random_positions=100)}
 
@@ -89,7 +92,7 @@ def test_logits_are_the_oracles_for_every_method(name):
         np.testing.assert_allclose(model(tokens).detach(), expected, atol=5e-5, err_msg=model.attention)
     if not name.startswith("default"):
         model.config.rope = RopeConfig()
-        assert np.abs(model(tokens).detach() - expected).max() > 1e-3, "this method has to matter for this test to mean something"
+        assert np.abs(model(tokens).detach().numpy() - expected).max() > 1e-3, "this method has to matter for this test to mean something"
 
 
 def test_a_clex_model_with_another_method_set_is_that_method():
@@ -154,10 +157,10 @@ def test_a_bfloat16_model_has_float32_positions():
     assert (here - far).square().mean().sqrt() < 0.03 * here.std()
 
 
-@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("rope, assign", [(RopeConfig("linear", 4.0), False), (ROPES["clex"], False), *((r, True) for r in ROPES.values())],
+                         ids=lambda value: value.rope_type if isinstance(value, RopeConfig) else str(value))
 def test_a_model_made_on_the_meta_device_has_the_right_frequencies(rope, assign):
-    source = build(rope=rope)
+    source = build(rope=rope, n_layers=1)
     with torch.device("meta"):
         model = LLaMA(source.config)
     if not assign:
@@ -228,7 +231,8 @@ def test_a_cache_at_other_positions(rope, positions):
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("n_layers", [1, 3])
-@pytest.mark.parametrize("sizes", [[12] + [1] * 20, [5, 5, 5, 5, 5, 7], [20, 1, 1, 10]], ids=["12 then one by one", "chunks", "across at once"])
+@pytest.mark.parametrize("sizes", [[12] + [1] * 20, [5, 5, 5, 5, 5, 7], [20, 1, 1, 10]],
+                         ids=["12 then one by one", "chunks", "across at once"])
 def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implementation, n_layers, sizes):
     """Dynamic NTK, L = 16: what each piece answers last is what the model answers to the whole text up to there."""
     model, tokens = build(attention=implementation, rope=DYNAMIC, n_layers=n_layers), draw(2, 32)
@@ -241,17 +245,17 @@ def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implem
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ROPES)
 def test_a_cache_across_the_window_is_the_whole_for_every_method(name, implementation):
-    """L = 12, 26 tokens: token by token, in chunks, a prefill and then tokens. What each piece answers last is what the model answers to the
-    whole text up to there; where nothing depends on the length, all that it answers is."""
-    model, tokens = build(attention=implementation, rope=ROPES[name]), draw(2, 26)
+    """L = 12, 22 tokens: token by token, in chunks, a prefill and then tokens. What each piece answers last is what the model answers to
+    the whole text up to there; where nothing depends on the length, all that it answers is."""
+    model, tokens = build(attention=implementation, rope=ROPES[name]), draw(2, 22)
     grows, close = depends_on_length(ROPES[name]), {"atol": 1e-5, "rtol": 1e-5}
     whole = model(tokens)
-    for sizes in ([1] * 26, [7, 4, 9, 6], [10, *[1] * 8, 8]):
+    for sizes in ([1] * 22, [7, 4, 9, 2], [10, *[1] * 5, 7]):
         got = cached(model, tokens, sizes)
         torch.testing.assert_close(got[:, -1], whole[:, -1], **close)
         if not grows:
             torch.testing.assert_close(got, whole, **close)
-        elif len(sizes) < 26:
+        elif len(sizes) < 22:
             for end in np.cumsum(sizes)[::3]:
                 torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], **close, msg=lambda m: f"at {end}: {m}")
 
@@ -271,8 +275,9 @@ class StaleCache(KVCache):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, harmed", [("dynamic", True), ("dynamic_yarn by length alone", True), ("longrope", True), ("clex", True), ("drope", True),
-                                          ("linear", False), ("yarn", False), ("dprope", False)])
+@pytest.mark.parametrize("name, harmed", [
+    ("dynamic", True), ("dynamic_yarn by length alone", True), ("longrope", True), ("clex", True), ("drope", True),
+    ("linear", False), ("yarn", False), ("dprope", False)])
 def test_a_cache_of_keys_rotated_once_gives_other_answers(monkeypatch, name, harmed):
     model, tokens = build(rope=ROPES[name]), draw(2, 30)
     whole = model(tokens)[:, -1]
@@ -381,7 +386,8 @@ def test_recomputing_blocks_changes_memory_but_not_gradients(implementation):
     assert peaks[1] < 0.6 * peaks[0]
 
 
-@pytest.mark.parametrize("name", ["nope", "alibi", "xpos", "clex", "drope", "random positions", "random positions, alibi", "half the head, clex"])
+@pytest.mark.parametrize("name", [
+    "nope", "alibi", "xpos", "clex", "drope", "random positions", "random positions, alibi", "half the head, clex"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_baseline_trains_with_recompute(name, implementation):
     """From fresh weights, as train.py has them: all parameters get the gradients that they get without recompute."""
@@ -435,8 +441,9 @@ def greedy(model, tokens, new):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rope", [RopeConfig(), DYNAMIC, *(ROPES[name] for name in ("longrope", "clex", "alibi", "xpos", "random positions"))],
-                         ids=lambda r: r.rope_type)
+@pytest.mark.parametrize("rope", [
+    RopeConfig(), DYNAMIC, *(ROPES[name] for name in ("longrope", "clex", "alibi", "xpos", "random positions")),
+], ids=lambda r: r.rope_type)
 def test_greedy_generation_is_the_argmax_of_the_whole(implementation, rope):
     model, prompt = build(attention=implementation, rope=rope), draw(3, 7)
     assert torch.equal(generate(model, prompt, 13), greedy(model, prompt, 13))

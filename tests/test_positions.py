@@ -8,8 +8,8 @@ import torch
 
 from cli import UserError
 from model import attention
-from positions import (alibi_bias, alibi_slopes, pose_positions, position_ids, random_positions, stretched_positions, training_positions, where,
-                       xpos_scale)
+from positions import (alibi_bias, alibi_slopes, pose_positions, position_ids, random_positions, stretched_positions, training_positions,
+                       where, xpos_scale)
 from rope import METHODS, RopeConfig, apply_rope, cos_sin, inv_freq
 
 IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
@@ -52,15 +52,16 @@ def test_attention_with_the_row_of_bias_is_attention_with_the_textbooks_matrix(n
     np.testing.assert_allclose(same_for_all[0], expected[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_alibi_in_bfloat16_far_from_the_beginning(implementation):
-    """-slope * distance reaches -2000 here. Rounded to bfloat16 as it stands it would be off by 4 at the keys next to the query."""
-    S = 4000
-    q, k, v = draw(1, 4, 3, 16), draw(1, 4, S, 16, seed=1), draw(1, 4, S, 16, seed=2)
-    expected = reference.attention(*(x.bfloat16().float() for x in (q, k, v)), reference.alibi_bias(np.arange(S)[None], 4)[:, :, -3:])
-    got = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), alibi_bias(torch.arange(S), 4), implementation)
-    assert got.dtype == torch.bfloat16
-    np.testing.assert_allclose(got.float(), expected, atol=0.03)
+def test_alibi_in_bfloat16_at_the_end_and_at_the_beginning():
+    """A key 900 tokens before the last has -slope * distance = -225, for the query beside it too. bfloat16 rounds that to whole numbers."""
+    S = 900
+    q, k, v = draw(1, 4, S, 16), draw(1, 1, S, 16, seed=1), draw(1, 1, S, 16, seed=2)
+    expected = reference.attention(*(x.bfloat16().float() for x in (q, k, v)), reference.alibi_bias(np.arange(S)[None], 4))
+    for implementation in IMPLEMENTATIONS:
+        for T in (S, 3):
+            got = attention(q[:, :, -T:].bfloat16(), k.bfloat16(), v.bfloat16(), alibi_bias(torch.arange(S), 4), implementation)
+            assert got.dtype == torch.bfloat16
+            np.testing.assert_allclose(got.float(), expected[:, :, -T:], atol=0.04, err_msg=f"{implementation}, {T} queries")
 
 
 def test_interpolated_alibi_is_alibi_at_squeezed_distances():
@@ -96,10 +97,11 @@ def test_xpos_scores_depend_on_the_distance_only_and_decay_with_it():
     theta, _ = inv_freq(config, 32)
     q, k = draw(2, 1, 1, 1, 32)
 
+    def at(position):
+        return where(config, 1, theta, 1.0, torch.tensor([position]), torch.tensor([position]))
+
     def score(m, n):
-        turned = [apply_rope(x, *side) for x, side in zip((q, k), (
-            where(config, 1, theta, 1.0, torch.tensor([m]), torch.tensor([m])).q, where(config, 1, theta, 1.0, torch.tensor([n]), torch.tensor([n])).k))]
-        return (turned[0].double() * turned[1].double()).sum().item()
+        return (apply_rope(q, *at(m).q).double() * apply_rope(k, *at(n).k).double()).sum().item()
     size = (q.norm() * k.norm()).item()
     for distance in (0, 1, 17, 500):
         for m in (distance, 600, 3000, 8000):
@@ -171,7 +173,7 @@ def test_drawn_positions_ascend_within_the_longer_text_and_follow_the_generator(
 
 def test_random_positions_are_everywhere():
     counts = np.bincount(sample(random_positions, 10, 40).ravel(), minlength=40)
-    assert (abs(counts - 100) < 50).all()                                                  # 400 draws of a quarter of the places; 9 makes one sd
+    assert (abs(counts - 100) < 50).all()                                                  # 400 draws of a quarter of the places, +- 9
 
 
 def test_stretched_positions_keep_both_ends():
@@ -197,12 +199,13 @@ def test_pose_positions_are_two_runs_with_one_skip():
 
 
 def test_which_positions_training_draws():
-    def drawn(config, pose=False, step=0, row=0):
-        draw = training_positions(config, 16, 64, pose)
+    def drawn(config, way="own", step=0, row=0):
+        draw = training_positions(config, 16, 64, way)
         return draw and draw(np.random.default_rng(step), np.random.default_rng(row), 16).tolist()
     clex = RopeConfig.from_dict(reference.complete({"rope_type": "clex", "original_max_position_embeddings": 16, "max_factor": 5.5}, 16))
     assert drawn(RopeConfig()) is None and drawn(RopeConfig("yarn", 4.0, 16)) is None
-    assert drawn(RopeConfig("yarn", 4.0, 16), pose=True) == pose_positions(np.random.default_rng(0), 16, 64).tolist()
+    assert drawn(clex, "contiguous") is None
+    assert drawn(clex, "pose") == drawn(RopeConfig("yarn", 4.0, 16), "pose") == pose_positions(np.random.default_rng(0), 16, 64).tolist()
     assert drawn(RopeConfig(random_positions=500)) == random_positions(np.random.default_rng(0), 16, 500).tolist()
     ends = [{drawn(clex, step=step, row=row)[-1] for row in range(3)} for step in range(60)]
     assert all(len(end) == 1 for end in ends)                                              # one t for all rows of a step

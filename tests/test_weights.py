@@ -291,6 +291,7 @@ PI4 = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0, 32))        
 PI4_BARE = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0))                           # the same, L not written down
 DIRECT = replace(BASE, max_seq_len=128, rope=RopeConfig("default", original_max_position_embeddings=32))  # fine-tuned without scaling
 THETA = replace(BASE, rope=RopeConfig(rope_theta=5e5))
+HALF = replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5))
 
 
 @pytest.mark.parametrize("config", [BASE, PI4, PI4_BARE, DIRECT])
@@ -333,9 +334,9 @@ def test_override_reaches_the_logits(saved):
 
 
 @pytest.mark.parametrize("config, rope, share", [
-    (replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5)), {"rope_type": "linear", "factor": 2}, 0.5),
-    (replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5)), RopeConfig("yarn", 2.0, 32), 0.5),
-    (replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5)), {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 1.0}, 1.0),
+    (HALF, {"rope_type": "linear", "factor": 2}, 0.5),
+    (HALF, RopeConfig("yarn", 2.0, 32), 0.5),
+    (HALF, {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 1.0}, 1.0),
     (BASE, {"rope_type": "proportional", "factor": 2, "partial_rotary_factor": 0.25}, 0.25),
 ])
 def test_the_rotated_share_stays_unless_it_is_given(config, rope, share):
@@ -344,7 +345,9 @@ def test_the_rotated_share_stays_unless_it_is_given(config, rope, share):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("extra", [{}, {"resonance": True, "partial_rotary_factor": 0.5, "random_positions": 70, "rope_theta": 5e5}], ids=["", "with all"])
+@pytest.mark.parametrize("extra", [
+    {}, {"resonance": True, "partial_rotary_factor": 0.5, "random_positions": 70, "rope_theta": 5e5},
+], ids=["", "with all"])
 def test_every_method_travels_with_the_weights(tmp_path, name, extra):
     rope = RopeConfig.from_dict(complete({"rope_type": name, "factor": 4, "original_max_position_embeddings": 32, **extra}, 8))
     model = make(dim=48, max_seq_len=128, rope=rope)
@@ -810,4 +813,4 @@ def test_a_model_is_never_in_memory_twice(tmp_path):
     code, printed = in_child(action)
     assert code == 0, printed
     added, size = map(float, printed.split())
-    assert size > 190 and size < added < 1.15 * size + 80, f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
+    assert size > 190 and 0.5 * size < added < 1.15 * size + 80, f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
