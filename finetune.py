@@ -4,7 +4,7 @@
 
     python finetune.py                                            # the tiny model from 256 to 512 tokens, on a laptop, in minutes
     python finetune.py --rope yarn --factor 4                     # any method of rope.py
-    python finetune.py --positions pose                           # at the cost of the old window: PoSE
+    python finetune.py --positions pose                           # PoSE: at the cost of the old window
     python finetune.py --model llama-7b --factor 4 --lr 2e-5 --steps 1000 --schedule constant --batch-size 1 --accumulate 64 --recompute \\
         --passkey-share 0 --corpus data/corpora/books --out out/llama-7b-pi      # the paper's recipe, on a corpus of long documents
 
