@@ -13,6 +13,7 @@ import sys
 import tempfile
 import types
 import typing
+import warnings
 from pathlib import Path
 
 
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Call main() as a command: a UserError, a full disk or an exhausted memory is one line on stderr and exit code 2."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         sys.exit(main() or 0)
     except UserError as error:

@@ -220,32 +220,44 @@ def table(rows, lengths, windows):
 
 
 def variants(config, factors, chosen=()):
-    """What compare tries on a model, [(name, rope dict)]: of each method that suits it, all factors if the factor is all that decides, else
-    factor 1, at which a method that follows the length has nothing to choose. chosen: names or JSON objects instead of all methods."""
-    own, rows = config.rope, []
+    """What compare tries on a model, [(name, rope dict)]: the model as it is; then each method that suits it, or those `chosen` (names or
+    JSON objects): with all factors if a fixed one is part of it, else at factor 1, at which a method that follows the length has nothing
+    to choose. What would give the same angles as a row before is left out."""
+    own, rows, seen = config.rope, [("as it is" if config.rope.rope_type != "default" else "default", config.rope.to_dict())], []
     if chosen:
         methods = [rope_argument(each) for each in chosen]
-    elif METHODS[own.rope_type].rotary:  # plain RoPE may be stretched by all that is RoPE, but for what has to be searched for first
-        methods = [{"rope_type": name} for name, m in METHODS.items()
-                   if m.rotary and all(option.default is not option.empty for option in m.options.values())]
+    elif METHODS[own.rope_type].rotary:  # what is RoPE may be stretched by all that is RoPE, but for what has to be searched for first
+        methods = [{"rope_type": name} for name, m in METHODS.items() if m.rotary and not needs_settings(m)]
         # p-RoPE of plain RoPE: let those pairs stand still that never complete a turn in L
         plain, _ = inv_freq(RopeConfig(rope_theta=own.base), config.head_dim)
-        turning = int((plain * original_window(config) >= 2 * math.pi).sum())
-        share = {"partial_rotary_factor": turning / (config.head_dim // 2)}
-        methods = [m | share if m["rope_type"] == "proportional" else m for m in methods]
-        methods += [{"rope_type": "yarn", "ramp": "turns"}, {"rope_type": "yarn", "resonance": True}]
+        share = {"partial_rotary_factor": int((plain * original_window(config) >= 2 * math.pi).sum()) / (config.head_dim // 2)}
+        methods = [m | share if METHODS[m["rope_type"]].whole_head else m for m in methods]
+        methods += [{"rope_type": "yarn", **more} for more in ({"attention_factor": 1.0}, {"ramp": "turns"}, {"resonance": True})]
     else:
-        methods = [own.to_dict() | {"factor": 1.0}]
+        methods = [{"rope_type": own.rope_type}]
     for rope in methods:
         known = RopeConfig.from_dict({"original_max_position_embeddings": original_window(config)} | rope)
-        more = {k: v for k, v in rope.items() if k not in ("rope_type", "factor", "rope_theta")}
-        more = [k if v is True else f"{v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items()]
-        name = " ".join([known.rope_type, *(more if len(" ".join(more)) < 24 else ["..."])])
-        if known.rope_type == "default" or METHODS[known.rope_type].grows or "factor" in rope and chosen:
-            rows.append((name, rope))
-        else:
-            rows += [(f"{name} x{factor:g}", rope | {"factor": factor}) for factor in factors]
-    return rows
+        fixed = "factor" in rope or known.rope_type == "default" or METHODS[known.rope_type].grows
+        more = {k: v for k, v in rope.items() if k not in ("rope_type", "factor", "original_max_position_embeddings")}
+        more = [k if v is True or isinstance(v, list) else f"{k}={v:.2g}" if isinstance(v, float) else f"{k}={v}" for k, v in more.items()]
+        name = " ".join([known.rope_type, *more])
+        for factor in [rope.get("factor")] if fixed else factors:
+            rows.append((name + (f" x{factor:g}" if factor else ""), rope | ({"factor": factor} if factor else {})))
+    unique = []
+    for name, rope in rows:
+        one = with_rope(config, rope).rope
+        said = one.rope_type if METHODS[one.rope_type].grows or METHODS[one.rope_type].adds else ""
+        angles = said, one.factor if said else 0, one.random_positions, *(str(v) for v in inv_freq(one, config.head_dim)[0].tolist()), \
+            inv_freq(one, config.head_dim)[1], json.dumps(one.options) if said else ""
+        if angles not in seen:
+            seen.append(angles)
+            unique.append((name, rope))
+    return unique
+
+
+def needs_settings(function):
+    """Whether a method does not work without settings of its own (LongRoPE's factors)."""
+    return any(option.default is option.empty for option in function.options.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +338,7 @@ def rope_flags(config):
     method, factor = METHODS[known.rope_type], rope.get("factor", config.factor)
     if factor is None and method.rotary and not method.grows and known.rope_type != "default":
         raise UserError(f"--rope {config.rope} needs --factor: how many times longer does the window become?")
-    return rope | {"factor": factor or 1.0}
+    return rope | {"factor": 1.0 if factor is None else factor}
 
 
 def load(config, quiet=False):
@@ -400,6 +412,9 @@ def compare_command(config):
     scored, started = sum(len(d) - 1 for d in documents), time.perf_counter()
     print(f"{len(plan)} rows x {len(lengths)} lengths; {len(documents)} documents, {scored:,} tokens, stride window / 4; "
           f"passkey: {config.depths} depths x {config.trials} keys")
+    if not config.methods and METHODS[base.rope.rope_type].rotary:
+        left = [name for name, m in METHODS.items() if not m.rotary or needs_settings(m)]
+        print(f"left out: {', '.join(left)} (no stretching of RoPE, or in need of settings: --methods takes JSON objects)")
     for name, rope in plan:
         model = load(dataclasses.replace(config, rope=json.dumps(rope), factor=None), quiet=bool(rows))[0]
         rows.append({"name": name, "rope": model.config.rope.to_dict(),

@@ -4,7 +4,7 @@
 
     python finetune.py                                            # the tiny model from 256 to 512 tokens, on a laptop, in minutes
     python finetune.py --rope yarn --factor 4                     # any method of rope.py
-    python finetune.py --positions pose                           # at the cost of the old window: PoSE
+    python finetune.py --positions pose                           # PoSE: at the cost of the old window
     python finetune.py --model llama-7b --factor 4 --lr 2e-5 --steps 1000 --schedule constant --batch-size 1 --accumulate 64 --recompute \\
         --passkey-share 0 --corpus data/corpora/books --out out/llama-7b-pi      # the paper's recipe, on a corpus of long documents
 
@@ -49,16 +49,18 @@ class FinetuneConfig(FitConfig):
     passkey_share: float = field(1.0, "share of rows of text that hold a passkey prompt, which is never longer than L")
     passkey_packed: bool = field(False, "fill those rows with prompts, as in pre-training: the model then learns to overlook keys "
                                  "farther away than L")
-    positions: str = field("own", "of the rows: pose (rows of L tokens, whose positions skip so that they cover L': the memory and time of the "
-                           "old window), contiguous (rows of L'), or the method's own way, which is contiguous for nearly all",
+    positions: str = field("own", "of the rows: pose (rows of L tokens, whose positions skip so that they cover L': the memory and time of "
+                           "the old window), contiguous (rows of L'), or the method's own way, which is contiguous for nearly all",
                            choices=["own", "contiguous", "pose"])
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if it has to be made")
-    baseline: bool = field(True, "also the baseline: direct fine-tuning with the same steps and data")
+    baseline: bool | None = field(None, "also the baseline: direct fine-tuning with the same steps, on rows of L' tokens [unless the "
+                                  "method's own rows are of L: it would take more memory]")
     eval_tokens: int = field(16384, "tokens of held-out documents that each perplexity is measured on")
     depths: int = field(10, "passkey: places of the key")
     trials: int = field(5, "passkey: keys at each place")
-    results: str = field("results/finetune.json", "table, as JSON; a figure of the same name is drawn beside it")
+    results: str = field("", "table, as JSON; a figure of the same name is drawn beside it [results/finetune.json, for other methods than "
+                         "linear results/finetune-ROPE.json]")
     free = FitConfig.free | {"baseline", "eval_tokens", "depths", "trials", "results"}
 
 
@@ -68,13 +70,15 @@ def main(argv=None):
     say = print if rank == 0 else lambda *_: None
     device, given = choose_device(config.device), rope_argument(config.rope)
     known = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | given)  # any window: the folder knows its own
-    if "factor" in given and given["factor"] != config.factor:
-        raise UserError(f"--factor {config.factor:g} and factor {given['factor']:g} in --rope: give it as --factor")
     method = known.rope_type
+    if "factor" in given and given["factor"] != config.factor and not METHODS[method].grows:  # where it may be another than L'/L
+        raise UserError(f"--factor {config.factor:g} and factor {given['factor']:g} in --rope: give it as --factor")
     name = "pi" if method == "linear" else method
     # Where no folder is named, all methods share the baseline's: it is trained once.
     direct_out = f"{config.out}-direct" if config.out else f"out/direct-x{config.factor:g}"
-    config = dataclasses.replace(config, out=config.out or f"out/{name}{'' if config.positions == 'own' else '-' + config.positions}-x{config.factor:g}")
+    run = name + ("" if config.positions == "own" else f"-{config.positions}")
+    config = dataclasses.replace(config, out=config.out or f"out/{run}-x{config.factor:g}",
+                                 results=config.results or f"results/finetune{'' if run == 'pi' else '-' + run}.json")
     if not math.isfinite(config.factor):
         raise UserError(f"--factor {config.factor}: give a number above 1")
     if Path(config.model).resolve() in (Path(config.out).resolve(), Path(direct_out).resolve()):
@@ -93,7 +97,7 @@ def main(argv=None):
 
     # The baseline is plain RoPE, or what else the model was trained with (ALiBi, say), as it was.
     plain = {"rope_type": "default" if METHODS[base.rope.rope_type].rotary else base.rope.rope_type, "factor": 1.0}
-    ours = given | {"rope_type": method, "factor": config.factor}
+    ours = {"factor": config.factor} | given | {"rope_type": method}
     scaled = len(ours) > 2 or method != plain["rope_type"] or not METHODS[method].rotary  # else it is the baseline itself
 
     def load(rope):
@@ -133,7 +137,7 @@ def main(argv=None):
     plan = [("extrapolation", plain, False)]
     if scaled:
         plan += [(f"{name}_zero_shot", ours, False), (f"{name}_finetuned", ours, True)]
-    if config.baseline or not scaled:
+    if config.baseline or config.baseline is None and not short or not scaled:
         plan += [("direct_finetuned", plain, True)]
     recipes, report = {row: recipe(rope) for row, rope, tuned in plan if tuned}, []
     for row, rope, tuned in plan:

@@ -26,10 +26,11 @@ def where(config, n_heads, frequencies, attention_factor, positions, text_positi
     """The triple for T tokens at `positions` [T] or [B, T], the last of a text at `text_positions` [S] or [B, S]. config: RopeConfig."""
     cos, sin = cos_sin(frequencies, positions, attention_factor)
     q = k = cos, sin
-    if config.rope_type == "xpos":
+    adds = METHODS[config.rope_type].adds
+    if adds == "decay":
         scale = xpos_scale(positions, len(frequencies), config.factor)
         q, k = (cos * scale, sin * scale), (cos / scale, sin / scale)
-    return Where(q, k, alibi_bias(text_positions, n_heads, config.factor) if config.rope_type == "alibi" else None)
+    return Where(q, k, alibi_bias(text_positions, n_heads, config.factor) if adds == "bias" else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,6 +114,8 @@ def training_positions(config, original, target, way="own"):
     """How training draws positions, as data.batches.Batches takes it: a function (rng of the step, rng of the row, T) -> [T], or None for
     0 .. T-1. config: RopeConfig; original, target: L and L'; way: "pose", "contiguous", or the method's "own"."""
     if config.random_positions is not None:
+        if config.random_positions < target:
+            raise UserError(f"random_positions {config.random_positions}: fewer than the {target} tokens of a row; give more")
         return lambda step, row, length: random_positions(row, length, config.random_positions)
     if way == "pose":
         return lambda step, row, length: pose_positions(row, length, target)

@@ -13,6 +13,15 @@ that it knows. Squeeze position m to m / s, with s = L'/L, and the window L' cov
 
 A method is one function, (theta [D/2], head_dim, config, seq_len) -> (frequencies [D/2], attention_factor). It stands in this file once:
 its keywords are its own settings, with their defaults, and the line above it says the rest. docs/maths.md derives them.
+
+    default        theta_i, extrapolation            longrope       a divisor for each pair, found by search
+    linear         Position Interpolation            abf            another base
+    ntk            a stretched base                  dprope         by the distribution of the angles
+    dynamic        ntk that grows with the text      proportional   slow pairs stand still (p-RoPE)
+    ntk_by_parts   slow pairs slowed, fast ones not  clex           learned
+    yarn           that, and a temperature           nope, drope    no rotation
+    dynamic_yarn   yarn that grows with the text     alibi, xpos    a bias, a decay (positions.py)
+    llama3         ntk_by_parts with other limits
 """
 import dataclasses
 import functools
@@ -29,189 +38,26 @@ import theory
 from cli import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model's folder says about its positions
-
-
-@dataclass(frozen=True, eq=False)
-class RopeConfig:
-    """How a model knows positions, in Hugging Face's words (`rope_scaling`, `rope_parameters`). It travels with the weights."""
-
-    rope_type: str = "default"                            # a key of METHODS
-    factor: float = 1.0                                   # s = L'/L, always from the original window
-    original_max_position_embeddings: int | None = None   # L
-    rope_theta: float | None = None                       # the base; None: not said, which is 10000 or what the model has
-    partial_rotary_factor: float = 1.0                    # share of each head that is rotated at all
-    resonance: bool = False                               # round wavelengths to whole tokens, after any method
-    random_positions: int | None = None                   # N: a text sits at random places of 0 .. N-1 (positions.py)
-    options: dict = field(default_factory=dict)           # the method's own settings: the keywords of its function
-
-    def __post_init__(self):
-        if not isinstance(self.rope_type, str) or self.rope_type not in METHODS:
-            raise UserError(f"rope_type '{self.rope_type}' is unknown: choose one of {', '.join(METHODS)} (pi is another name of linear)")
-        for f in dataclasses.fields(self):
-            if f.name not in ("rope_type", "options"):
-                object.__setattr__(self, f.name, check_setting(f.name, getattr(self, f.name), f.type, f.default))
-        if self.factor > 1e6:
-            raise UserError(f"rope factor {self.factor:g}: nothing is stretched a million times; give s = target window / original window")
-        if self.factor < 1:
-            raise UserError(f"rope factor {self.factor:g}: give s = target window / original window, which is at least 1")
-        if self.base <= 1:
-            raise UserError(f"rope_theta {self.base:g}: the base has to be greater than 1 (LLaMA: 10000)")
-        if not 0 < self.partial_rotary_factor <= 1:
-            raise UserError(f"partial_rotary_factor {self.partial_rotary_factor:g}: give a share of the head, above 0 and at most 1")
-        for name in ("original_max_position_embeddings", "random_positions"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: has to be a positive whole number of tokens")
-        function = METHODS[self.rope_type]
-        if function.needs_window and self.original_max_position_embeddings is None:
-            raise UserError(f"rope_type {self.rope_type} needs original_max_position_embeddings, the window of pre-training")
-        given = {k: v for k, v in self.options.items() if v is not None}
-        for name in given:
-            if name not in function.options:
-                raise UserError(f"rope_type {self.rope_type} has no setting '{name}'; it has {', '.join(function.options) or 'none'}")
-            given[name] = check_setting(name, given[name], function.options[name].annotation, function.options[name].default)
-        for name, option in function.options.items():
-            if option.default is option.empty and name not in given:
-                raise UserError(f"rope_type {self.rope_type} needs {name}")
-        given = {name: list(given[name]) if isinstance(given[name], tuple) else given[name] for name in function.options if name in given}
-        object.__setattr__(self, "options", {k: v for k, v in given.items() if v != function.options[k].default})
-        # Tried once on a small head: settings that contradict each other are refused here, not in the middle of a run.
-        pairs = next((len(v) for v in given.values() if isinstance(v, list)), max(4, min(256, -(-given.get("interpolated_dims", 0) // 2))))
-        self.frequencies(plain_frequencies(2 * pairs, self.base), 2 * pairs, None)
-
-    def __eq__(self, other):
-        """Equal if they mean the same: a base that is not said is 10000."""
-        return isinstance(other, RopeConfig) and self.to_dict() == other.to_dict()
-
-    def __hash__(self):
-        return hash(repr(self.to_dict()))
-
-    @property
-    def base(self):
-        return 10000.0 if self.rope_theta is None else self.rope_theta
-
-    def setting(self, name):
-        """One of the method's own settings: what was given, or its default."""
-        return self.options.get(name, METHODS[self.rope_type].options[name].default)
-
-    def frequencies(self, theta, head_dim, seq_len):
-        return METHODS[self.rope_type](theta, head_dim, self, seq_len, **self.options)
-
-    @classmethod
-    def from_dict(cls, d, max_position_embeddings=None):
-        """From a Hugging Face `rope_scaling` or `rope_parameters` dict (`type` or `rope_type`). None is plain RoPE; an unknown key is a
-        UserError. max_position_embeddings, if given here or in the dict, stands in for a missing original window or factor."""
-        if d is not None and not isinstance(d, dict):
-            raise UserError(f"rope {d!r}: give an object like {{'rope_type': 'linear', 'factor': 2}}")
-        d = dict(d or {})
-        old, new = d.pop("type", None), d.pop("rope_type", None)
-        if old is not None and new is not None and old != new:
-            raise UserError(f"rope: type '{old}' and rope_type '{new}' contradict each other; keep rope_type")
-        if new is None and old is None and d.get("factor", 1) != 1:
-            raise UserError(f"rope: factor {d['factor']} without a method: name one as rope_type (linear is Position Interpolation)")
-        name = new if new is not None else old if old is not None else "default"
-        if not isinstance(name, str):
-            raise UserError(f"rope_type {name!r}: give the name of a method, one of {', '.join(METHODS)}")
-        name = ALIASES.get(name, name)
-        longest, window = d.pop("max_position_embeddings", max_position_embeddings), d.get("original_max_position_embeddings")
-        longest = check_setting("max_position_embeddings", longest, "int", None)
-        window = check_setting("original_max_position_embeddings", window, "int", None)
-        if longest and name in METHODS and METHODS[name].needs_window and not window:
-            d["original_max_position_embeddings"] = window = longest
-        if longest and window and "factor" in d and d["factor"] is None or longest and window and name == "longrope" and "factor" not in d:
-            d["factor"] = max(1.0, longest / window)
-        fields = [f.name for f in dataclasses.fields(cls) if f.name not in ("rope_type", "options")]
-        settings = METHODS[name].options if name in METHODS else {}
-        unknown = sorted(set(d) - set(fields) - set(settings)) if name in METHODS else []
-        if unknown:
-            raise UserError(f"rope: unknown key {', '.join(map(repr, unknown))} of rope_type {name}; known are "
-                            f"{', '.join(['rope_type', *fields, *settings])}")
-        return cls(rope_type=name, **{k: v for k, v in d.items() if k in fields}, options={k: v for k, v in d.items() if k in settings})
-
-    def to_dict(self):
-        """The flat dict that from_dict reads back: rope_type, rope_theta, and whatever differs from the defaults."""
-        return {"rope_type": self.rope_type, "rope_theta": self.base,
-                **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                   if f.name not in ("rope_type", "rope_theta", "options") and getattr(self, f.name) != f.default}, **self.options}
-
-    def to_hugging_face(self, head_dim):
-        """The `rope_parameters` that give the same angles in transformers.
-
-        Its own methods keep their name. Any other whose frequencies neither vanish nor change with the length is a `longrope` with explicit
-        factors theta_i / theta'_i, exact by definition. What neither can say is a UserError.
-        """
-        function = METHODS[self.rope_type]
-        if self.random_positions:
-            raise UserError("random_positions: transformers has no such positions; set it aside to export")
-        shared = {"rope_theta": self.base}
-        if self.partial_rotary_factor != 1:
-            shared["partial_rotary_factor"] = self.partial_rotary_factor
-        if function.hugging_face and not self.resonance and "ramp" not in self.options:
-            defaults = {k: o.default for k, o in function.options.items() if o.default not in (None, o.empty) and k != "ramp"}
-            window = {"original_max_position_embeddings": self.original_max_position_embeddings} if function.needs_window else {}
-            factor = {} if self.rope_type == "default" else {"factor": self.factor}
-            return {"rope_type": self.rope_type, **shared, **factor, **window, **defaults, **self.options}
-        frequencies, attention_factor = inv_freq(self, head_dim)
-        if function.grows or not function.rotary or not (frequencies > 0).all():
-            raise UserError(f"rope_type {self.rope_type}: transformers has no words for it, and no fixed factors give the same angles")
-        if self.original_max_position_embeddings is None:
-            raise UserError(f"rope_type {self.rope_type} is exported as longrope, which needs original_max_position_embeddings")
-        factors = (plain_frequencies(2 * len(frequencies), self.base) / frequencies.double()).tolist()
-        return {"rope_type": "longrope", **shared, "factor": self.factor, "attention_factor": attention_factor, "short_factor": factors,
-                "long_factor": factors, "original_max_position_embeddings": self.original_max_position_embeddings}
-
-
-def check_setting(name, value, kind, default):
-    """The value, refused if it is not of the annotated kind: float (finite), int, bool, str or list (of positive numbers), `| None` or not.
-    An int may be written as 64.0. No number is negative but dprope's threshold."""
-    kind = kind.__name__ if isinstance(kind, type) else str(kind)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not less
-    if value is None and default is None:
-        return None
-    if kind.startswith("bool"):
-        good, what = isinstance(value, bool), "true or false"
-    elif kind.startswith("list"):
-        good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and 0 < v < 1e15 for v in value)
-        what = "a list of positive numbers, one a pair"
-    elif kind.startswith("str"):
-        good, what = isinstance(value, str), "a word"
-    elif kind.startswith("int"):
-        good, what = number and value == int(value), "a whole number"
-    else:
-        good, what = number and (value >= 0 or name == "threshold"), "a finite number, not below 0"
-    if not good:
-        raise UserError(f"rope {name} = {value!r}: give {what}")
-    return int(value) if kind.startswith("int") else value
-
-
-def rope_argument(text):
-    """What a --rope flag says, as a dict: the name of a method, or a JSON object with its settings."""
-    if not text.lstrip().startswith("{"):
-        return {"rope_type": text}
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--rope {text}: neither a method's name nor a JSON object ({error})") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The methods. Each takes theta [D/2], the unscaled frequencies in float64, and returns (frequencies [D/2], attention_factor).
 
 METHODS, ALIASES = {}, {"pi": "linear", "none": "default", "su": "longrope", "ntk-by-parts": "ntk_by_parts", "dynamic-yarn": "dynamic_yarn"}
 
 
-def method(needs_window=False, grows=False, rotary=True, hugging_face=False, train_on="target", options=None):
+def method(needs_window=False, grows=False, rotary=True, hugging_face=False, train_on="target", whole_head=False, adds=None, options=None):
     """Enter the function below into METHODS under its own name. What the rest of the project has to know about it:
 
     needs_window: it computes with L; grows: frequencies change with the length of the text; rotary: it is RoPE, so that a model trained
-    with plain RoPE may be stretched by it; hugging_face: transformers has it under the same name and keys; train_on: the rows of
-    fine-tuning, of L' tokens ("target") or of L ("original", or "random" places of a longer text); options: whose keywords it shares.
+    with plain RoPE may be stretched by it; hugging_face: True if transformers has it under the same name and keys, or a function (config,
+    dim) -> the dict that means the same there; train_on: the rows of
+    fine-tuning, of L' tokens ("target") or of L ("original", or "random" places of a longer text); whole_head: partial_rotary_factor does
+    not make the head smaller; adds: what it adds to angles, a "bias" or "decay" (positions.py) or a "network" (CLEX); options: whose
+    keywords it shares.
     """
     def enter(function):
         parameters = inspect.signature(options or function).parameters.values()
         function.options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
         function.needs_window, function.grows, function.rotary = needs_window, grows, rotary
-        function.hugging_face, function.train_on = hugging_face, train_on
+        function.hugging_face, function.train_on, function.whole_head, function.adds = hugging_face, train_on, whole_head, adds
         METHODS[function.__name__] = function
         return function
     return enter
@@ -231,7 +77,7 @@ def linear(theta, head_dim, config, seq_len):
     return theta / config.factor, 1.0
 
 
-@method()
+@method(hugging_face=lambda config, dim: {"rope_type": "default", "rope_theta": config.base * config.factor ** (dim / max(dim - 2, 1))})
 def ntk(theta, head_dim, config, seq_len):
     """NTK-aware: base -> base * s^(D/(D-2)). The first pair keeps its frequency, the last becomes theta/s.
 
@@ -250,7 +96,9 @@ def dynamic(theta, head_dim, config, seq_len):
     return stretch_base(theta, head_dim, scale), 1.0
 
 
-@method(needs_window=True)
+@method(needs_window=True, hugging_face=lambda config, dim: {
+    "rope_type": "llama3", "factor": config.factor, "original_max_position_embeddings": config.original_max_position_embeddings,
+    "low_freq_factor": config.setting("beta_slow"), "high_freq_factor": config.setting("beta_fast")})
 def ntk_by_parts(theta, head_dim, config, seq_len, *, beta_fast: float = 32.0, beta_slow: float = 1.0):
     """NTK-by-parts: theta where a pair turns more than beta_fast times within L, theta/s where fewer than beta_slow times, a blend that is
     linear in the number of turns between.
@@ -320,7 +168,7 @@ def longrope(theta, head_dim, config, seq_len, *, short_factor: list, long_facto
     return theta / torch.tensor(factors, dtype=theta.dtype, device=theta.device), attention_factor
 
 
-@method()
+@method(hugging_face=lambda config, dim: {"rope_type": "default", "rope_theta": config.setting("new_rope_theta")})
 def abf(theta, head_dim, config, seq_len, *, new_rope_theta: float = 500000.0):
     """Adjusted base frequency: another base, b'^(-2i/D), whatever s. (Xiong et al. 2023, arXiv 2309.16039: 500000; Code Llama: 1000000)"""
     if new_rope_theta <= 1:
@@ -341,21 +189,19 @@ def dprope(theta, head_dim, config, seq_len, *, threshold: float = 0.0, interpol
     (Wu et al. 2024, EMNLP, eqs. 5-9)"""
     window = config.original_max_position_embeddings
     if interpolated_dims is not None and not 0 <= interpolated_dims <= head_dim:
-        raise UserError(f"dprope interpolated_dims {interpolated_dims}: give a number from 0 to the head_dim, {head_dim}")
-    if bins is not None and bins < 1:
-        raise UserError(f"dprope bins {bins}: give the number of parts of a turn, 360 at a window of 4096")
-    if window * config.factor > 2**24:
+        raise UserError(f"dprope interpolated_dims {interpolated_dims}: give a number from 0 to {head_dim}, the dimensions that turn")
+    if bins is not None and not 1 <= bins <= max(window, 360):
+        raise UserError(f"dprope bins {bins}: give the number of parts of a turn, about a tenth of the window")
+    if window * config.factor > 2**22:
         raise UserError(f"dprope counts the angles of all positions, and {window * config.factor:.0f} are too many: give a smaller factor")
     bins = bins or min(360, max(4, round(window * 360 / 4096)))
-    gain = gain_of_interpolation(tuple(theta.tolist()), config.factor, window, int(bins))
-    if interpolated_dims is None:
-        chosen = gain > threshold
-    else:
-        chosen = torch.zeros_like(theta, dtype=torch.bool).index_fill(0, gain.argsort(descending=True)[:int(interpolated_dims) // 2], True)
+    left_alone, interpolated = disturbances(tuple(theta.tolist()), config.factor, window, int(bins))
+    pairs = None if interpolated_dims is None else interpolated_dims // 2
+    chosen = torch.from_numpy(theory.interpolated_pairs(left_alone, interpolated, threshold, pairs))
     return torch.where(chosen, theta / config.factor, theta), 1.0
 
 
-@method(hugging_face=True)
+@method(hugging_face=True, whole_head=True)
 def proportional(theta, head_dim, config, seq_len):
     """p-RoPE: only the fastest share p of the pairs turns (`partial_rotary_factor`), the slow rest stands still and knows no position;
     then as linear. (In the other methods that key makes the rotated part a smaller head, with all frequencies from 1 to nearly 1/base.)
@@ -365,7 +211,7 @@ def proportional(theta, head_dim, config, seq_len):
     return theta * (torch.arange(len(theta), device=theta.device) < turning) / config.factor, 1.0
 
 
-@method(needs_window=True, grows=True, train_on="random")
+@method(needs_window=True, grows=True, train_on="random", adds="network")
 def clex(theta, head_dim, config, seq_len, *, max_factor: float = 16.0):
     """CLEX: frequencies that flow with t = ceil(l/L), by a differential equation whose right side is learned. Untrained, and here, it is
     NTK-aware with 2t - 1 in the place of s, which is `dynamic` with factor 2 in steps of L; class CLEX below is what training adds.
@@ -373,6 +219,8 @@ def clex(theta, head_dim, config, seq_len, *, max_factor: float = 16.0):
     (Chen et al. 2023, arXiv 2310.16450)"""
     if max_factor < 1:
         raise UserError(f"clex max_factor {max_factor:g}: the largest t, which begins at 1")
+    if config.factor > max_factor:
+        raise UserError(f"clex max_factor {max_factor:g}: it has to cover factor {config.factor:g}")
     return stretch_base(theta, head_dim, 2 * clex_time(config, seq_len, max_factor) - 1), 1.0
 
 
@@ -382,7 +230,7 @@ def nope(theta, head_dim, config, seq_len):
     return torch.zeros_like(theta), 1.0
 
 
-@method(needs_window=True, grows=True, rotary=False, train_on="original")
+@method(needs_window=True, grows=True, rotary=False, train_on="original", whole_head=True)
 def drope(theta, head_dim, config, seq_len, *, log_scale: float = 0.412):
     """DroPE: train with RoPE, then switch it off and recalibrate at length L. Beyond L scores are multiplied by 1 + log_scale ln(l/L),
     q and k by its square root each. 0.412 is for models trained from scratch, 0.103 the paper's for SmolLM.
@@ -392,13 +240,13 @@ def drope(theta, head_dim, config, seq_len, *, log_scale: float = 0.412):
     return torch.zeros_like(theta), math.sqrt(1 + log_scale * math.log(stretch))
 
 
-@method(rotary=False)
+@method(rotary=False, adds="bias")
 def alibi(theta, head_dim, config, seq_len):
     """ALiBi: nothing is rotated; positions.alibi_bias adds -slope * distance / s to the scores. (Press et al. 2021, arXiv 2108.12409)"""
     return torch.zeros_like(theta), 1.0
 
 
-@method(rotary=False)
+@method(rotary=False, adds="decay")
 def xpos(theta, head_dim, config, seq_len):
     """xPos: theta_i / s, and a decay with the distance that differs from pair to pair, positions.xpos_scale. (Sun et al. 2022, arXiv
     2212.10554, "LeX")"""
@@ -447,13 +295,12 @@ def yarn_mscale(s, weight=1.0):
 
 
 @functools.lru_cache(maxsize=64)
-def gain_of_interpolation(theta, factor, window, bins):
-    """rho of extrapolation minus rho of interpolation, [D/2]: above 0 where interpolating a pair disturbs its angles less."""
+def disturbances(theta, factor, window, bins):
+    """rho of each pair over L' positions, left alone and interpolated: two arrays [D/2]."""
     if window / bins < 5 and bins > (suited := max(4, round(window / 11))):
         warnings.warn(f"dprope: {bins} bins for a window of {window} leave the histograms nearly empty, and the choice of pairs to chance; "
                       f"about {suited} bins suit it", stacklevel=2)
-    left_alone, interpolated = theory.both_ways(np.array(theta), factor, window, bins)
-    return torch.from_numpy(left_alone - interpolated)
+    return theory.both_ways(np.array(theta), factor, window, bins)
 
 
 def resonate(frequencies):
@@ -502,6 +349,180 @@ class CLEX(torch.nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a model's folder says about its positions
+
+
+@dataclass(frozen=True, eq=False)
+class RopeConfig:
+    """How a model knows positions, in Hugging Face's words (`rope_scaling`, `rope_parameters`). It travels with the weights."""
+
+    rope_type: str = "default"                            # a key of METHODS
+    factor: float = 1.0                                   # s = L'/L, always from the original window
+    original_max_position_embeddings: int | None = None   # L
+    rope_theta: float | None = None                       # the base; None: not said, which is 10000 or what the model has
+    partial_rotary_factor: float = 1.0                    # share of each head that is rotated at all
+    resonance: bool = False                               # round wavelengths to whole tokens, after any method
+    random_positions: int | None = None                   # N: a text sits at random places of 0 .. N-1 (positions.py)
+    options: dict = field(default_factory=dict)           # the method's own settings: the keywords of its function
+
+    def __post_init__(self):
+        if not isinstance(self.rope_type, str) or self.rope_type not in METHODS:
+            raise UserError(f"rope_type '{self.rope_type}' is unknown: choose one of {', '.join(METHODS)} (pi is another name of linear)")
+        for f in dataclasses.fields(self):
+            if f.name not in ("rope_type", "options"):
+                object.__setattr__(self, f.name, check_setting(f.name, getattr(self, f.name), f.type, f.default))
+        if self.factor > 1e6:
+            raise UserError(f"rope factor {self.factor:g}: nothing is stretched a million times; give s = target window / original window")
+        if self.factor < 1:
+            raise UserError(f"rope factor {self.factor:g}: give s = target window / original window, which is at least 1")
+        if self.base <= 1:
+            raise UserError(f"rope_theta {self.base:g}: the base has to be greater than 1 (LLaMA: 10000)")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(f"partial_rotary_factor {self.partial_rotary_factor:g}: give a share of the head, above 0 and at most 1")
+        object.__setattr__(self, "random_positions", self.random_positions or None)  # 0 says: none
+        for name in ("original_max_position_embeddings", "random_positions"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: has to be a positive whole number of tokens")
+        function = METHODS[self.rope_type]
+        if function.needs_window and self.original_max_position_embeddings is None:
+            raise UserError(f"rope_type {self.rope_type} needs original_max_position_embeddings, the window of pre-training")
+        given = {k: v for k, v in self.options.items() if v is not None}
+        for name in given:
+            if name not in function.options:
+                raise UserError(f"rope_type {self.rope_type} has no setting '{name}'; it has {', '.join(function.options) or 'none'}")
+            given[name] = check_setting(name, given[name], function.options[name].annotation, function.options[name].default)
+        for name, option in function.options.items():
+            if option.default is option.empty and name not in given:
+                raise UserError(f"rope_type {self.rope_type} needs {name}")
+        given = {name: list(given[name]) if isinstance(given[name], tuple) else given[name] for name in function.options if name in given}
+        object.__setattr__(self, "options", {k: v for k, v in given.items() if v != function.options[k].default})
+        # Tried once on a small head: settings that contradict each other are refused here, not in the middle of a run.
+        pairs = next((len(v) for v in given.values() if isinstance(v, list)), max(4, min(256, -(-given.get("interpolated_dims", 0) // 2))))
+        self.frequencies(plain_frequencies(2 * pairs, self.base), 2 * pairs, None)
+
+    def __eq__(self, other):
+        """Equal if they mean the same: a base that is not said is 10000."""
+        return isinstance(other, RopeConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self):
+        return hash(repr(self.to_dict()))
+
+    @property
+    def base(self):
+        return 10000.0 if self.rope_theta is None else self.rope_theta
+
+    def setting(self, name):
+        """One of the method's own settings: what was given, or its default."""
+        return self.options.get(name, METHODS[self.rope_type].options[name].default)
+
+    def frequencies(self, theta, head_dim, seq_len):
+        frequencies, attention_factor = METHODS[self.rope_type](theta, head_dim, self, seq_len, **self.options)
+        if not 0 < attention_factor < 100:
+            raise UserError(f"rope {self.to_dict()}: cos and sin would be multiplied by {attention_factor:g}; about 1 is usual")
+        return frequencies, attention_factor
+
+    @classmethod
+    def from_dict(cls, d, max_position_embeddings=None):
+        """From a Hugging Face `rope_scaling` or `rope_parameters` dict (`type` or `rope_type`). None is plain RoPE; an unknown key is a
+        UserError. max_position_embeddings, if given here or in the dict, stands in for a missing original window or factor."""
+        if d is not None and not isinstance(d, dict):
+            raise UserError(f"rope {d!r}: give an object like {{'rope_type': 'linear', 'factor': 2}}")
+        d = {k: v for k, v in (d or {}).items() if k != "finetuned"}  # a remark of YaRN's authors
+        old, new = d.pop("type", None), d.pop("rope_type", None)
+        if old is not None and new is not None and old != new:
+            raise UserError(f"rope: type '{old}' and rope_type '{new}' contradict each other; keep rope_type")
+        if new is None and old is None and d.get("factor", 1) != 1:
+            raise UserError(f"rope: factor {d['factor']} without a method: name one as rope_type (linear is Position Interpolation)")
+        name = new if new is not None else old if old is not None else "default"
+        if not isinstance(name, str):
+            raise UserError(f"rope_type {name!r}: give the name of a method, one of {', '.join(METHODS)}")
+        name = ALIASES.get(name, name)
+        longest, window = d.pop("max_position_embeddings", max_position_embeddings), d.get("original_max_position_embeddings")
+        longest = check_setting("max_position_embeddings", longest, "int", None)
+        window = check_setting("original_max_position_embeddings", window, "int", None)
+        if longest and name in METHODS and METHODS[name].needs_window and not window:
+            d["original_max_position_embeddings"] = window = longest
+        if longest and window and "factor" in d and d["factor"] is None or longest and window and name == "longrope" and "factor" not in d:
+            d["factor"] = max(1.0, longest / window)
+        fields = [f.name for f in dataclasses.fields(cls) if f.name not in ("rope_type", "options")]
+        settings = METHODS[name].options if name in METHODS else {}
+        unknown = sorted(set(d) - set(fields) - set(settings)) if name in METHODS else []
+        if unknown:
+            raise UserError(f"rope: unknown key {', '.join(map(repr, unknown))} of rope_type {name}; known are "
+                            f"{', '.join(['rope_type', *fields, *settings])}")
+        return cls(rope_type=name, **{k: v for k, v in d.items() if k in fields}, options={k: v for k, v in d.items() if k in settings})
+
+    def to_dict(self):
+        """The flat dict that from_dict reads back: rope_type, rope_theta, and whatever differs from the defaults."""
+        return {"rope_type": self.rope_type, "rope_theta": self.base,
+                **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                   if f.name not in ("rope_type", "rope_theta", "options") and getattr(self, f.name) != f.default}, **self.options}
+
+    def to_hugging_face(self, head_dim):
+        """The `rope_parameters` that give the same angles in transformers. (For `dynamic` it takes L from max_position_embeddings in
+        config.json, which therefore has to be L, and not L'.)
+
+        Its own methods keep their name. Any other whose frequencies neither vanish nor change with the length is a `longrope` with explicit
+        factors theta_i / theta'_i, exact by definition. What neither can say is a UserError.
+        """
+        function = METHODS[self.rope_type]
+        if self.random_positions:
+            raise UserError("random_positions: transformers has no such positions; set it aside to export")
+        shared = {"rope_theta": self.base}
+        if self.partial_rotary_factor != 1:
+            shared["partial_rotary_factor"] = self.partial_rotary_factor
+        if callable(function.hugging_face) and not self.resonance:
+            dim = int(head_dim * self.partial_rotary_factor)
+            return shared | function.hugging_face(self, dim)
+        if function.hugging_face and not self.resonance and "ramp" not in self.options:
+            defaults = {k: o.default for k, o in function.options.items() if o.default not in (None, o.empty) and k != "ramp"}
+            window = {"original_max_position_embeddings": self.original_max_position_embeddings} if function.needs_window else {}
+            factor = {} if self.rope_type == "default" else {"factor": self.factor}
+            return {"rope_type": self.rope_type, **shared, **factor, **window, **defaults, **self.options}
+        frequencies, attention_factor = inv_freq(self, head_dim)
+        if function.grows or not function.rotary or not (frequencies > 0).all():
+            raise UserError(f"rope_type {self.rope_type}: transformers has no words for it, and no fixed factors give the same angles")
+        if self.original_max_position_embeddings is None:
+            raise UserError(f"rope_type {self.rope_type} is exported as longrope, which needs original_max_position_embeddings")
+        factors = (plain_frequencies(2 * len(frequencies), self.base) / frequencies.double()).tolist()
+        return {"rope_type": "longrope", **shared, "factor": self.factor, "attention_factor": attention_factor, "short_factor": factors,
+                "long_factor": factors, "original_max_position_embeddings": self.original_max_position_embeddings}
+
+
+def check_setting(name, value, kind, default):
+    """The value, refused if it is not of the annotated kind: float (finite), int, bool, str or list (of positive numbers), `| None` or not.
+    An int may be written as 64.0. No number is negative but dprope's threshold."""
+    kind = kind.__name__ if isinstance(kind, type) else str(kind)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15  # NaN is not less
+    if value is None and default is None:
+        return None
+    if kind.startswith("bool"):
+        good, what = isinstance(value, bool), "true or false"
+    elif kind.startswith("list"):
+        good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and 0 < v < 1e15 for v in value)
+        what = "a list of positive numbers, one a pair"
+    elif kind.startswith("str"):
+        good, what = isinstance(value, str), "a word"
+    elif kind.startswith("int"):
+        good, what = number and value == int(value), "a whole number"
+    else:
+        good, what = number and (value >= 0 or name == "threshold"), "a finite number, not below 0"
+    if not good:
+        raise UserError(f"rope {name} = {value!r}: give {what}")
+    return int(value) if kind.startswith("int") else value
+
+
+def rope_argument(text):
+    """What a --rope flag says, as a dict: the name of a method, or a JSON object with its settings."""
+    if not text.lstrip().startswith("{"):
+        return {"rope_type": text}
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--rope {text}: neither a method's name nor a JSON object ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Frequencies, angles, rotation
 
 
@@ -514,14 +535,14 @@ def inv_freq(config, head_dim, seq_len=None, network=None):
     """
     if head_dim < 2 or head_dim % 2:
         raise UserError(f"head_dim {head_dim}: RoPE rotates pairs, so it has to be even (dim / n_heads)")
-    whole = config.rope_type in ("proportional", "drope")  # a share of the pairs; a factor of all scores
-    rotated = head_dim if whole else int(head_dim * config.partial_rotary_factor)
+    function = METHODS[config.rope_type]
+    rotated = head_dim if function.whole_head else int(head_dim * config.partial_rotary_factor)
     if rotated < 2 or rotated % 2:
         raise UserError(f"partial_rotary_factor {config.partial_rotary_factor:g} of head_dim {head_dim}: has to leave an even number of "
                         "elements to rotate")
     theta = plain_frequencies(rotated, config.base)
     frequencies, attention_factor = config.frequencies(theta, rotated, seq_len)
-    if network is not None and config.rope_type == "clex":
+    if network is not None and function.adds == "network":
         t = clex_time(config, seq_len, config.setting("max_factor"))
         frequencies = frequencies.float().to(network.up.weight.device) * network(theta, t)
     if config.resonance:
@@ -531,7 +552,7 @@ def inv_freq(config, head_dim, seq_len=None, network=None):
 
 def learned(config, head_dim):
     """The trainable part of a method: a CLEX, or None."""
-    return CLEX(int(head_dim * config.partial_rotary_factor) // 2) if config.rope_type == "clex" else None
+    return CLEX(int(head_dim * config.partial_rotary_factor) // 2) if METHODS[config.rope_type].adds == "network" else None
 
 
 def depends_on_length(config):

@@ -382,6 +382,10 @@ def main(argv=None):
     device = choose_device(config.device)
     tokenizer = Tokenizer(config.tokenizer)
     given = rope_argument(config.rope)
+    if given.get("rope_theta", config.rope_theta) != config.rope_theta:
+        raise UserError(f"--rope-theta {config.rope_theta:g} and rope_theta {given['rope_theta']} in --rope: give it as --rope-theta")
+    if given.get("original_max_position_embeddings", config.max_seq_len) != config.max_seq_len:
+        raise UserError("--rope original_max_position_embeddings: it is the window of this training, --max-seq-len")
     rope = RopeConfig.from_dict({"rope_theta": config.rope_theta} | ({} if given == {"rope_type": "default"} else {
         "original_max_position_embeddings": config.max_seq_len}) | given)
     shape = ModelConfig(

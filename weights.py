@@ -132,7 +132,8 @@ def with_rope(config, rope):
     """The same model with another RoPE, a RopeConfig or a dict, and the window that comes of it: L' = factor * L.
 
     Factors never compound: they count from the original window L. A model that was extended by 4 and is now given factor 2 has window
-    2L, not 8L. What the new RoPE leaves open stays as it is: L, and what the weights were trained with, the base and the rotated share.
+    2L, not 8L. What the new RoPE leaves open stays as it is: L, and what the weights were trained with, the base, the rotated share and
+    random positions (of which {"random_positions": 0} is the end).
     """
     if rope is None:
         return config
@@ -141,8 +142,11 @@ def with_rope(config, rope):
     given = rope if isinstance(rope, dict) else rope.to_dict() | {"rope_theta": rope.rope_theta}
     given = {key: value for key, value in given.items() if value is not None}
     original = original_window(config)
-    new = RopeConfig.from_dict({"rope_theta": config.rope.base, "original_max_position_embeddings": original,
-                                "partial_rotary_factor": config.rope.partial_rotary_factor, **given})
+    kept = {"rope_theta": config.rope.base, "original_max_position_embeddings": original,
+            "partial_rotary_factor": config.rope.partial_rotary_factor, "random_positions": config.rope.random_positions}
+    if given.get("random_positions") == 0:
+        del given["random_positions"], kept["random_positions"]
+    new = RopeConfig.from_dict({**kept, **given})
     if new == dataclasses.replace(config.rope, original_max_position_embeddings=original, rope_theta=new.rope_theta):
         return config  # nothing new; the folder's window may be another than factor * L, as after fine-tuning without scaling
     return dataclasses.replace(config, rope=new, max_seq_len=round(new.factor * new.original_max_position_embeddings))

@@ -10,8 +10,8 @@ from cli import UserError
 from data.passkey import PasskeyPrompts
 from eval import Common, main, passkey, perplexity, rope_flags, validation_documents, variants
 from model import LLaMA, ModelConfig
-from rope import METHODS, RopeConfig
-from weights import load_model, save_model
+from rope import METHODS, RopeConfig, inv_freq
+from weights import load_model, save_model, with_rope
 
 def test_rope_flags_take_names_and_json():
     def flags(rope, factor=None):
@@ -31,18 +31,29 @@ def test_rope_flags_take_names_and_json():
 def test_variants_are_every_method_that_suits_the_model():
     plain = ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=9, max_seq_len=64)
     rows = variants(plain, [2.0, 4.0])
-    assert len({name for name, _ in rows}) == len(rows), "names tell the rows apart"
+    names = [name for name, _ in rows]
+    assert len(set(names)) == len(names) and names[0] == "default", "names tell the rows apart, and the model as it is comes first"
     tried = {rope["rope_type"] for _, rope in rows}
     assert tried == {name for name, m in METHODS.items() if m.rotary} - {"longrope"}, "whose factors have to be searched for"
-    for name, rope in rows:
-        grows = METHODS[rope["rope_type"]].grows or rope["rope_type"] == "default"
-        assert ("factor" in rope) == (not grows) and (name.endswith((" x2", " x4")) == (not grows)), name
+    angles = [str(inv_freq(with_rope(plain, rope).rope, 16)) + ("grows" + rope["rope_type"]) * METHODS[rope["rope_type"]].grows for _, rope in rows]
+    assert len(set(angles)) == len(rows), "no row is measured twice"
+    assert "abf x2" in names and "abf x4" not in names, "whose base does not follow s"
     share = next(rope["partial_rotary_factor"] for _, rope in rows if rope["rope_type"] == "proportional")
     assert share == sum(64 * 1e4 ** (-2 * i / 16) >= 2 * math.pi for i in range(8)) / 8
+
+
+def test_variants_of_other_models_and_of_what_is_chosen():
+    plain = ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=9, max_seq_len=64)
     own = dataclasses.replace(plain, rope=RopeConfig("alibi"))
-    assert [rope["rope_type"] for _, rope in variants(own, [2.0])] == ["alibi"], "no stretching of RoPE for a model without"
-    chosen = variants(plain, [2.0], ["pi", '{"rope_type": "yarn", "factor": 3}', "dynamic"])
-    assert [(name, rope.get("factor")) for name, rope in chosen] == [("linear x2", 2.0), ("yarn", 3), ("dynamic", None)]
+    assert [name for name, _ in variants(own, [2.0])] == ["as it is", "alibi x2"], "no stretching of RoPE for a model without"
+    yarn = dataclasses.replace(plain, rope=RopeConfig("yarn", 2.0, 32))
+    first, second = variants(yarn, [2.0])[:2]
+    assert first[0] == "as it is" and with_rope(yarn, first[1]).rope == yarn.rope and second[0] == "default"
+    moved = dataclasses.replace(plain, rope=RopeConfig(random_positions=500))
+    assert all(with_rope(moved, rope).rope.random_positions == 500 for _, rope in variants(moved, [2.0]))
+    chosen = variants(plain, [2.0], ["pi", '{"rope_type": "yarn", "factor": 3}', '{"rope_type": "yarn", "factor": 3, "beta_fast": 2.5}', "dynamic"])
+    assert [(name, rope.get("factor")) for name, rope in chosen[1:]] == [
+        ("linear x2", 2.0), ("yarn x3", 3), ("yarn beta_fast=2.5 x3", 3), ("dynamic", None)]
 
 
 def test_compare_measures_what_ppl_and_passkey_measure(tmp_path, tokenizer, corpus_folder, capsys):

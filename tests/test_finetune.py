@@ -44,7 +44,8 @@ def finetuned(corpus_folder, tmp_path_factory):
         finetune.main(["--model", str(model), "--corpus", str(corpus_folder), "--steps", "3", "--warmup", "1", "--depths", "2",
                        "--trials", "1", "--eval-tokens", str(TOKENS), "--device", "cpu", "--out", str(folder / "out"),
                        "--results", str(folder / results), *map(str, flags)])
-        return json.loads((folder / results).read_text(encoding="utf-8"))
+        name = folder / results if "--results" not in flags else folder / "results" / "finetune-pi-pose.json"
+        return json.loads(name.read_text(encoding="utf-8"))
     return command
 
 
@@ -168,7 +169,7 @@ def test_rows_of_other_methods(recorded, base, finetuned, tmp_path, L, flags, na
 def test_rows_and_positions_of_each_recipe(recorded, base, finetuned, tmp_path, L, flags, row, spread):
     """PoSE, CLEX and DroPE train on rows of L tokens; where positions are drawn, they are new for every row and the same for every call.
     The baseline has whole rows and plain positions always."""
-    result = finetuned(base, tmp_path, *flags, "--factor", 3)
+    result = finetuned(base, tmp_path, *flags, "--factor", 3, "--baseline")
     (model, config, batches), (_, direct_config, direct) = recorded
     assert [r["name"] for r in result["rows"]][-1] == "direct_finetuned" and len(result["rows"]) == 4
     assert batches.seq_len == (L if row == "L" else 3 * L) and direct.seq_len == 3 * L and direct.positions is None
@@ -192,6 +193,22 @@ def test_rows_and_positions_of_each_recipe(recorded, base, finetuned, tmp_path, 
     if "drope" in flags:
         theta, factor = model.frequencies(torch.arange(2 * L))
         assert (theta == 0).all() and factor > 1
+
+
+def test_no_baseline_unasked_that_takes_more_memory(recorded, base, finetuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = finetuned(base, tmp_path, "--positions", "pose", "--results", "", "--out", "")
+    assert [row["name"] for row in result["rows"]] == ["extrapolation", "pi_zero_shot", "pi_finetuned"]
+    assert [config.out for _, config, _ in recorded] == ["out/pi-pose-x2"]
+
+
+def test_a_method_that_grows_may_have_a_factor_of_its_own(recorded, base, finetuned, tmp_path, L):
+    """--factor is the window; the parameter-free dynamic NTK has factor 1 all the same."""
+    result = finetuned(base, tmp_path, "--rope", '{"rope_type": "dynamic", "factor": 1}', "--factor", 2, "--no-baseline")
+    model = recorded[0][0]
+    assert (model.config.rope.factor, model.config.max_seq_len, result["window"]) == (1, 2 * L, 2 * L)
+    with pytest.raises(UserError, match="--factor 2 and factor 1"):
+        finetuned(base, tmp_path, "--rope", '{"rope_type": "yarn", "factor": 1}', "--factor", 2)
 
 
 def test_a_model_without_rope_is_extended_in_its_own_way(recorded, finetuned, tmp_path, tokenizer, L):
