@@ -202,7 +202,7 @@ def k_max(distances, accuracy, threshold=0.2):
 
 def measure(model, tokenizer, documents, lengths, depths, trials, seed=0):
     """Perplexity, passkey accuracy and the PI paper's k_max at each length: a row of a table."""
-    keys = {n: passkey(model, tokenizer, [n], depths, trials, seed) for n in lengths}
+    keys = {n: passkey(model, tokenizer, [n], depths, trials, seed) if trials else {"accuracy": {n: math.nan}, "k_max": None} for n in lengths}
     return {"perplexity": {n: perplexity(model, documents, window=n)["perplexity"] for n in lengths},
             "passkey": {n: k["accuracy"][n] for n, k in keys.items()}, "k_max": {n: k["k_max"] for n, k in keys.items()}}
 
@@ -276,6 +276,22 @@ def validation_documents(corpus, at_least, max_tokens, tokenizer):
     return chosen
 
 
+def texts(paths, tokenizer, max_tokens, window):
+    """The files as documents of at most max_tokens tokens (0: whole), BOS in front; at least one has to be longer than the window."""
+    documents = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file; --text takes UTF-8 text files")
+        text = read_text(path)
+        if text is None:
+            raise UserError(f"{path}: not UTF-8 text; convert it first (iconv -t utf-8)")
+        documents.append(np.array(tokenizer.encode(text, bos=True), np.int64)[:max_tokens or None])
+    if max(map(len, documents)) <= window:
+        raise UserError(f"the longest text has {max(map(len, documents))} tokens, the window {window}: "
+                        "give a longer text or a shorter --window")
+    return documents
+
+
 @dataclass
 class Common:
     model: str = field("data/tiny", "model folder")
@@ -307,13 +323,14 @@ class PasskeyConfig(Common):
 
 @dataclass
 class CompareConfig(Common):
+    text: list[str] = field([], "UTF-8 files, a document each, instead of the corpus")
     corpus: str = field("data/corpora/python", "token folder whose validation documents are used")
     methods: list[str] = field([], "names or JSON objects of the methods to try [every one that suits the model]")
     factors: list[float] = field([2.0, 4.0], "s, for the methods that have a fixed one")
     lengths: list[int] = field([], "windows and prompt lengths in tokens [half, one, two and four original windows]")
     eval_tokens: int = field(16384, "tokens of held-out documents that each perplexity is measured on")
     depths: int = field(10, "passkey: places of the key")
-    trials: int = field(5, "passkey: keys at each place")
+    trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
     out: str = field("results/compare.json", "table, as JSON; a figure of the same name is drawn beside it")
 
 
@@ -361,17 +378,7 @@ def perplexity_command(config):
     if config.max_tokens < 0:
         raise UserError(f"--max-tokens {config.max_tokens}: give a number of tokens, or 0 for all of them")
     if config.text:
-        documents = []
-        for path in config.text:
-            if not Path(path).is_file():
-                raise UserError(f"{path}: no such file; --text takes UTF-8 text files")
-            text = read_text(path)
-            if text is None:
-                raise UserError(f"{path}: not UTF-8 text; convert it first (iconv -t utf-8)")
-            documents.append(np.array(tokenizer.encode(text, bos=True), np.int64)[:config.max_tokens or None])
-        if max(map(len, documents)) <= window:
-            raise UserError(f"the longest text has {max(map(len, documents))} tokens, the window {window}: "
-                            "give a longer text or a shorter --window")
+        documents = texts(config.text, tokenizer, config.max_tokens, window)
     else:
         corpus = ensure_corpus(config.corpus, tokenizer.path)
         # Long enough for the window to slide in, and the same ones for every window up to four original ones: their perplexities compare.
@@ -407,8 +414,10 @@ def compare_command(config):
     if lengths[0] < 1:
         raise UserError(f"--lengths {lengths[0]}: a window has at least 1 token")
     tokenizer = load_tokenizer(config.model, base.vocab_size)
-    corpus = ensure_corpus(config.corpus, tokenizer.path)
-    documents = validation_documents(corpus, 2 * lengths[-1], config.eval_tokens, tokenizer)
+    if config.text:
+        documents = texts(config.text, tokenizer, config.eval_tokens + 1, lengths[-1])
+    else:
+        documents = validation_documents(ensure_corpus(config.corpus, tokenizer.path), 2 * lengths[-1], config.eval_tokens, tokenizer)
     scored, started = sum(len(d) - 1 for d in documents), time.perf_counter()
     print(f"{len(plan)} rows x {len(lengths)} lengths; {len(documents)} documents, {scored:,} tokens, stride window / 4; "
           f"passkey: {config.depths} depths x {config.trials} keys")

@@ -23,7 +23,7 @@ import torch
 
 from cli import UserError, choose_device, field, parse, read_json, run, write_json
 from data.batches import Batches, TokenFile
-from data.prepare import ensure_corpus
+from data.prepare import corpus_for, ensure_corpus
 from eval import measure, result, table, validation_documents
 from plot import plot_finetune
 from positions import training_positions
@@ -122,6 +122,7 @@ def main(argv=None):
     if config.dry_run:
         return
     tokenizer, model = load_tokenizer(config.model, base.vocab_size), load(ours)
+    config = dataclasses.replace(config, corpus=str(corpus_for(config.corpus, tokenizer)))
     if rank == 0:
         ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)
     if world > 1:

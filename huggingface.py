@@ -430,8 +430,8 @@ def config_json(config, dtype):
         ours["original_max_position_embeddings"] = original  # of no effect there; we know L by it again
     scaling = {key: value for key, value in parameters.items() if key not in ("rope_theta", "partial_rotary_factor")}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **ours, "hidden_act": "silu", "rms_norm_eps": config.norm_eps,
-            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tied, "rope_theta": rope.base,
-            "rope_parameters": parameters, "rope_scaling": None if rope.rope_type in ("default", "proportional") else scaling,
+            "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tied, "rope_theta": parameters["rope_theta"],
+            "rope_parameters": parameters, "rope_scaling": None if parameters["rope_type"] in ("default", "proportional") else scaling,
             "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": None, "eos_token_id": None}
 
 

@@ -145,8 +145,11 @@ def plot_passkey(result, path):
 def plot_compare(result, path):
     """eval.py compare: a row for each method, a column for each length; perplexity left, passkey accuracy right, the numbers written in."""
     rows, lengths = result["methods"], [str(n) for n in result["lengths"]]
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.28 * len(rows) + 1.2), layout="constrained", sharey=True)
-    for axis, key, title in zip(axes, ("perplexity", "passkey"), ("perplexity (lower is better)", "passkey accuracy (higher is better)")):
+    titles = {"perplexity": "perplexity (lower is better)", "passkey": "passkey accuracy (higher is better)"}
+    titles = {key: title for key, title in titles.items() if any(v is not None for row in rows for v in row[key].values())}
+    figure, axes = plt.subplots(1, len(titles), figsize=(2.3 + 3.6 * len(titles), 0.28 * len(rows) + 1.2), layout="constrained", sharey=True,
+                                squeeze=False)
+    for axis, (key, title) in zip(axes[0], titles.items()):
         grid = [[math.nan if row[key][n] is None else row[key][n] for n in lengths] for row in rows]
         finite = [v for row in grid for v in row if math.isfinite(v)]
         low, high = (min(finite), max(finite)) if key == "perplexity" else (0, 1)
@@ -161,7 +164,7 @@ def plot_compare(result, path):
         axis.set_xticks(range(len(lengths)), [f"{n}\n(L)" if int(n) == original else n for n in lengths])
         axis.set_xlabel("window (tokens)" if key == "perplexity" else "prompt (tokens)")
         axis.set_title(title, fontsize=10)
-    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     figure.suptitle(f"{'/'.join(Path(result['model']).parts[-2:])}, its frequencies changed, without training", fontsize=11)
     return save(figure, path)
 

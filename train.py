@@ -24,8 +24,8 @@ from tqdm import tqdm
 from cli import (Stopped, UserError, choose_device, choose_dtype, command_line, describe_device, field, parse, run, versions, whole_file,
                  write_json)
 from data.batches import Batches, TokenFile
-from data.prepare import ensure_corpus
-from data.tokenizer import Tokenizer
+from data.prepare import corpus_for, ensure_corpus
+from data.tokenizer import open_tokenizer
 from model import LLaMA, ModelConfig
 from positions import training_positions
 from rope import RopeConfig, rope_argument
@@ -380,7 +380,8 @@ def main(argv=None):
     check(config)
     rank, world = distributed()
     device = choose_device(config.device)
-    tokenizer = Tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
+    config = dataclasses.replace(config, corpus=str(corpus_for(config.corpus, tokenizer)))
     given = rope_argument(config.rope)
     if given.get("rope_theta", config.rope_theta) != config.rope_theta:
         raise UserError(f"--rope-theta {config.rope_theta:g} and rope_theta {given['rope_theta']} in --rope: give it as --rope-theta")

@@ -93,11 +93,7 @@ def load_tokenizer(path, vocab_size=None):
         file = other
     if not file.exists():
         raise UserError(f"{file}: no such file: copy the model's tokenizer.model there")
-    if file.suffix == ".gguf":
-        import gguf_model
-        tokenizer = gguf_model.read_tokenizer(file)
-    else:
-        tokenizer = open_tokenizer(file)
+    tokenizer = open_tokenizer(file)
     if vocab_size is not None and not tokenizer.vocab_size <= vocab_size <= 1.1 * tokenizer.vocab_size + 64:
         raise UserError(f"{file}: has {tokenizer.vocab_size} pieces, and the model's vocabulary {vocab_size}: "
                         "take the tokenizer that the model was trained with")

@@ -42,7 +42,7 @@ if __name__ == "__main__":
 
 from cli import UserError, command_line, field, parse, read_json, run, versions, whole_file, write_json
 from data.passkey import GARBAGE, INFORMATION, INTRODUCTION, QUESTION
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import open_tokenizer, train_tokenizer
 
 TOKENIZER = ROOT / "data" / "tiny" / "tokenizer.model"
 PYTHON_MB, PG19_MB = 32.0, 256.0  # taken unless --max-mb says otherwise; 32 MB of Python are 13 million tokens of our own tokenizer
@@ -377,7 +377,7 @@ def prepare(config):
     if config.train_tokenizer or not config.tokenizer and not path.exists():
         tokenizer = train_tokenizer(tokenizer_sample(splits["train"] or splits["val"], read), path, config.train_tokenizer or 1024)
     else:
-        tokenizer = Tokenizer(path)
+        tokenizer = open_tokenizer(path)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -416,7 +416,7 @@ def check(config, out):
     if config.train_tokenizer and (not config.tokenizer or Path(config.tokenizer).exists()):
         raise UserError("--train-tokenizer needs a --tokenizer PATH that does not exist yet: models depend on one that does")
     if config.tokenizer and not config.train_tokenizer:
-        Tokenizer(config.tokenizer)
+        open_tokenizer(config.tokenizer)
 
 
 def replace_folder(temporary, out):
@@ -428,11 +428,23 @@ def replace_folder(temporary, out):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def corpus_for(folder, tokenizer):
+    """Where the default corpus of this tokenizer lies: `folder`, or a neighbour named after the tokenizer if `folder` was made, from the
+    default source too, with another one. So two models take turns without making their corpora anew."""
+    folder, meta = Path(folder), Path(folder) / "meta.json"
+    made = read_json(meta) if meta.exists() else {}
+    if isinstance(made, dict) and made.get("source") == "python" and made.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        return folder.with_name(f"{folder.name}-{tokenizer.sha256[:8]}")
+    return folder
+
+
 def ensure_corpus(folder, tokenizer_path, max_mb=None):
-    """The token folder `folder` as a Path: as it is if it is whole, made with this tokenizer and not smaller than max_mb (None: any size),
-    else prepared from the default source. A folder that someone made from other text is never written over: it has to fit.
+    """The token folder `folder` (or its neighbour, corpus_for) as a Path: as it is if it is whole, made with this tokenizer and not smaller
+    than max_mb (None: any size), else prepared from the default source. A folder that someone made from other text is never written over:
+    it has to fit.
     """
-    folder, sha256 = Path(folder), Tokenizer(tokenizer_path).sha256
+    tokenizer = open_tokenizer(tokenizer_path)
+    folder, sha256 = corpus_for(folder, tokenizer), tokenizer.sha256
     if (folder / "meta.json").exists():
         meta = read_json(folder / "meta.json")
         try:

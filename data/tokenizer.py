@@ -179,7 +179,10 @@ class JsonTokenizer:
 
 
 def open_tokenizer(path):
-    """The Tokenizer of a tokenizer.model, or the JsonTokenizer of a tokenizer.json."""
+    """The Tokenizer of a tokenizer.model, the JsonTokenizer of a tokenizer.json, or what is inside a .gguf file."""
+    if Path(path).suffix == ".gguf":
+        import gguf_model
+        return gguf_model.read_tokenizer(path)
     return JsonTokenizer(path) if Path(path).suffix == ".json" else Tokenizer(path)
 
 

@@ -333,7 +333,7 @@ def test_large_vocabulary_is_uint32(own, tmp_path, monkeypatch):
             return [[1, 69_999, 65_536, 2] for _ in texts]
 
     write_documents(tmp_path / "docs", 3)
-    monkeypatch.setattr(prepare_module, "Tokenizer", Large)
+    monkeypatch.setattr(prepare_module, "open_tokenizer", Large)
     out = prepare(PrepareConfig(text=[str(tmp_path / "docs")], tokenizer="large", out=str(tmp_path / "out")))
     assert np.fromfile(out / "train.bin", np.uint32).tolist() == [1, 69_999, 65_536, 2] * 2
     assert json.loads((out / "meta.json").read_text(encoding="utf-8"))["dtype"] == "uint32"
@@ -487,10 +487,12 @@ def test_ensure_corpus(own, tmp_path, monkeypatch):
     assert made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.005)
     assert not made(own.path)  # whatever size it has
     assert made(own.path, max_mb=0.02) and made(own.path, max_mb=1) and not made(own.path, max_mb=2)  # there is no more than 1 MB takes
-    assert made(other.path, max_mb=1) and read_folder(folder, other)["train"]
-    content = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(content[:-2])
-    assert made(other.path, max_mb=1) and (folder / "train.bin").read_bytes() == content
+    beside, before = folder.with_name(f"corpus-{other.sha256[:8]}"), (folder / "train.bin").read_bytes()
+    assert ensure_corpus(folder, other.path, max_mb=1) == beside and read_folder(beside, other)["train"]  # another tokenizer, another folder
+    assert not made(own.path, max_mb=1) and (folder / "train.bin").read_bytes() == before
+    content = (beside / "train.bin").read_bytes()
+    (beside / "train.bin").write_bytes(content[:-2])
+    assert ensure_corpus(folder, other.path, max_mb=1) == beside and (beside / "train.bin").read_bytes() == content
 
     prepare(PrepareConfig(text=[str(tmp_path / "lib")], tokenizer=str(own.path), out=str(folder)))
     assert not made(own.path, max_mb=1000)  # a user's own text: as much as there is
