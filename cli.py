@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -175,9 +176,10 @@ def write_json(path, value):
         if isinstance(x, (list, tuple)):
             return [clean(v) for v in x]
         return None if isinstance(x, float) and (x != x or x in (float("inf"), float("-inf"))) else x
+    text = json.dumps(clean(value), indent=1, allow_nan=False)
+    text = re.sub(r'\[\s+([^][{}"]+?)\s+\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text)  # numbers of one list on one line
     with whole_file(path, "w") as file:
-        json.dump(clean(value), file, indent=1, allow_nan=False)
-        file.write("\n")
+        file.write(text + "\n")
 
 
 def read_json(path):
@@ -186,7 +188,7 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, a number with thousands of digits
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
 

@@ -193,11 +193,30 @@ def plot_training(lines, path):
 
 
 def plot_theory(result, path):
-    """theory.py: five figures, theory-fit.png and so on, named beside `path`. Returns their files as one text."""
+    """theory.py: six figures, theory-fit.png and so on, named beside `path`. Returns their files as one text."""
     theory, path = result["theory"], Path(path)
-    draw = {"fit": plot_fit, "bounds": plot_bounds, "extrapolation": plot_extrapolation, "angles": plot_angles,
+    draw = {"score": plot_score, "fit": plot_fit, "bounds": plot_bounds, "extrapolation": plot_extrapolation, "angles": plot_angles,
             "disturbance": plot_disturbance}
     return ", ".join(str(function(theory, path.with_name(f"{path.stem}-{name}.png"))) for name, function in draw.items())
+
+
+def plot_score(theory, path):
+    """The score of a key equal to its query against distance, a line for each method."""
+    scores, names = theory["scores"], {"default": "plain RoPE", "linear": "PI, s = 4", "ntk": "NTK-aware, s = 4", "yarn": "YaRN, s = 4"}
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for i, (name, values) in enumerate(scores["curves"].items()):
+        axis.plot(scores["x"], values, label=names.get(name, name), **{**style(i), "marker": None, "linewidth": 1.3})
+    axis.set_xscale("symlog", base=2, linthresh=1)
+    ticks = [0, 1, 4, 16, 64, 256, 1024, 4096, 16384]
+    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axis.set_xlim(0, scores["reach"] * scores["window"])
+    axis.axhline(0, color="black", linewidth=0.8)
+    mark_windows(axis, {"L": scores["window"]})
+    axis.set_xlabel("distance x (tokens)")
+    axis.set_ylabel("score of a key equal to its query\n(units of the score at distance 0)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return save(figure, path)
 
 
 def plot_fit(theory, path):
@@ -211,10 +230,11 @@ def plot_fit(theory, path):
         look = {"color": colour, "linewidth": width, "linestyle": dashes, "label": f"fitted curve a(x), ridge {curve['ridge']:g}"}
         far = [fit["far_step"] * n for n in range(len(curve["far"]))]
         inside = sum(x < L for x in far)
-        axes["inside"].plot(far[:inside], curve["far"][:inside], **{**look, "linewidth": 0.5, "linestyle": "-"})
+        if curve is fit["curves"][0]:  # the others lie upon it
+            axes["inside"].plot(far[:inside], curve["far"][:inside], **{**look, "linewidth": 0.7, "linestyle": "-"})
         axes["beyond"].plot(far, curve["far"], **{**look, "linewidth": 0.9, "linestyle": "-"})
         axes["near"].plot([start + fit["near_step"] * n for n in range(len(curve["near"]))], curve["near"], **look)
-    axes["inside"].set_title("fitted in the window", fontsize=10)
+    axes["inside"].set_title("fitted in the window, where all ridges give one curve", fontsize=10)
     axes["beyond"].set_title("the same curves beyond it: note the logarithmic axis", fontsize=10)
     axes["near"].set_title("between the integers (dashed)", fontsize=10)
     axes["beyond"].set_yscale("symlog", linthresh=1)
@@ -231,7 +251,8 @@ def plot_fit(theory, path):
             axis.set_xlim(0, L if name == "inside" else 2 * L)
             axis.set_xticks([0, L // 2, L] + ([] if name == "inside" else [L + L // 2, 2 * L]))
             axis.grid(alpha=0.3)
-    handles, labels = axes["inside"].get_legend_handles_labels()
+    handles, labels = (first[:1] + second for first, second in zip(axes["inside"].get_legend_handles_labels(),
+                                                                   axes["beyond"].get_legend_handles_labels()))
     legend = figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     for handle in legend.legend_handles:
         handle.set(linewidth=1.8, markersize=6)
@@ -264,9 +285,14 @@ def plot_extrapolation(theory, path):
         x = [bounds["every"] * n for n in range(len(values))]
         for limit, colour in ((max, 2), (min, 3)):  # what is above 1 in one colour, what is below in another
             axis.plot(x, [limit(v, 1) for v in values], color=COLOURS[colour], linewidth=0.7)
+        axis.plot(row["B_argmin"], row["B_min"], "v", color="black", markersize=6)
+        axis.annotate(f"smallest {row['B_min']:.3g}", (row["B_argmin"], row["B_min"]), xytext=(0, -11), textcoords="offset points",
+                      ha="right", va="top")
         axis.axhline(1, color="black", linewidth=1.2)
-        axis.set_title(f"D = {row['head_dim']}: {row['B_below_1']:,} of {bounds['window']:,} distances below 1", fontsize=10, loc="left")
+        axis.set_title(f"D = {row['head_dim']}: {row['B_below_1']:,} of {bounds['window']:,} distances below 1 (orange)", fontsize=10,
+                       loc="left")
         axis.set_yscale("log")
+        axis.set_ylim(0.1, 30)
         axis.set_yticks([0.3, 1, 3, 10], ["0.3", "1", "3", "10"])
         axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xlim(0, bounds["window"])
@@ -319,7 +345,7 @@ def plot_disturbance(theory, path):
         axis.set_ylim(low, 4)
         for i, value in enumerate(stretch["interpolated"]):
             if value <= low:  # a pair that keeps its angles exactly has no place on a logarithmic axis
-                axis.annotate("0", (i, low * 4), ha="center", color=COLOURS[2], fontweight="bold")
+                axis.annotate(f"pair {i}: 0", (i, low * 4), ha="center", color=COLOURS[2])
         axis.bar(stretch["chosen"], [low * 2.5] * len(stretch["chosen"]), width=1, color=COLOURS[2], alpha=0.55,
                  label="pairs that are interpolated")
         axis.axvline(angles["slow_from"] - 0.5, color="grey", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)

@@ -212,6 +212,20 @@ def measure_models():
     return rows
 
 
+def measure_scores(methods, length=4096, reach=4):
+    """The score of a key equal to its query, averaged over content, against its distance: a(x) of h_i = 1 over D/2, from 0 to reach * length.
+    methods: {name: frequencies [P]}."""
+    table = [0, 1, 2, 4, 10, 100, 1000, *(n * length for n in (1, 2, 4) if n <= reach)]
+    x = np.unique(np.concatenate([np.arange(16), np.geomspace(16, reach * length, 400).round()])).astype(int)
+    curves = {name: (score_curve(np.ones(len(theta)), theta, x) / len(theta)) for name, theta in methods.items()}
+    rows = {name: score_curve(np.ones(len(theta)), theta, np.array(table)) / len(theta) for name, theta in methods.items()}
+    # The head of docs/maths.md, section 3: all waves peak at distance 1, and under PI with s = 2, not retrained, at 2.
+    theta, near = rope_frequencies(32), np.arange(4)
+    head = {name: digits(score_curve(np.exp(-1j * theta), t, near)) for name, t in (("default", theta), ("linear", theta / 2))}
+    return {"window": length, "reach": reach, "x": x.tolist(), "curves": {name: digits(c) for name, c in curves.items()},
+            "table_x": table, "table": {name: digits(r) for name, r in rows.items()}, "head": head}
+
+
 def measure_fit(length=2048, curve_ridges=(1e-8, 1.0)):
     """Chen et al.'s Figure 2: sizes for several ridges and precisions, and the curves of seed 0 to draw."""
     theta = rope_frequencies(128)
@@ -228,7 +242,7 @@ def measure_fit(length=2048, curve_ridges=(1e-8, 1.0)):
             "rows": rows, "points": digits(y, 3), "far_step": 2, "near_start": start, "near_step": 0.125, "curves": curves}
 
 
-def measure_bounds(head_dims=(16, 32, 64, 128), base=10000.0, length=4096, every=4):
+def measure_bounds(head_dims=(16, 32, 64, 128), base=10000.0, length=4096, every=2):
     """Theorem 2.1 as printed and corrected, what h can really do, and the bound on extrapolation beside it; all in units of eta."""
     rows, lines, x = [], {}, np.arange(length)
     for head_dim in head_dims:
@@ -243,14 +257,13 @@ def measure_bounds(head_dims=(16, 32, 64, 128), base=10000.0, length=4096, every
     return {"base": base, "window": length, "rows": rows, "every": every, "B": lines}
 
 
-def measure_angles(length=4096, head_dim=128, drawn=(6, 22)):
-    """Disturbance of every pair and of whole methods at stretches 2 and 4, and histograms of two pairs at stretch 2."""
-    from rope import RopeConfig, inv_freq  # here, because rope imports this module: its frequencies are wanted, not its functions
+def measure_angles(yarns, length=4096, head_dim=128, drawn=(6, 22)):
+    """Disturbance of every pair and of whole methods at stretches 2 and 4, and histograms of two pairs at stretch 2. yarns: {stretch:
+    YaRN's frequencies [P]}."""
     theta, stretches = rope_frequencies(head_dim), []
     for factor, paper in TABLE_3.items():
         (left_alone, interpolated), (E, I) = both_ways(theta, factor, length), both_ways(theta, factor, length, printed=True)
-        config = RopeConfig.from_dict({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length})
-        yarn = inv_freq(config, head_dim)[0].double().numpy()
+        yarn = yarns[factor]
         chosen, few = (interpolated_pairs(left_alone, interpolated, pairs=n) for n in (None, {2: 40, 4: 32}[factor]))
         means = {"none": left_alone, "linear": interpolated, "yarn": disturbance(theta, yarn, length, factor * length),
                  "chosen": np.where(chosen, interpolated, left_alone), "chosen_as_trained": np.where(few, interpolated, left_alone)}
@@ -306,6 +319,13 @@ def show(theory):
           [[m["model"], m["head_dim"], f"{m['base']:,.0f}", m["window"], f"{m['slow_pairs']} of {m['head_dim'] // 2}",
             m["critical_dimension"], m["first_negative"] or f"none below {4 * m['window']}"] for m in theory["models"]])
 
+    scores = theory["scores"]
+    table(f"Score of a key equal to its query by distance, in units of the score at 0 (D = 128, base 10,000, L = {scores['window']}, s = 4)",
+          ["method"] + [f"x = {x}" for x in scores["table_x"]],
+          [[name] + [f"{v:.3f}" for v in row] for name, row in scores["table"].items()],
+          "a head that looks one token back, D = 32, at distances 0, 1, 2, 3: " + "; under PI, s = 2: ".join(
+              ", ".join(f"{v:.2f}" for v in row) for row in scores["head"].values()))
+
     fit, span = theory["fit"], lambda values, form: f"{min(values):{form}} .. {max(values):{form}}"
     table(f"A curve fitted to noise in [0, {fit['window']}), largest |a| over five seeds (Chen et al., Figure 2: about 1 inside, beyond L "
           "more than 8000)",
@@ -348,10 +368,16 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--out", default="results/theory.json", metavar="JSON", help="result file, for plot.py [results/theory.json]")
     flags = parser.parse_args(argv)
-    theory = {"models": measure_models(), "fit": measure_fit(), "bounds": measure_bounds(), "angles": measure_angles()}
+    from rope import RopeConfig, inv_freq  # rope.py imports this module; only as a script does it look at what the methods give
+
+    def frequencies(name, factor, window=4096):
+        config = {"rope_type": name, "factor": factor, "original_max_position_embeddings": window}
+        return inv_freq(RopeConfig.from_dict(config), 128)[0].double().numpy()
+    theory = {"models": measure_models(), "scores": measure_scores({n: frequencies(n, 4) for n in ("default", "linear", "ntk", "yarn")}),
+              "fit": measure_fit(), "bounds": measure_bounds(), "angles": measure_angles({s: frequencies("yarn", s) for s in TABLE_3})}
     show(theory)
     write_json(flags.out, {"command": command_line(), "versions": versions(), "theory": theory})
-    print(f"wrote {flags.out}; python plot.py {flags.out} draws it")
+    print(f"wrote {flags.out}; python plot.py {flags.out} --out docs/figures draws it")
 
 
 if __name__ == "__main__":

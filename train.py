@@ -383,7 +383,7 @@ def main(argv=None):
     tokenizer = open_tokenizer(config.tokenizer)
     config = dataclasses.replace(config, corpus=str(corpus_for(config.corpus, tokenizer)))
     given = rope_argument(config.rope)
-    if given.get("rope_theta", config.rope_theta) != config.rope_theta:
+    if "rope_theta" in given and given["rope_theta"] != config.rope_theta:
         raise UserError(f"--rope-theta {config.rope_theta:g} and rope_theta {given['rope_theta']} in --rope: give it as --rope-theta")
     if given.get("original_max_position_embeddings", config.max_seq_len) != config.max_seq_len:
         raise UserError("--rope original_max_position_embeddings: it is the window of this training, --max-seq-len")

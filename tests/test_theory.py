@@ -277,7 +277,7 @@ def measured(tmp_path_factory):
 
 def test_theory_prints_its_tables_and_writes_what_plot_needs(measured):
     out, path = measured
-    assert path.stat().st_size < 300_000 and out.strip().endswith(f"wrote {path}; python plot.py {path} draws it")
+    assert path.stat().st_size < 300_000 and out.strip().endswith(f"wrote {path}; python plot.py {path} --out docs/figures draws it")
     result = json.loads(path.read_text(encoding="utf-8"))
     assert result["command"].startswith("python theory.py") and {"python", "numpy", "torch"} <= set(result["versions"])
     for text in ("0.434294", "0.493876", "0.499789", "589.5", "1.1159", "2561", "24.08", "35.44", "30-44, 46-63", "10/149", "23 of 64"):
@@ -300,7 +300,7 @@ def drawn(measured, tmp_path_factory):
         before = len(plot.plt.get_fignums())
         assert plot.main() is None
         figures = [plot.plt.figure(n) for n in plot.plt.get_fignums()[before:]]
-    names = ["fit", "bounds", "extrapolation", "angles", "disturbance"]
+    names = ["score", "fit", "bounds", "extrapolation", "angles", "disturbance"]
     paths = [folder / f"theory-{name}.png" for name in names]
     assert out.getvalue().strip() == "wrote " + ", ".join(map(str, paths)) and sorted(folder.iterdir()) == sorted(paths)
     yield dict(zip(names, zip(figures, paths, strict=True)))
@@ -308,7 +308,7 @@ def drawn(measured, tmp_path_factory):
         plot.plt.close(figure)
 
 
-def test_five_figures_of_readme_size(drawn):
+def test_six_figures_of_readme_size(drawn):
     for name, (_, path) in drawn.items():
         image = matplotlib.image.imread(path)[..., :3]
         assert 900 <= image.shape[1] <= 1600 and 500 <= image.shape[0] <= 800, name
@@ -318,6 +318,11 @@ def test_five_figures_of_readme_size(drawn):
 
 def test_figures_show_what_the_file_says(drawn):
     axes = {name: figure.axes for name, (figure, _) in drawn.items()}
+    axis, = axes["score"]
+    for line, name in zip(axis.get_lines(), ("default", "linear", "ntk", "yarn")):  # a(x) of h = 1; PI is plain RoPE at a quarter of x
+        theta = theory.rope_frequencies(128) / (4 if name == "linear" else 1)
+        y = dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist()))
+        assert y[0] == 1 and (name in ("ntk", "yarn") or abs(y[16384] - np.cos(16384 * theta).mean()) < 1e-3)
     axis, = axes["bounds"]
     lines = {line.get_label(): line.get_ydata()[-1] for line in axis.get_lines()}
     close([lines["bound as printed"], lines["found by search"], lines["corrected bound"]], [0.434294, 0.493876, 0.499789], rel=1e-3)
@@ -325,7 +330,7 @@ def test_figures_show_what_the_file_says(drawn):
         assert [bar.get_x() + bar.get_width() / 2 for bar in axis.patches] == CHOSEN[factor]
         assert axis.get_lines()[0].get_ydata()[6] == pytest.approx(GOLDEN[6][factor - 2], abs=1e-6)
         assert axis.get_lines()[1].get_ydata()[22] == pytest.approx(GOLDEN[22][factor - 1], abs=1e-6)
-    assert [text.get_text() for text in axes["disturbance"][0].texts][0] == "0"  # pair 59 at s = 2 keeps its angles exactly
+    assert [text.get_text() for text in axes["disturbance"][0].texts][0] == "pair 59: 0"  # pair 59 at s = 2 keeps its angles exactly
     for axis, below in zip(axes["extrapolation"], (0, 297, 1309, 2561), strict=True):
         assert f"{below:,} of 4,096" in axis.get_title(loc="left")
         assert min(axis.get_lines()[0].get_ydata()) == 1 == max(axis.get_lines()[1].get_ydata()) or not below
