@@ -215,7 +215,7 @@ def table(rows, lengths, windows):
              " " * width + "".join(t.ljust(10) for t in titles) + "  " + "".join(t.ljust(10) for t in titles)]
     for row in rows:
         lines.append(row["name"].ljust(width) + "".join(f"{row['perplexity'][n]:<10.3f}" for n in lengths) + "  "
-                     + "".join(f"{row['passkey'][n]:<10.2f}" for n in lengths))
+                     + "".join("-".ljust(10) if math.isnan(row["passkey"][n]) else f"{row['passkey'][n]:<10.2f}" for n in lengths))
     return "\n".join(lines)
 
 
