@@ -46,12 +46,14 @@ METHODS, ALIASES = {}, {"pi": "linear", "none": "default", "su": "longrope", "nt
 def method(needs_window=False, grows=False, rotary=True, hugging_face=False, train_on="target", whole_head=False, adds=None, options=None):
     """Enter the function below into METHODS under its own name. What the rest of the project has to know about it:
 
-    needs_window: it computes with L; grows: frequencies change with the length of the text; rotary: it is RoPE, so that a model trained
-    with plain RoPE may be stretched by it; hugging_face: True if transformers has it under the same name and keys, or a function (config,
-    dim) -> the dict that means the same there; train_on: the rows of
-    fine-tuning, of L' tokens ("target") or of L ("original", or "random" places of a longer text); whole_head: partial_rotary_factor does
-    not make the head smaller; adds: what it adds to angles, a "bias" or "decay" (positions.py) or a "network" (CLEX); options: whose
-    keywords it shares.
+    needs_window    it computes with L
+    grows           frequencies change with the length of the text
+    rotary          it is RoPE: a model trained with plain RoPE may be stretched by it
+    hugging_face    True if transformers has it under the same name and keys, or a function (config, dim) -> the dict that means the same
+    train_on        rows of fine-tuning: of L' tokens ("target"), or of L ("original", or "random" places of a longer text)
+    whole_head      partial_rotary_factor does not make the head smaller
+    adds            what it adds to angles: a "bias" or a "decay" (positions.py), or a "network" (CLEX)
+    options         the function whose keywords it shares, if not its own
     """
     def enter(function):
         parameters = inspect.signature(options or function).parameters.values()
