@@ -58,7 +58,7 @@ class FinetuneConfig(FitConfig):
                                   "method's own rows are of L: it would take more memory]")
     eval_tokens: int = field(16384, "tokens of held-out documents that each perplexity is measured on")
     depths: int = field(10, "passkey: places of the key")
-    trials: int = field(5, "passkey: keys at each place")
+    trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
     results: str = field("", "table, as JSON; a figure of the same name is drawn beside it [results/finetune.json, for other methods than "
                          "linear results/finetune-ROPE.json]")
     free = FitConfig.free | {"baseline", "eval_tokens", "depths", "trials", "results"}

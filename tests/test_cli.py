@@ -68,7 +68,7 @@ CASES = {
         "--model @nan": "NaN", "--model @no_tokenizer": "tokenizer.model",
         **{f"--factor={value}": "--factor" for value in ("nan", "inf", "-inf", "0", "0.5", "1", "1.001", "-2")},
         "--rope rotten": "rope_type 'rotten' is unknown", "--factor 1000": "no validation document has",
-        "--lr nan": "--lr", "--seed -1": "--seed", "--depths 0": "depths 0", "--trials 0": "trials 0",
+        "--lr nan": "--lr", "--seed -1": "--seed", "--depths 0": "depths 0", "--trials -1": "trials -1",
         "--corpus @cut": "cut off", "--model @short": "passkey prompt needs",
         "--passkey-share 7": "share", "--device cuda": "cuda", "--out @model/../model": "written over",
     },

@@ -90,3 +90,18 @@ def test_compare_refuses_before_it_measures(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         main(["compare", "--out", str(tmp_path / "c.json"), *flags])
     assert not list(tmp_path.iterdir())
+
+
+def test_no_passkey_if_none_is_asked_for(tmp_path, corpus_folder, tokenizer, capsys):
+    """A column of dashes, null in the file, and a figure of perplexity alone; texts instead of the corpus."""
+    torch.manual_seed(0)
+    save_model(LLaMA(ModelConfig(dim=16, n_layers=1, n_heads=1, vocab_size=tokenizer.vocab_size, multiple_of=16, max_seq_len=20)), tmp_path, tokenizer)
+    text, out = tmp_path / "text.txt", tmp_path / "c.json"
+    text.write_text("def f(x):\n    return x + 1\n" * 40, encoding="utf-8")
+    main(["compare", "--model", str(tmp_path), "--text", str(text), "--methods", "linear", "--factors", "2", "--lengths", "20", "40", "--trials", "0",
+          "--eval-tokens", "120", "--out", str(out), "--device", "cpu"])
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert result["documents"] == 1 and result["tokens_scored"] == 120
+    assert [row["passkey"] for row in result["methods"]] == [{"20": None, "40": None}] * 2
+    assert all(value > 1 for row in result["methods"] for value in row["perplexity"].values())
+    assert printed.splitlines()[-3].split()[-2:] == ["-", "-"] and out.with_suffix(".png").exists()
