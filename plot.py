@@ -165,7 +165,7 @@ def plot_compare(result, path):
         axis.set_xlabel("window (tokens)" if key == "perplexity" else "prompt (tokens)")
         axis.set_title(title, fontsize=10)
     axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
-    figure.suptitle(f"{'/'.join(Path(result['model']).parts[-2:])}, its frequencies changed, without training", fontsize=11)
+    figure.suptitle(f"{Path(result['model']).stem}:{chr(10) if len(titles) == 1 else ' '}its frequencies changed, without training", fontsize=11)
     return save(figure, path)
 
 
