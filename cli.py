@@ -177,7 +177,8 @@ def write_json(path, value):
             return [clean(v) for v in x]
         return None if isinstance(x, float) and (x != x or x in (float("inf"), float("-inf"))) else x
     text = json.dumps(clean(value), indent=1, allow_nan=False)
-    text = re.sub(r'\[\s+([^][{}"]+?)\s+\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text)  # numbers of one list on one line
+    # Numbers of one list on one line. A line end inside the brackets is never part of a string: JSON writes those as \n.
+    text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
     with whole_file(path, "w") as file:
         file.write(text + "\n")
 

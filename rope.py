@@ -464,7 +464,8 @@ class RopeConfig:
         """The `rope_parameters` that give the same angles in transformers. (For `dynamic` it takes L from max_position_embeddings in
         config.json, which therefore has to be L, and not L'.)
 
-        Its own methods keep their name. Any other whose frequencies neither vanish nor change with the length is a `longrope` with explicit
+        Its own methods keep their name, and some others have one there too (ntk and abf are `default` with another base, ntk_by_parts is
+        `llama3`). Any other whose frequencies neither vanish nor change with the length is a `longrope` with explicit
         factors theta_i / theta'_i, exact by definition. What neither can say is a UserError.
         """
         function = METHODS[self.rope_type]

@@ -380,9 +380,12 @@ def test_json(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {1: [math.nan, (math.inf, -math.inf)], "é": {"x": 1.5, "y": None, "z": True}})
     assert read_json(path) == {"1": [None, [None, None]], "é": {"x": 1.5, "y": None, "z": True}}
+    words = {"a [ 1 ]": ["[ -f a ]", "[\n 1,\n 2\n]", "[  2  3 ]"], "n": [1, 2.5, None], "m": [[1, 2], [3]], "e": []}
+    write_json(tmp_path / "a.json", words)
+    assert read_json(path) == words and '"n": [1, 2.5, null]' in path.read_text(encoding="utf-8"), "text is never touched"
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write_json(path, {"a": 1, "b": np.float32(1)})  # half of it is text by then
+        write_json(path, {"a": 1, "b": np.float32(1)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     for content in (b"", b"{", b"\xff\xfe", b"{'a': 1}", b"[" * 100_000):
         path.write_bytes(content)
