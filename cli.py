@@ -4,7 +4,9 @@ torch is imported only where it is needed, so that `-h` and a mistyped flag answ
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -191,6 +193,54 @@ def read_json(path):
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, a number with thousands of digits
         raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+class Kept:
+    """What a long command has measured so far, a JSON line each in OUT.partial: an interruption costs only what was in hand.
+
+    keep(key, compute) is the value kept under `key`, or what compute() returns, which is then kept; either way as JSON gives it back. A key
+    says everything that its value depends on; within() puts conditions in front of all keys that follow. Without `out` nothing is written.
+    """
+
+    def __init__(self, out=""):
+        self.path, self.values, self.conditions = Path(f"{out}.partial") if out else None, {}, []
+        if self.path and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut
+                    line = json.loads(line)
+                    self.values[line["key"]] = line["value"]
+            print(f"{self.path} holds {len(self.values)} measurements of an interrupted run: those that fit are not made again "
+                  "(to make them again, delete it)")
+
+    def within(self, *conditions):
+        """The same store, for keys that begin with more conditions."""
+        inner = copy.copy(self)
+        inner.conditions = [*self.conditions, *conditions]
+        return inner
+
+    def name(self, key):
+        return hashlib.sha256(json.dumps([*self.conditions, key], sort_keys=True).encode()).hexdigest()[:32]
+
+    def __contains__(self, key):
+        return self.name(key) in self.values
+
+    def __call__(self, key, compute):
+        name = self.name(key)
+        if name not in self.values:
+            line = json.dumps({"key": name, "value": compute()})
+            if self.path:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a+b") as file:
+                    if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                        file.write(b"\n")  # ends the line that a kill cut
+                    file.write(line.encode() + b"\n")
+            self.values[name] = json.loads(line)["value"]
+        return self.values[name]
+
+    def done(self):
+        """The result is written: what was kept has had its use."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
 
 def versions():

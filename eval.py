@@ -9,10 +9,12 @@ A model's folder knows its own RoPE scaling; --rope and --factor replace it, for
 name or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
 """
 import dataclasses
+import hashlib
 import json
 import math
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import (Parser, UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, read_json, run, versions,
+from cli import (Kept, Parser, UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, read_json, run, versions,
                  write_json)
 from data.batches import TokenFile
+from data.needle import NeedlePrompts
 from data.passkey import PasskeyPrompts, random_key
 from data.prepare import ensure_corpus, read_text
-from model import generate, stream
+from model import stream
 from plot import plot_compare
 from rope import METHODS, RopeConfig, depends_on_length, inv_freq, rope_argument
-from weights import load_config, load_model, load_tokenizer, original_window, with_rope
-
-BATCH_TOKENS = 16384  # tokens in a forward pass: windows are batched up to this
-
+from weights import load_config, load_model, load_tokenizer, original_window, some_weights, with_rope
 
 def result(model, seed, **measured):
     """What every result says: which model with which positions, measured where and by what; then what came out."""
@@ -39,6 +39,49 @@ def result(model, seed, **measured):
             "original_window": original_window(model.config), **measured,
             "seed": seed, "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."), "attention": model.attention,
             "device": describe_device(model.device), "versions": versions(), "command": command_line()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward passes: how large, how many at a time, and what remains of them
+
+
+def rows_at_once(model, length):
+    """Rows of `length` tokens in a forward pass, so that its widest activations fill a quarter of a GPU's free memory, or 64 MiB on a CPU:
+    enough to keep a core busy, and no more than its cache can help with."""
+    c = model.config
+    row = length * (3 * c.ffn_dim + 8 * c.dim) * model.tok_embeddings.weight.element_size()
+    if model.attention == "naive":
+        row += 3 * c.n_heads * length**2 * 4
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 2**28
+    return max(1, free // 4 // row)
+
+
+def in_turn(function, jobs, model, keep):
+    """Yields function(*job) for every job of {key: job}, in order, while the following ones are at work; what is kept is not computed again.
+
+    On a CPU each core takes a job of its own: shared among the cores, every single operation would have them wait for one another at its
+    end. On a GPU one thread prepares and queues the next pass while the result of this one is fetched.
+    """
+    jobs_left = [key for key in jobs if key not in keep]
+    before = torch.get_num_threads()
+    workers = max(1, min(before, len(jobs_left))) if model.device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, before // workers),))
+    try:
+        futures = {key: pool.submit(function, *jobs[key]) for key in jobs_left}
+        for key in jobs:
+            yield keep(key, futures.pop(key).result if key in futures else None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def store(keep, model, *conditions):
+    """The cli.Kept of a measurement: what it depends on stands in front of its keys, weights, positions and arithmetic first."""
+    if keep is None or keep.path is None:
+        return Kept()
+    weights = hashlib.sha256(some_weights(model).numpy().tobytes()).hexdigest()
+    return keep.within(weights, model.config.rope.to_dict(), str(model.tok_embeddings.weight.dtype), model.attention, model.device.type,
+                       versions(), *conditions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +104,13 @@ def sliding_windows(n, window, stride):
             return
 
 
+def bits_per_byte(nll, documents, tokenizer):
+    """-log2 p per byte of text, which compares models with different tokenizers: nats per token x tokens / (ln 2 x bytes of UTF-8)."""
+    scored = sum(len(d) - 1 for d in documents if len(d) > 1)
+    size = sum(len(tokenizer.decode([i for i in d.tolist() if i not in (tokenizer.bos_id, tokenizer.eos_id)]).encode()) for d in documents)
+    return {"bits_per_byte": nll * scored / math.log(2) / max(size, 1), "bytes": size}
+
+
 def window_and_stride(model, window=None, stride=None):
     """What is left open filled in, the model's window and a quarter of the window; what cannot work refused."""
     window = model.config.max_seq_len if window is None else window
@@ -73,35 +123,56 @@ def window_and_stride(model, window=None, stride=None):
 
 
 @torch.inference_mode()
-def perplexity(model, documents, window=None, stride=None, seed=0, progress=True):
+def window_nll(model, windows, window, bins):
+    """Sum of -ln p in nats, and number, of the scored tokens of windows of one length: [2][bins], by how much of the window each had read.
+
+    windows: [(document, begin, end, skip)], see sliding_windows. Only the scored positions meet the vocabulary.
+    """
+    x = torch.from_numpy(np.stack([d[begin:end + 1] for d, begin, end, _ in windows]).astype(np.int64)).to(model.device)
+    first = torch.tensor([skip for *_, skip in windows], device=model.device)
+    place = torch.arange(x.shape[1] - 1, device=model.device).expand(len(x), -1)                 # [B, T]
+    scored = place >= first[:, None]
+    hidden = model.hidden(x[:, :-1])                                                             # [B, T, C]
+    nll = model.nll(hidden[scored], x[:, 1:][scored]).float().cpu().double().numpy()
+    which = place[scored].cpu().numpy() * bins // window
+    return [np.bincount(which, nll, bins).tolist(), np.bincount(which, minlength=bins).tolist()]
+
+
+def perplexity(model, documents, window=None, stride=None, seed=0, progress=True, bins=1, keep=None):
     """exp of the mean of -ln p over all scored tokens of all documents: one mean over tokens, not a mean of windows or documents.
 
     documents: arrays of token ids, each beginning with BOS; no window gets another. window: tokens the model reads at a time (default: its
-    max_seq_len); stride: tokens by which the window moves on (default: a quarter of it). Returns the dict of the JSON file.
+    max_seq_len); stride: tokens by which the window moves on (default: a quarter of it). bins: also the mean loss by the tokens of context
+    that a prediction had, in so many equal parts of the window; with stride = window every part is scored equally often. keep: a cli.Kept.
+    Returns the dict of the JSON file.
     """
     window, stride = window_and_stride(model, window, stride)
+    if not 1 <= bins <= window:
+        raise UserError(f"{bins} bins: give at least 1 and at most the window, {window}")
     documents = [np.asarray(d) for d in documents]
     if not any(len(d) > 1 for d in documents):
         raise UserError("no document has two tokens: there is nothing to predict")
-    pieces = [(d, *w) for d in documents for w in sliding_windows(len(d), window, stride)]
-    pieces.sort(key=lambda p: (p[2] - p[1], p[3]))  # windows of one length together; the sort is stable, so the sum is reproducible
-    started, total, tokens = time.perf_counter(), 0.0, 0
-    bar = tqdm(total=len(pieces), desc=f"perplexity, window {window}", unit="window", leave=False, disable=None if progress else True)
+    pieces = [(n, d, *w) for n, d in enumerate(documents) for w in sliding_windows(len(d), window, stride)]
+    pieces.sort(key=lambda p: (p[3] - p[2], p[4]))  # windows of one length together; the sort is stable, so the sum is reproducible
+    jobs, started, text = {}, time.perf_counter(), hashlib.sha256(b"".join(d.astype(np.int64).tobytes() for d in documents)).hexdigest()
+    keep = store(keep, model, "perplexity", text, window, stride, bins)
     while pieces:
-        length = pieces[0][2] - pieces[0][1]
-        batch = [p for p in pieces[:max(1, BATCH_TOKENS // length)] if p[2] - p[1] == length]
+        length = pieces[0][3] - pieces[0][2]
+        batch = [p for p in pieces[:rows_at_once(model, length)] if p[3] - p[2] == length]
         pieces = pieces[len(batch):]
-        x = torch.from_numpy(np.stack([d[begin:end + 1] for d, begin, end, _ in batch]).astype(np.int64)).to(model.device)
-        first = torch.tensor([skip for *_, skip in batch], device=model.device)
-        scored = torch.arange(length, device=model.device) >= first[:, None]                 # [B, T]
-        hidden = model.hidden(x[:, :-1])                                                     # [B, T, C]
-        nll = model.nll(hidden[scored], x[:, 1:][scored])                                    # only the scored positions meet the vocabulary
-        total, tokens = total + nll.double().sum().item(), tokens + len(nll)
-        bar.update(len(batch))
-    bar.close()
-    mean = total / tokens
-    return result(model, seed, perplexity=math.inf if mean > 700 else math.exp(mean), nll=mean, tokens=tokens, documents=len(documents),
-                  window=window, stride=stride, bos="once, at the start of each document", seconds=time.perf_counter() - started)
+        jobs[tuple((n, begin) for n, _, begin, *_ in batch)] = model, [p[1:] for p in batch], window, bins
+    total, count = np.zeros(bins), np.zeros(bins, np.int64)
+    with tqdm(total=len(jobs), desc=f"perplexity, window {window}", unit="pass", leave=False, disable=None if progress else True) as bar:
+        for nll, tokens in in_turn(window_nll, jobs, model, keep):
+            total, count = total + nll, count + tokens
+            bar.update()
+    mean, more = total.sum() / count.sum(), {}
+    if bins > 1:
+        edges = [-(-i * window // bins) + 1 for i in range(bins)]  # tokens of context, BOS counted, from which on a prediction is in bin i
+        more = {"context": edges, "nll_by_context": (total / np.maximum(count, 1)).tolist(), "tokens_by_context": count.tolist()}
+    return result(model, seed, perplexity=math.inf if mean > 700 else math.exp(mean), nll=float(mean), tokens=int(count.sum()),
+                  documents=len(documents), window=window, stride=stride, bos="once, at the start of each document", **more,
+                  seconds=time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,27 +206,43 @@ def retrieve(model, tokenizer, prompts, answers, keys, generation=False):
     """
     verdicts = [None] * len(keys)
     if not generation and not depends_on_length(model.config.rope):
-        x = torch.from_numpy(np.stack([np.concatenate(pair) for pair in zip(prompts, answers)])).to(model.device)
-        longest = max(map(len, answers))
-        greedy = model(x, select=slice(x.shape[1] - longest - 1, None)).argmax(dim=-1).cpu()  # [B, longest + 1]: the answer and one more
-        for i, answer in enumerate(answers):
-            produced = greedy[i, longest - len(answer):].tolist()
-            same = next((n for n, (a, b) in enumerate(zip(produced, answer)) if a != b), len(answer))
+        for i, produced in enumerate(most_probable(model, prompts, answers)):
+            same = next((n for n, (a, b) in enumerate(zip(produced, answers[i])) if a != b), len(answers[i]))
             verdicts[i] = judge_tokens(tokenizer, produced[:same + 1], keys[i])
     for length in sorted({len(p) for p, v in zip(prompts, verdicts) if v is None}):
         rows = [i for i, v in enumerate(verdicts) if v is None and len(prompts[i]) == length]
         prompt = torch.from_numpy(np.stack([prompts[i] for i in rows])).to(model.device)
-        new = generate(model, prompt, len(answers[rows[0]]) + 4, stop=(tokenizer.eos_id,))[:, length:]
-        for i, tokens in zip(rows, new.tolist()):
-            verdicts[i] = judge_tokens(tokenizer, tokens, keys[i], ended=True)
+        said = [[] for _ in rows]
+        for new in stream(model, prompt, len(answers[rows[0]]) + 4, stop=(tokenizer.eos_id,)):
+            for i, tokens, token in zip(rows, said, new.tolist()):
+                tokens.append(token)
+                verdicts[i] = judge_tokens(tokenizer, tokens, keys[i]) if verdicts[i] is None else verdicts[i]
+            if all(verdicts[i] is not None for i in rows):  # every further token of a length-dependent method costs a pass over the whole text
+                break
+        for i, tokens in zip(rows, said):
+            verdicts[i] = judge_tokens(tokenizer, tokens, keys[i], ended=True) if verdicts[i] is None else verdicts[i]
     return verdicts
 
 
-def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progress=True, generation=False):
-    """Accuracy of greedy passkey retrieval at each length (tokens, the answer counted) over `depths` places of the key, `trials` keys each.
+def most_probable(model, prompts, answers):
+    """What one pass over prompts and answers finds most probable at each token of the answer and at the one after it: lists of ids."""
+    x = torch.from_numpy(np.stack([np.concatenate(pair) for pair in zip(prompts, answers)])).to(model.device)
+    longest = max(map(len, answers))
+    greedy = model(x, select=slice(x.shape[1] - longest - 1, None)).argmax(dim=-1).cpu()     # [B, longest + 1]
+    return [row[longest - len(answer):].tolist() for row, answer in zip(greedy, answers)]
 
-    k_max is the PI paper's effective window at the longest length: the greatest distance k of the key from the end such that at every
-    distance tried up to k at least 20 % of the trials succeed (0 if none does). Returns the dict of the JSON file.
+
+@torch.inference_mode()
+def recall(model, prompts, answers):
+    """Share of each answer's tokens that are the most probable ones after those before them, in one pass: a list of numbers from 0 to 1."""
+    return [float(np.mean(np.equal(produced[:-1], answer))) for produced, answer in zip(most_probable(model, prompts, answers), answers)]
+
+
+def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress=True):
+    """Measure `trials` prompts at every length and depth: what passkey and needle return beside their own numbers.
+
+    build(rng, length, depth) -> (a tuple that describes one prompt, the distance of what is hidden from the prompt's end);
+    measure(list of such tuples) -> a number a prompt, from 0 to 1.
     """
     lengths = sorted(set(lengths or [model.config.max_seq_len]))
     if depths < 1 or trials < 1:
@@ -163,27 +250,61 @@ def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progre
     if seed < 0:
         raise UserError(f"seed {seed}: give 0 or more")
     if lengths[0] < 1:
-        raise UserError(f"a passkey prompt of {lengths[0]} tokens is too short: lengths are numbers of tokens")
-    builder, started = PasskeyPrompts(tokenizer), time.perf_counter()
-    places = [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)]
-    by_depth, distances = {}, {}
-    bar = tqdm(total=len(lengths) * depths * trials, desc="passkey", unit="prompt", leave=False, disable=None if progress else True)
+        raise UserError(f"a {name} prompt of {lengths[0]} tokens is too short: lengths are numbers of tokens")
+    places, jobs, distances, started = [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)], {}, {}, time.perf_counter()
     for length in lengths:
-        rng = np.random.default_rng((seed, length))
-        keys = [random_key(rng) for _ in range(depths * trials)]
-        built = [builder.build(key, length, depth=places[i // trials]) for i, key in enumerate(keys)]
-        verdicts, rows = [], max(1, BATCH_TOKENS // length)
-        for i in range(0, len(built), rows):
-            prompts, answers = zip(*built[i:i + rows])
-            verdicts += retrieve(model, tokenizer, prompts, answers, keys[i:i + rows], generation)
-            bar.update(len(prompts))
-        by_depth[length] = np.reshape(verdicts, (depths, trials)).mean(axis=1).tolist()
-        distances[length] = [len(built[d * trials][0]) - builder.position(built[d * trials][0], keys[d * trials]) for d in range(depths)]
-    bar.close()
-    longest = lengths[-1]
-    return result(model, seed, accuracy={n: float(np.mean(a)) for n, a in by_depth.items()},
-                  k_max=k_max(distances[longest], by_depth[longest]), lengths=lengths, depths=places, trials=trials,
-                  accuracy_by_depth=by_depth, distances=distances, seconds=time.perf_counter() - started)
+        rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length)
+        built = [build(rng, length, places[i // trials]) for i in range(depths * trials)]
+        distances[length] = [distance for _, distance in built[::trials]]
+        jobs |= {(length, i, size): ([case for case, _ in built[i:i + size]],) for i in range(0, len(built), size)}
+    found, keep = {length: [] for length in lengths}, store(keep, model, name, depths, trials, seed)
+    with tqdm(total=len(lengths) * depths * trials, desc=name, unit="prompt", leave=False, disable=None if progress else True) as bar:
+        for (length, *_), numbers in zip(jobs, in_turn(measure, jobs, model, keep)):
+            found[length] += numbers
+            bar.update(len(numbers))
+    by_depth = {n: np.reshape(v, (depths, trials)).mean(axis=1).tolist() for n, v in found.items()}
+    return {"accuracy": {n: float(np.mean(a)) for n, a in by_depth.items()}, "lengths": lengths, "depths": places, "trials": trials,
+            "accuracy_by_depth": by_depth, "distances": distances, "seconds": time.perf_counter() - started}
+
+
+def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progress=True, generation=False, keep=None):
+    """Accuracy of greedy passkey retrieval at each length (tokens, the answer counted) over `depths` places of the key, `trials` keys each.
+
+    k_max is the PI paper's effective window at the longest length: the greatest distance k of the key from the end such that at every
+    distance tried up to k at least 20 % of the trials succeed (0 if none does). keep: a cli.Kept. Returns the dict of the JSON file.
+    """
+    builder = PasskeyPrompts(tokenizer)
+
+    def build(rng, length, depth):
+        key = random_key(rng)
+        prompt, answer = builder.build(key, length, depth=depth)
+        return (prompt, answer, key), len(prompt) - builder.position(prompt, key)
+
+    def measure(cases):
+        return list(map(bool, retrieve(model, tokenizer, *zip(*cases), generation)))
+
+    found = grid(model, build, measure, lengths, depths, trials, seed, keep, "passkey", progress)
+    longest = found["lengths"][-1]
+    return result(model, seed, k_max=k_max(found["distances"][longest], found["accuracy_by_depth"][longest]), **found)
+
+
+def needle(model, tokenizer, documents, lengths=None, depths=10, trials=10, seed=0, progress=True, keep=None):
+    """A sentence hidden in text, begun again at the end: share of the tokens of its second half that the model finds most probable, each
+    after the right ones before it. documents: the haystack, arrays of token ids with BOS in front. `floor` is the same share at each
+    length where the sentence is hidden nowhere: what grammar alone tells. keep: a cli.Kept. Returns the dict of the JSON file.
+    """
+    builder = NeedlePrompts(tokenizer, documents)
+
+    def build(rng, length, depth):
+        prompt, answer, place = builder.build(rng, length, depth)
+        return (prompt, answer), len(prompt) - place
+
+    def measure(cases):
+        return recall(model, *zip(*cases))
+
+    found = grid(model, build, measure, lengths, depths, trials, seed, keep, "needle", progress)
+    floor = grid(model, lambda rng, length, _: build(rng, length, None), measure, found["lengths"], 1, trials, seed, keep, "floor", progress)
+    return result(model, seed, floor=floor["accuracy"], **found)
 
 
 def k_max(distances, accuracy, threshold=0.2):
@@ -200,10 +321,11 @@ def k_max(distances, accuracy, threshold=0.2):
 # Both at several lengths
 
 
-def measure(model, tokenizer, documents, lengths, depths, trials, seed=0):
+def measure(model, tokenizer, documents, lengths, depths, trials, seed=0, keep=None):
     """Perplexity, passkey accuracy and the PI paper's k_max at each length: a row of a table."""
-    keys = {n: passkey(model, tokenizer, [n], depths, trials, seed) if trials else {"accuracy": {n: math.nan}, "k_max": None} for n in lengths}
-    return {"perplexity": {n: perplexity(model, documents, window=n)["perplexity"] for n in lengths},
+    keys = {n: passkey(model, tokenizer, [n], depths, trials, seed, keep=keep) if trials else {"accuracy": {n: math.nan}, "k_max": None}
+            for n in lengths}
+    return {"perplexity": {n: perplexity(model, documents, window=n, keep=keep)["perplexity"] for n in lengths},
             "passkey": {n: k["accuracy"][n] for n, k in keys.items()}, "k_max": {n: k["k_max"] for n, k in keys.items()}}
 
 
@@ -223,7 +345,7 @@ def variants(config, factors, chosen=()):
     """What compare tries on a model, [(name, rope dict)]: the model as it is; then each method that suits it, or those `chosen` (names or
     JSON objects): with all factors if a fixed one is part of it, else at factor 1, at which a method that follows the length has nothing
     to choose. What would give the same angles as a row before is left out."""
-    own, rows, seen = config.rope, [("as it is" if config.rope.rope_type != "default" else "default", config.rope.to_dict())], []
+    own, rows = config.rope, [("as it is" if config.rope.rope_type != "default" else "default", config.rope.to_dict())]
     if chosen:
         methods = [rope_argument(each) for each in chosen]
     elif METHODS[own.rope_type].rotary:  # what is RoPE may be stretched by all that is RoPE, but for what has to be searched for first
@@ -243,16 +365,13 @@ def variants(config, factors, chosen=()):
         name = " ".join([known.rope_type, *more])
         for factor in [rope.get("factor")] if fixed else factors:
             rows.append((name + (f" x{factor:g}" if factor else ""), rope | ({"factor": factor} if factor else {})))
-    unique = []
+    unique, L = {}, original_window(config)
     for name, rope in rows:
         one = with_rope(config, rope).rope
-        said = one.rope_type if METHODS[one.rope_type].grows or METHODS[one.rope_type].adds else ""
-        angles = said, one.factor if said else 0, one.random_positions, *(str(v) for v in inv_freq(one, config.head_dim)[0].tolist()), \
-            inv_freq(one, config.head_dim)[1], json.dumps(one.options) if said else ""
-        if angles not in seen:
-            seen.append(angles)
-            unique.append((name, rope))
-    return unique
+        angles = [(*inv_freq(one, config.head_dim, n)[0].tolist(), inv_freq(one, config.head_dim, n)[1]) for n in (L, 2 * L, 4 * L)]
+        other = (one.rope_type, one.factor, json.dumps(one.options)) if METHODS[one.rope_type].adds else one.random_positions
+        unique.setdefault(json.dumps([angles, other]), (name, rope))
+    return list(unique.values())
 
 
 def needs_settings(function):
@@ -264,13 +383,13 @@ def needs_settings(function):
 # Documents and commands
 
 
-def validation_documents(corpus, at_least, max_tokens, tokenizer):
-    """Held-out documents of a token folder, all cut to the same length `at_least`, together about max_tokens, or fewer."""
+def validation_documents(corpus, at_least, max_tokens, tokenizer, whole=False):
+    """Held-out documents of a token folder, all cut to the same length `at_least`, or `whole`, together about max_tokens, or fewer."""
     corpus = TokenFile(corpus, "val")
     if corpus.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: "
                         f"prepare one with data/prepare.py --tokenizer {tokenizer.path}")
-    chosen = [d[:at_least] for d, _ in zip(corpus.documents(at_least), range(max(1, max_tokens // at_least)))]
+    chosen = [d if whole else d[:at_least] for d, _ in zip(corpus.documents(at_least), range(max(1, max_tokens // at_least)))]
     if not chosen:
         raise UserError(f"no validation document has {at_least} tokens: give a larger corpus, or text with --text, or a shorter window")
     return chosen
@@ -311,6 +430,8 @@ class PerplexityConfig(Common):
     window: int | None = field(None, "tokens the model reads at a time [the model's window]")
     stride: int | None = field(None, "tokens by which the window moves on [window / 4]")
     max_tokens: int = field(65536, "tokens to score, about: of the corpus, or of each --text; 0 is all")
+    bins: int = field(1, "also the loss by tokens of context, in so many parts of the window; without --stride the windows then do not "
+                      "overlap, so that every part is scored equally often")
 
 
 @dataclass
@@ -319,6 +440,15 @@ class PasskeyConfig(Common):
     depths: int = field(10, "places of the key, from the first to the last")
     trials: int = field(10, "random keys at each place")
     generation: bool = field(False, "judge by generating every answer instead of by one teacher-forced pass: the same verdict, slower")
+
+
+@dataclass
+class NeedleConfig(Common):
+    text: list[str] = field([], "UTF-8 files, the haystack, instead of the corpus")
+    corpus: str = field("data/corpora/python", "token folder whose validation documents are the haystack")
+    lengths: list[int] = field([], "prompt lengths in tokens, the answer counted [half, one, two and four original windows]")
+    depths: int = field(10, "places of the needle, from the first to the last")
+    trials: int = field(10, "needles in a piece of text at each place")
 
 
 @dataclass
@@ -372,9 +502,10 @@ def load(config, quiet=False):
     return model, tokenizer
 
 
-def perplexity_command(config):
+def perplexity_command(config, keep):
     model, tokenizer = load(config)
     window, stride = window_and_stride(model, config.window, config.stride)
+    stride = window if config.bins > 1 and config.stride is None else stride
     if config.max_tokens < 0:
         raise UserError(f"--max-tokens {config.max_tokens}: give a number of tokens, or 0 for all of them")
     if config.text:
@@ -383,26 +514,55 @@ def perplexity_command(config):
         corpus = ensure_corpus(config.corpus, tokenizer.path)
         # Long enough for the window to slide in, and the same ones for every window up to four original ones: their perplexities compare.
         documents = validation_documents(corpus, max(2 * window, 8 * original_window(model.config)), config.max_tokens or 2**62, tokenizer)
-    measured = perplexity(model, documents, window, stride, config.seed)
-    print(f"perplexity {measured['perplexity']:.4f}   ({measured['nll']:.4f} nats a token; {measured['tokens']:,} tokens of "
-          f"{measured['documents']} documents, window {window}, stride {stride}, BOS {measured['bos']}; {measured['seconds']:.1f} s)")
+    measured = perplexity(model, documents, window, stride, config.seed, bins=config.bins, keep=keep)
+    measured |= bits_per_byte(measured["nll"], documents, tokenizer)
+    print(f"perplexity {measured['perplexity']:.4f}   ({measured['nll']:.4f} nats a token, {measured['bits_per_byte']:.4f} bits a byte; "
+          f"{measured['tokens']:,} tokens of {measured['documents']} documents, window {window}, stride {stride}, BOS {measured['bos']}; "
+          f"{measured['seconds']:.1f} s)")
+    if config.bins > 1:
+        print("context    loss (nats a token, predicted from so many tokens and more)")
+        print("\n".join(f"{n:<10,} {nll:.4f}" for n, nll in zip(measured["context"], measured["nll_by_context"])))
     return measured
 
 
-def passkey_command(config):
-    model, tokenizer = load(config)
-    L = original_window(model.config)
-    lengths = config.lengths or [L // 2, L, 2 * L, 4 * L]
-    measured = passkey(model, tokenizer, lengths, config.depths, config.trials, config.seed, generation=config.generation)
+def by_length(measured):
+    """What grid() measured, a line for each length."""
     print("length   accuracy   by depth, from the beginning to the end")
     for length, accuracy in measured["accuracy"].items():
         print(f"{length:<8} {accuracy:<10.3f} " + " ".join(f"{a:.1f}" for a in measured["accuracy_by_depth"][length]))
+
+
+def passkey_command(config, keep):
+    model, tokenizer = load(config)
+    lengths = config.lengths or four_lengths(model.config)
+    measured = passkey(model, tokenizer, lengths, config.depths, config.trials, config.seed, generation=config.generation, keep=keep)
+    by_length(measured)
     print(f"k_max {measured['k_max']} at length {measured['lengths'][-1]}   "
           f"({config.depths} depths x {config.trials} keys, greedy; {measured['seconds']:.1f} s)")
     return measured
 
 
-def compare_command(config):
+def needle_command(config, keep):
+    model, tokenizer = load(config)
+    lengths = config.lengths or four_lengths(model.config)
+    if config.text:
+        documents = texts(config.text, tokenizer, 0, 1)
+    else:
+        documents = validation_documents(ensure_corpus(config.corpus, tokenizer.path), 2, 2**62, tokenizer, whole=True)
+    measured = needle(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed, keep=keep)
+    by_length(measured)
+    print("without the needle " + ", ".join(f"{share:.2f} at {n}" for n, share in measured["floor"].items())
+          + f"   (share of the answer's tokens; {config.depths} depths x {config.trials} needles; {measured['seconds']:.1f} s)")
+    return measured
+
+
+def four_lengths(config):
+    """Half, one, two and four original windows."""
+    L = original_window(config)
+    return [max(L // 2, 1), L, 2 * L, 4 * L]
+
+
+def compare_command(config, keep):
     base = load_config(config.model)
     L, rows = original_window(base), []
     if config.rope is not None or config.factor is not None:
@@ -410,7 +570,7 @@ def compare_command(config):
     plan = variants(base, config.factors, config.methods)
     for _, rope in plan:  # a mistake in the last of them should not show after the others' minutes
         with_rope(base, rope)
-    lengths = sorted(set(config.lengths or [max(L // 2, 1), L, 2 * L, 4 * L]))
+    lengths = sorted(set(config.lengths or four_lengths(base)))
     if lengths[0] < 1:
         raise UserError(f"--lengths {lengths[0]}: a window has at least 1 token")
     tokenizer = load_tokenizer(config.model, base.vocab_size)
@@ -420,20 +580,20 @@ def compare_command(config):
         documents = validation_documents(ensure_corpus(config.corpus, tokenizer.path), 2 * lengths[-1], config.eval_tokens, tokenizer)
     scored, started = sum(len(d) - 1 for d in documents), time.perf_counter()
     print(f"{len(plan)} rows x {len(lengths)} lengths; {len(documents)} documents, {scored:,} tokens, stride window / 4; "
-          f"passkey: {config.depths} depths x {config.trials} keys")
+          + (f"passkey: {config.depths} depths x {config.trials} keys" if config.trials else "no passkey"))
     if not config.methods and METHODS[base.rope.rope_type].rotary:
         left = [name for name, m in METHODS.items() if not m.rotary or needs_settings(m)]
         print(f"left out: {', '.join(left)} (no stretching of RoPE, or in need of settings: --methods takes JSON objects)")
     for name, rope in plan:
         model = load(dataclasses.replace(config, rope=json.dumps(rope), factor=None), quiet=bool(rows))[0]
         rows.append({"name": name, "rope": model.config.rope.to_dict(),
-                     **measure(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed)})
+                     **measure(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed, keep)})
         print("\n".join(table(rows, lengths, {"L": L}).splitlines()[0 if len(rows) == 1 else -1:]), flush=True)
     return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4",
                   depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
 
 
-def generate_command(config):
+def generate_command(config, _):
     if not config.prompt:
         raise UserError("--prompt is empty: give a text to continue")
     text = config.prompt
@@ -466,6 +626,7 @@ def generate_command(config):
 
 COMMANDS = {"ppl": (PerplexityConfig, perplexity_command, "sliding-window perplexity"),
             "passkey": (PasskeyConfig, passkey_command, "passkey retrieval by length and depth"),
+            "needle": (NeedleConfig, needle_command, "a sentence hidden in text, by length and depth"),
             "compare": (CompareConfig, compare_command, "every scaling method, without training, at every length"),
             "generate": (GenerateConfig, generate_command, "continue a text")}
 
@@ -478,9 +639,11 @@ def main(argv=None):
     flags = vars(parser.parse_args(argv))
     settings, command, _ = COMMANDS[flags.pop("command")]
     config = settings(**flags)
-    measured = command(config)
+    keep = Kept(config.out)
+    measured = command(config, keep)
     if config.out:
         write_json(config.out, measured)
+        keep.done()
         print(f"wrote {config.out}")
         if "methods" in measured:
             print(f"wrote {plot_compare(read_json(config.out), Path(config.out).with_suffix('.png'))}")

@@ -29,7 +29,7 @@ from data.tokenizer import open_tokenizer
 from model import LLaMA, ModelConfig
 from positions import training_positions
 from rope import RopeConfig, rope_argument
-from weights import save_model, save_tensors
+from weights import save_model, save_tensors, some_weights
 
 
 @dataclass
@@ -299,11 +299,6 @@ def resume(model, optimizer, config, origin):
 def resumable(config):
     """The settings that decide the weights. The others (where, how fast, how often looked at) may change between the parts of a run."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in config.free}
-
-
-def some_weights(model):
-    """The first four numbers of every tensor: in any size of model at once enough to tell one training from another."""
-    return torch.cat([p.detach().flatten()[:4].float().cpu() for p in model.parameters()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

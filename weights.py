@@ -397,6 +397,11 @@ def located(folder, name):
     return saved if saved.exists() else Path(folder) / name
 
 
+def some_weights(model):
+    """The first four numbers of every tensor: in any size of model at once enough to tell one training from another."""
+    return torch.cat([p.detach().flatten()[:4].float().cpu() for p in model.parameters()])
+
+
 def plain(tensor, dtype=None):
     """A tensor of a state dict as it goes into a file: on the CPU, contiguous, without the rest of a larger storage."""
     tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()

@@ -17,29 +17,30 @@ QUESTION = "\nWhat is the pass key? The pass key is"
 DIGITS = 5
 
 
+def inside(tokenizer, text):
+    """Ids of a text that does not stand at the beginning: without the space that Meta's SentencePiece model would put in front."""
+    if not tokenizer.dummy_prefix:
+        return tokenizer.encode(text)
+    return tokenizer.encode("\n" + text)[len(tokenizer.encode("\n")):]
+
+
 class PasskeyPrompts:
     """Builds prompts for one tokenizer. `shortest` is the length in tokens, answer included, of a prompt without garbage."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.introduction = [tokenizer.bos_id, *tokenizer.encode(INTRODUCTION)]
-        self.garbage = np.array(self.inside(GARBAGE + " "), dtype=np.int64)
-        self.question = self.inside(QUESTION)
+        self.garbage = np.array(inside(tokenizer, GARBAGE + " "), dtype=np.int64)
+        self.question = inside(tokenizer, QUESTION)
         key = max(len(self.information(k)) + len(self.answer(k)) for k in ("00000", "12345"))
         self.shortest = len(self.introduction) + key + len(self.question)
 
-    def inside(self, text):
-        """Ids of a text that does not stand at the beginning: without the space that Meta's SentencePiece model would put in front."""
-        if not self.tokenizer.dummy_prefix:
-            return self.tokenizer.encode(text)
-        return self.tokenizer.encode("\n" + text)[len(self.tokenizer.encode("\n")):]
-
     def information(self, key):
-        return self.inside(INFORMATION.format(key=key))
+        return inside(self.tokenizer, INFORMATION.format(key=key))
 
     def answer(self, key):
         """The ids that the model should produce after the prompt."""
-        return self.inside(" " + key)
+        return inside(self.tokenizer, " " + key)
 
     def build(self, key, length, depth=None, distance=None):
         """A prompt of `length` tokens, the answer counted: `length` is the window that the question needs.

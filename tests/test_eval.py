@@ -5,6 +5,7 @@ import math
 import re
 import runpy
 import sys
+import time
 import types
 from itertools import product
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 
 import eval as evaluation
 import reference
-from cli import UserError, run
-from data.passkey import PasskeyPrompts, random_key
+from cli import Kept, UserError, run
+from data.needle import NeedlePrompts
+from data.passkey import PasskeyPrompts, inside, random_key
 from data.tokenizer import Tokenizer
-from eval import judge, k_max, main, passkey, perplexity, retrieve, sliding_windows, validation_documents
+from eval import (bits_per_byte, in_turn, judge, k_max, main, needle, passkey, perplexity, recall, retrieve, rows_at_once,
+                  sliding_windows, validation_documents)
 from model import LLaMA, ModelConfig
 from rope import RopeConfig
 from weights import load_model, load_tokenizer, save_model
@@ -159,7 +162,7 @@ def test_documents_weigh_by_their_tokens_and_windows_do_not_count():
 def test_batches_do_not_change_the_result(monkeypatch):
     model, texts, values = make(), documents(60, 6, 33, 1, 18), []
     for size in (1, 20, 64, 10**6):
-        monkeypatch.setattr(evaluation, "BATCH_TOKENS", size)
+        monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length: max(1, size // length))
         values.append(perplexity(model, texts, 8, 3, progress=False)["nll"])
     assert values == pytest.approx([values[0]] * 4, rel=1e-6)
 
@@ -301,7 +304,7 @@ SAYINGS = [(lambda k: f" {k}.", True), (lambda k: f" {k}|", True), (lambda k: f"
 
 def spell(saying, tokenizer, builder):
     """The tokens of a saying: | is EOS, and every line break a token of its own."""
-    return [i for part in re.split(r"([|\n])", saying) for i in ([tokenizer.eos_id] if part == "|" else builder.inside(part))]
+    return [i for part in re.split(r"([|\n])", saying) for i in ([tokenizer.eos_id] if part == "|" else inside(tokenizer, part))]
 
 
 def test_one_teacher_forced_pass_gives_the_verdict_of_generation(tokenizer, builder):
@@ -325,7 +328,7 @@ def test_answers_may_differ_in_length(tokenizer, builder, said):
     keys = ["7", "12345", "98", "111"]
     prompts, answers = zip(*(builder.build(key, 130, depth=0.3) for key in keys))
     assert len(set(map(len, answers))) == 4
-    model = Scripted(tokenizer, builder, lambda key, distance: builder.inside(said.format(key)))
+    model = Scripted(tokenizer, builder, lambda key, distance: inside(tokenizer, said.format(key)))
     assert retrieve(model, tokenizer, prompts, answers, keys) == [not said.endswith("6")] * 4
     assert said != " {}." or model.generated == 0, "each row's answer is looked for where it is"
     assert retrieve(model, tokenizer, prompts, answers, keys, generation=True) == [not said.endswith("6")] * 4
@@ -343,7 +346,7 @@ def test_nothing_is_generated_where_the_pass_has_decided(tokenizer, builder, say
 @pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig("linear", 2.0), RopeConfig("dynamic", 4.0, original_max_position_embeddings=16)])
 def test_teacher_forcing_agrees_with_generation_on_a_real_model(tokenizer, builder, rope):
     """A random LLaMA that speaks in digits, spaces, full stops and EOS, asked for what it is about to say, or for nearly that."""
-    spoken = builder.inside("0123456789") + builder.inside(" .") + [tokenizer.eos_id]
+    spoken = inside(tokenizer, "0123456789") + inside(tokenizer, " .") + [tokenizer.eos_id]
     model = make(seed=3, vocab_size=tokenizer.vocab_size, rope=rope)
     with torch.no_grad():
         model.output.weight[[i for i in range(tokenizer.vocab_size) if i not in spoken]] = 0
@@ -378,7 +381,7 @@ def test_teacher_forcing_agrees_with_generation_on_a_real_model(tokenizer, build
 
 def nearsighted(tokenizer, builder, reach):
     """A model that finds the key up to `reach` tokens from the end, and says five nines beyond."""
-    return Scripted(tokenizer, builder, lambda key, distance: builder.inside(f" {key if distance <= reach else '99999'}."))
+    return Scripted(tokenizer, builder, lambda key, distance: inside(tokenizer, f" {key if distance <= reach else '99999'}."))
 
 
 def test_accuracy_by_depth_runs_from_the_beginning_to_the_end(tokenizer, builder):
@@ -406,7 +409,7 @@ def test_accuracy_counts_the_trials_of_its_own_depth(tokenizer, builder, monkeyp
         return [k < "50000" for k in keys]
 
     monkeypatch.setattr(evaluation, "retrieve", fake)
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 700)  # seven prompts at a time: batches end within a depth
+    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length: 7)  # batches end within a depth
     measured = passkey(make(), tokenizer, [100], depths=4, trials=5, progress=False)
     rows = np.array([k < "50000" for k in asked]).reshape(4, 5)
     assert measured["accuracy_by_depth"][100] == rows.mean(axis=1).tolist()
@@ -441,6 +444,177 @@ def test_k_max_ends_before_the_first_failure(distances, accuracy, expected):
 def test_passkey_refuses(tokenizer, changes, words):
     with pytest.raises(UserError, match=words):
         passkey(make(), tokenizer, **{"lengths": [100], "progress": False, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The needle
+
+
+@pytest.fixture(scope="module")
+def haystack(tokenizer):
+    return [np.array(tokenizer.encode("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(start, start + 90)), bos=True))
+            for start in (0, 100)]
+
+
+def test_a_needle_prompt_says_the_sentence_once_and_begins_it_again(tokenizer, haystack):
+    builder = NeedlePrompts(tokenizer, haystack)
+    assert builder.tokenizer.decode(builder.parts(0)[0]) == (
+        "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.\n")
+    assert len({tuple(builder.parts(n)[0]) for n in range(64)}) == 64
+    for depth in (0, 0.3, 0.5, 1):
+        prompt, answer, place = builder.build(np.random.default_rng(7), 300, depth)
+        text, end = tokenizer.decode(prompt[1:].tolist()), tokenizer.decode(answer.tolist())
+        beginning = text[text.rindex("\n") + 1:]
+        assert len(prompt) + len(answer) == 300 and prompt[0] == tokenizer.bos_id and not {0, 1} & set(answer.tolist())
+        assert beginning.startswith("The best thing to do in") and text.count(beginning) == 2
+        assert text.count(beginning + end) == 1 and end.startswith(" ") and end.endswith(".")
+        before = tokenizer.decode(prompt[1:place].tolist())
+        assert depth in (0, 1) or before.endswith("\n"), "not within a line"
+    assert builder.build(np.random.default_rng(7), 300, 0)[2] == 1
+    prompt, answer, _ = builder.build(np.random.default_rng(7), 300, None)
+    assert tokenizer.decode(answer.tolist()) not in tokenizer.decode(prompt.tolist()) and len(prompt) + len(answer) == 300
+
+
+def test_needle_places_run_from_the_beginning_to_the_end(tokenizer, haystack):
+    builder = NeedlePrompts(tokenizer, haystack)
+    places = [builder.build(np.random.default_rng(3), 400, depth)[2] for depth in (0, 0.25, 0.5, 0.75, 1)]
+    line = max(len(tokenizer.encode(f"def f{i}(x):\n")) for i in range(200)) + 12
+    fill = places[-1] - 1
+    assert all(0 <= 1 + d * fill - p <= line for d, p in zip((0, 0.25, 0.5, 0.75, 1), places)) and sorted(set(places)) == places
+
+
+class Completer(Scripted):
+    """Finds the sentence that was begun if it is at most `reach` tokens away, and goes on with it; else it says nothing but line breaks."""
+
+    def __init__(self, tokenizer, builder, reach):
+        super().__init__(tokenizer, builder, None)
+        self.reach, self.sentences = reach, [builder.parts(n) for n in range(64)]
+
+    def next(self, context):
+        nothing = self.tokenizer.encode("\n")[0]
+        for whole, beginning, rest in self.sentences:
+            for said in range(len(rest)):
+                if context[len(context) - said - len(beginning):] == beginning + rest[:said]:
+                    seen = next((i for i in range(len(context) - len(whole)) if context[i:i + len(whole)] == whole), None)
+                    if seen is not None and len(context) - said - seen <= self.reach:
+                        return rest[said]
+        return nothing
+
+
+def test_recall_is_the_share_of_the_answer_that_is_most_probable(tokenizer, haystack):
+    builder = NeedlePrompts(tokenizer, haystack)
+    model = Completer(tokenizer, builder, 120)
+    measured = needle(model, tokenizer, haystack, [220], depths=5, trials=2, progress=False)
+    assert measured["accuracy_by_depth"][220] == [float(d <= 120) for d in measured["distances"][220]]
+    assert 0 < measured["accuracy"][220] < 1 and measured["floor"] == {220: 0.0}
+    prompt, answer, _ = builder.build(np.random.default_rng(0), 220, 1)
+    spoilt = answer.copy()
+    spoilt[2] = (spoilt[2] + 1) % tokenizer.vocab_size
+    assert recall(model, [prompt], [answer]) == [1.0]
+    assert recall(model, [prompt], [spoilt]) == [2 / len(answer)], "after a word that is not the sentence's it knows nothing"
+
+
+def test_needle_refuses_what_does_not_fit(tokenizer, haystack):
+    with pytest.raises(UserError, match="too short: this tokenizer needs at least"):
+        needle(make(), tokenizer, haystack, [20], progress=False)
+    with pytest.raises(UserError, match="the text holds .* give a longer one"):
+        needle(make(), tokenizer, haystack, [50_000], progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What helps where, and in which unit
+
+
+def test_loss_by_context_splits_the_mean_by_tokens_read():
+    model, text = make(), documents(41, 12)
+    whole = perplexity(model, text, 8, 8, progress=False)
+    parts = perplexity(model, text, 8, 8, progress=False, bins=4)
+    assert parts["nll"] == pytest.approx(whole["nll"], rel=1e-12) and parts["context"] == [1, 3, 5, 7]
+    assert parts["tokens_by_context"] == [2 * 7, 2 * 6 + 1, 2 * 6, 2 * 6]     # 7 windows, of which the last has 3 predictions
+    for first in range(0, 8, 2):  # by single passes with explicit context
+        losses = []
+        for document in text:
+            for begin in range(0, len(document) - 1, 8):
+                for n in range(first, first + 2):
+                    if begin + n + 1 < len(document):
+                        x = torch.from_numpy(document[None, begin:begin + n + 1])
+                        losses.append(-model(x)[0, -1].log_softmax(-1)[document[begin + n + 1]].item())
+        assert parts["nll_by_context"][first // 2] == pytest.approx(np.mean(losses), rel=1e-5)
+    with pytest.raises(UserError, match="9 bins"):
+        perplexity(model, text, 8, 8, progress=False, bins=9)
+
+
+def test_bits_per_byte_is_a_sum_over_bytes(tokenizer):
+    text = "def f(x):\n    return 'naïve'\n"
+    ids = np.array(tokenizer.encode(text, bos=True))
+    measured = bits_per_byte(2.0, [ids, ids[:1]], tokenizer)
+    assert measured["bytes"] == len(text.encode())
+    assert measured["bits_per_byte"] == pytest.approx(2.0 * (len(ids) - 1) / math.log(2) / len(text.encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+class Countdown:
+    """Lets so many calls of a function pass and then interrupts, as Ctrl-C would."""
+
+    def __init__(self, function, calls):
+        self.function, self.calls, self.made = function, calls, 0
+
+    def __call__(self, *args):
+        if self.made == self.calls:
+            raise KeyboardInterrupt
+        self.made += 1
+        return self.function(*args)
+
+
+@pytest.mark.parametrize("name, measure", [
+    ("window_nll", lambda model, tokenizer, haystack, keep: perplexity(model, documents(90, 41), 16, 8, progress=False, bins=2, keep=keep)),
+    ("retrieve", lambda model, tokenizer, haystack, keep: passkey(model, tokenizer, [90, 100], 3, 4, progress=False, keep=keep)),
+    ("recall", lambda model, tokenizer, haystack, keep: needle(model, tokenizer, haystack, [110, 100], 2, 3, progress=False, keep=keep))])
+def test_what_was_measured_before_an_interruption_is_not_measured_again(name, measure, tokenizer, haystack, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length: 2)
+    model, function, out = make(vocab_size=tokenizer.vocab_size), getattr(evaluation, name), tmp_path / "out.json"
+    torch.set_num_threads(1)
+    expected = measure(model, tokenizer, haystack, None)
+    everything = Countdown(function, 10**6)
+    monkeypatch.setattr(evaluation, name, everything)
+    measure(model, tokenizer, haystack, None)
+    assert everything.made > 5
+    monkeypatch.setattr(evaluation, name, broken := Countdown(function, 4))
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, tokenizer, haystack, Kept(out))
+    with open(f"{out}.partial", "ab") as file:
+        file.write(b'{"key": "cut by a ki')
+    monkeypatch.setattr(evaluation, name, rest := Countdown(function, 10**6))
+    resumed = measure(model, tokenizer, haystack, keep := Kept(out))
+    assert broken.made == 4 and rest.made == everything.made - 4
+    assert {k: v for k, v in resumed.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+    with torch.no_grad():
+        model.norm.weight[0] = 2.0  # another model: nothing that was kept is its
+    monkeypatch.setattr(evaluation, name, other := Countdown(function, 10**6))
+    measure(model, tokenizer, haystack, Kept(out))
+    assert other.made == everything.made
+    keep.done()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_come_back_in_order_and_the_threads_stay_as_they_were():
+    torch.set_num_threads(2)
+    waits = {i: (0.03 if i % 2 else 0.0, i) for i in range(8)}
+    assert list(in_turn(lambda wait, i: time.sleep(wait) or i, waits, make(), Kept())) == list(range(8))
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ZeroDivisionError):
+        list(in_turn(lambda wait, i: 1 // (i - 3), waits, make(), Kept()))
+    assert torch.get_num_threads() == 2
+
+
+def test_a_forward_pass_has_a_row_at_least_and_more_of_shorter_ones():
+    model = make()
+    assert rows_at_once(model, 10**9) == 1 and rows_at_once(model, 64) > rows_at_once(model, 4096) > 1
+    roomy, model.attention = rows_at_once(model, 1024), "naive"
+    assert roomy > rows_at_once(model, 1024)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
