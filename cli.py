@@ -202,15 +202,16 @@ class Kept:
     says everything that its value depends on; within() puts conditions in front of all keys that follow. Without `out` nothing is written.
     """
 
-    def __init__(self, out=""):
+    def __init__(self, out="", quiet=False):
         self.path, self.values, self.conditions = Path(f"{out}.partial") if out else None, {}, []
         if self.path and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut
                     line = json.loads(line)
                     self.values[line["key"]] = line["value"]
-            print(f"{self.path} holds {len(self.values)} measurements of an interrupted run: those that fit are not made again "
-                  "(to make them again, delete it)")
+            if not quiet:
+                print(f"{self.path} holds {len(self.values)} measurements of an interrupted run: those that fit are not made again "
+                      "(to make them again, delete it)")
 
     def within(self, *conditions):
         """The same store, for keys that begin with more conditions."""

@@ -24,7 +24,7 @@ NAMES = {"extrapolation": "no change (extrapolation)", "pi_zero_shot": "PI, no t
 
 
 def style(i):
-    dashes, marker = STYLES[i % len(STYLES)]
+    dashes, marker = STYLES[(i + i // len(COLOURS)) % len(STYLES)]  # the eighth line has the first's colour, in another style
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "marker": marker, "markersize": 5, "linewidth": 1.8}
 
 
@@ -167,6 +167,78 @@ def plot_compare(result, path):
     axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     figure.suptitle(f"{Path(result['model']).stem}:{chr(10) if len(titles) == 1 else ' '}its frequencies changed, without training", fontsize=11)
     return save(figure, path)
+
+
+def plot_sweep(result, path):
+    """extras/sweep.py, a row of panels for each s: perplexity at L' (scratch: at every window) as training goes on, or by the number of
+    interpolated dimensions; the distance up to which keys are found; the disturbance of the angles against perplexity before training."""
+    rows, lengths = result["rows"], [int(n) for n in result["lengths"]]
+    kind, factors = next(iter(rows[0]["perplexity"])), sorted({r["factor"] for r in rows if r["steps"]})
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+
+    def mean(group, value):
+        values = [value(r) for r in group if value(r) is not None]
+        return sum(values) / len(values) if values else None
+
+    def at_target(r):
+        return r["perplexity"][kind].get(str(r["window"]))
+
+    def panel(axis, factor, x_of, value, chosen=methods):
+        for i, method in enumerate(methods):
+            group = [r for r in rows if r["method"] == method and r["factor"] == factor] if method in chosen else []
+            points = {x: mean([r for r in group if x_of(r) == x], value) for x in sorted({x_of(r) for r in group} - {None})}
+            if any(v is not None for v in points.values()):
+                line(axis, points, sweep_name(method), i)
+
+    def dims(r):
+        return r["rope"].get("interpolated_dims")
+
+    by_dims, scratch = any(dims(r) is not None for r in rows), factors == [1]
+    columns = 1 if by_dims else 2 if scratch else 3
+    figure, axes = plt.subplots(len(factors), columns, figsize=(5 * columns, 3.7 * len(factors) + 0.6), layout="constrained", squeeze=False)
+    for factor, panels in zip(factors, axes):
+        target = next(r["window"] for r in rows if r["factor"] == factor)
+        if scratch:
+            for i, method in enumerate(methods):
+                group = [r for r in rows if r["method"] == method]
+                line(panels[0], {n: mean(group, lambda r: r["perplexity"][kind][str(n)]) for n in lengths}, sweep_name(method), i)
+                line(panels[1], {n: mean(group, lambda r: r["passkey"][str(n)]) for n in lengths}, sweep_name(method), i)
+            for axis, words in zip(panels, ("window", "prompt length")):
+                length_axis(axis, lengths, f"{words} (tokens)")
+                mark_windows(axis, {"L": result["original_window"]})
+            panels[1].set_ylabel("passkey accuracy (higher is better)")
+            panels[1].set_ylim(-0.04, 1.04)
+        elif by_dims:
+            chosen = [m for m in methods if any(r["method"] == m and dims(r) is not None for r in rows)]
+            for i, (label, trained) in enumerate((("untrained", False), ("fine-tuned", True))):
+                group = [r for r in rows if r["method"] in chosen and r["factor"] == factor and bool(r["steps"]) == trained]
+                line(panels[0], {dims(r): at_target(r) for r in group}, label, i)
+            panels[0].set_xlabel("interpolated dimensions")
+        else:
+            panel(panels[0], factor, lambda r: r["steps"], at_target)
+            panel(panels[1], factor, lambda r: r["steps"], lambda r: r.get("k_max"))
+            panels[0].set_xlabel("fine-tuning steps")
+            panels[1].set_xlabel("fine-tuning steps")
+            panels[1].set_ylabel("k_max (tokens, higher is better)")
+            panel(panels[2], factor, lambda r: None if r["steps"] else r.get("disturbance"), at_target)
+            panels[2].set_xlabel("disturbance of the rotary angles (nats), untrained")
+            perplexity_axis(panels[2])
+        for axis in panels:
+            axis.grid(alpha=0.3)
+            axis.set_title("" if scratch else f"s = {factor:g}, L' = {target}", fontsize=10)
+        perplexity_axis(panels[0])
+    handles = dict(zip(*reversed([axes[0, 0].get_legend_handles_labels()[i] for i in (0, 1)])))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+    return save(figure, path)
+
+
+def sweep_name(method):
+    """A method of a sweep, a name or JSON, in a legend."""
+    if not method.startswith("{"):
+        return {"default": "plain RoPE", "linear": "PI"}.get(method, method)
+    rope = json.loads(method)
+    name = rope.pop("rope_type")
+    return " ".join(["RoPE" if name == "default" else name, *(f"{k.replace('_', ' ')} {v}" for k, v in rope.items())])
 
 
 def plot_training(lines, path):
@@ -393,6 +465,8 @@ def main():
             figures.append((plot_training, result, target, path))
         elif "methods" in result:
             figures.append((plot_compare, result, target, path))
+        elif "plan" in result:
+            figures.append((plot_sweep, result, target, path))
         elif "rows" in result:
             figures.append((plot_finetune, result, target, path))
         elif "accuracy_by_depth" in result:

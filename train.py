@@ -288,6 +288,8 @@ def resume(model, optimizer, config, origin):
         raise UserError(f"{path}: the state of this run cannot be read ({type(error).__name__}): {remedy}") from None
     if other:
         raise UserError(f"{config.out} holds a run with other settings ({'; '.join(other)}): give the same ones to go on, {remedy}")
+    if state["step"] > config.steps:
+        raise UserError(f"{config.out} holds a run of {state['step']} steps, more than the {config.steps} asked for: {remedy}")
     if other_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is no longer there: {remedy}")
     model.load_state_dict(state["model"])
@@ -297,8 +299,10 @@ def resume(model, optimizer, config, origin):
 
 
 def resumable(config):
-    """The settings that decide the weights. The others (where, how fast, how often looked at) may change between the parts of a run."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in config.free}
+    """The settings that decide the weights. The others (where, how fast, how often looked at) may change between the parts of a run; and so
+    may the number of steps where no step depends on it, at constant learning rate: a finished run is then taken further."""
+    free = config.free | ({"steps"} if config.schedule == "constant" else set())
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
