@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, choose_device, field, parse, read_json, run, write_json
+from cli import Kept, UserError, choose_device, field, parse, read_json, run, write_json
 from data.batches import Batches, TokenFile
 from data.prepare import corpus_for, ensure_corpus
 from eval import measure, result, table, validation_documents
@@ -141,6 +141,7 @@ def main(argv=None):
     if config.baseline or config.baseline is None and not short or not scaled:
         plan += [("direct_finetuned", plain, True)]
     recipes, report = {row: recipe(rope) for row, rope, tuned in plan if tuned}, []
+    keep = Kept(config.results if rank == 0 else "")
     for row, rope, tuned in plan:
         del model  # one at a time: the next may need the memory
         model, steps, seconds = load(rope), 0, 0.0
@@ -151,7 +152,7 @@ def main(argv=None):
             del model
             model = load_model(out, device=device, attention=config.attention)  # what is measured is what the folder gives
         report.append({"name": row, "model": model.path, "rope": model.config.rope.to_dict(), "steps": steps, "training_seconds": seconds,
-                       **measure(model, tokenizer, documents, lengths, config.depths, config.trials)})
+                       **measure(model, tokenizer, documents, lengths, config.depths, config.trials, keep=keep)})
         say(table(report, lengths, {"L": L, "L'": window}) if row == plan[-1][0] else f"{row}: measured")
     if rank == 0:
         measured = result(model, config.seed, rows=report, original_window=L, window=window, lengths=lengths,
@@ -159,6 +160,7 @@ def main(argv=None):
                           tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4", parameters=target.parameters())
         measured |= {"model": config.model, "rope": target.rope.to_dict()}
         write_json(config.results, measured)
+        keep.done()
         figure = Path(config.results).with_suffix(".png")
         plot_finetune(read_json(config.results), figure)
         print(f"({len(documents)} held-out documents, stride window / 4; passkey: {config.depths} depths x {config.trials} keys)\n"

@@ -2,7 +2,8 @@
 
     python plot.py results/*.json out/base/metrics.jsonl          # a PNG beside each file, and one comparison of all `ppl` results given
 
-What a file holds decides its figure: `rows` (finetune.py), `perplexity` (eval.py ppl), `accuracy` (eval.py passkey), a metrics.jsonl.
+What a file holds decides its figure: `rows` (finetune.py), `plan` (extras/sweep.py), `methods` (eval.py compare), `perplexity` (eval.py ppl),
+`nll_by_context` (eval.py ppl --bins), `accuracy_by_depth` (eval.py passkey and needle), `theory`, a metrics.jsonl.
 """
 import argparse
 import json
@@ -120,8 +121,24 @@ def plot_perplexity(results, path):
     return save(figure, path)
 
 
+def plot_context(results, path):
+    """eval.py ppl --bins: loss by the tokens of context that a prediction had, a line for each model, RoPE scaling and window."""
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for i, result in enumerate(results):
+        edges = [*result["context"], result["window"] + 1]
+        middles = {math.sqrt(a * (b - 1)): nll for a, b, nll, n in zip(edges, edges[1:], result["nll_by_context"], result["tokens_by_context"]) if n}
+        line(axis, middles, f"{whose(result)}, window {result['window']}", i)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda n, _: f"{n:.0f}")
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel("loss (nats a token, lower is better)")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return save(figure, path)
+
+
 def plot_passkey(result, path):
-    """eval.py passkey: accuracy by length and depth as a map, the mean of each length beside it."""
+    """eval.py passkey and needle: accuracy by length and depth as a map, the mean of each length beside it."""
     lengths, depths = [str(n) for n in result["lengths"]], [f"{100 * d:.0f}" for d in result["depths"]]
     grid = [result["accuracy_by_depth"][n] for n in lengths]
     figure, axis = plt.subplots(figsize=(7.5, 0.4 * len(lengths) + 1.3), layout="constrained")
@@ -133,12 +150,14 @@ def plot_passkey(result, path):
     every = range(0, len(depths), math.ceil(len(depths) / 16))
     axis.set_xticks(every, [depths[i] for i in every])
     axis.set_yticks(range(len(lengths)), lengths)
-    axis.set_xlabel("place of the key (% of the garbage that is before it)")
+    key = "k_max" in result
+    axis.set_xlabel("place of the key (% of the garbage that is before it)" if key else "place of the needle (% of the text that is before it)")
     axis.set_ylabel("prompt (tokens)")
     means = axis.secondary_yaxis("right")
     means.set_yticks(range(len(lengths)), [f"mean {result['accuracy'][n]:.2f}" for n in lengths])
     means.tick_params(length=0)
-    axis.set_title(f"passkey accuracy, {whose(result)}, k_max {result['k_max']}", fontsize=10)
+    axis.set_title(f"passkey accuracy, {whose(result)}, k_max {result['k_max']}" if key else
+                   f"needle: share of the answer's tokens, {whose(result)}", fontsize=10)
     return save(figure, path)
 
 
@@ -452,7 +471,7 @@ def main():
     paths = [Path(f) for f in flags.files] or sorted(Path("results").glob("*.json"))
     if not paths:
         return "no result files: run finetune.py or eval.py first, or name the files"
-    figures, perplexities = [], {}  # figures: (function, what it draws, file of the figure, file it comes from)
+    figures, perplexities, contexts = [], {}, {}  # figures: (function, what it draws, file of the figure, file it comes from)
     for path in paths:
         target = (Path(flags.out) if flags.out else path.parent) / f"{path.stem}.png"
         try:
@@ -473,10 +492,14 @@ def main():
             figures.append((plot_passkey, result, target, path))
         elif "theory" in result:
             figures.append((plot_theory, result, target, path))
+        elif "nll_by_context" in result:
+            contexts[str(path)], by_context = result, target.with_name("context.png")
         elif "perplexity" in result:
             perplexities[str(path)], together = result, target.with_name("perplexity.png")
         else:
             print(f"{path}: nothing to draw", file=sys.stderr)
+    if contexts:
+        figures.append((plot_context, list(contexts.values()), by_context, ", ".join(contexts)))
     if perplexities:
         figures.append((plot_perplexity, list(perplexities.values()), together, ", ".join(perplexities)))
     for plot, content, target, source in figures:

@@ -3,7 +3,7 @@
     python extras/sweep.py                                    # data/tiny: all methods, s = 2 and 4, two seeds, up to 200 steps
     python extras/sweep.py --plan dprope                      # DPRoPE: how many dimensions to interpolate, and by how many bins
     python extras/sweep.py --plan scratch --steps 3000        # RoPE, ALiBi, xPos, NoPE, random positions, from scratch
-    python extras/sweep.py --plan smollm2                     # the real model on one GPU: 8192 -> 16384 and 32768
+    python extras/sweep.py --plan smollm2 --text book.txt     # the real model on one GPU, 8192 -> 16384; --factors 4 for 32768
 
 It says beforehand how long it will take. Every measurement is kept as soon as it is made and every training saves itself: the same command
 takes up what an interruption left. All methods see the same rows in the same order at constant learning rate, as in the PI paper, so that
@@ -58,10 +58,10 @@ class SweepConfig:
     lr: float | None = field(None, "learning rate, constant after 20 steps of warm-up")
     lengths: list[int] = field([], "windows and prompt lengths [half, one, two and four original windows]")
     stride: int | None = field(None, "of the perplexity [a quarter of each window]")
-    eval_tokens: int = field(8192, "tokens of each kind of text that a perplexity is measured on")
+    eval_tokens: int | None = field(None, "tokens of each kind of text that a perplexity is measured on")
     text: list[str] = field([], "UTF-8 files, each a kind of text beside the corpus [C++ headers of the PyTorch installation]")
     distances: int = field(32, "passkey at L': distances of the key, evenly spaced")
-    trials: int = field(5, "passkey: keys at each distance")
+    trials: int | None = field(None, "passkey: keys at each distance; 0 measures no passkey")
     passkey_share: float | None = field(None, "share of training rows with a passkey prompt, never longer than L, in them")
     corpus: str = field("data/corpora/python", "token folder; the default one is made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if it has to be made")
@@ -79,16 +79,17 @@ EVERY = ["default"] + [name for name, m in METHODS.items() if m.rotary and m.tra
                        and name not in ("default", "nope", "drope")]
 PLANS = {
     "methods": dict(model="data/tiny", methods=EVERY, curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1], steps=[25, 50, 100, 200],
-                    step_tokens=2048, lr=5e-4, passkey_share=1.0),
+                    step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
     "dprope": dict(model="data/tiny", methods=[json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (0, 16, 32, 48, 64)],
                    zero_shot=[*(json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (8, 24, 40, 56)), "dprope",
                               *(json.dumps({"rope_type": "dprope", "bins": n}) for n in (4, 8, 16, 32, 64, 128, 256))],
-                   factors=[2.0, 4.0], seeds=[0], steps=[200], step_tokens=2048, lr=5e-4, passkey_share=1.0),
+                   factors=[2.0, 4.0], seeds=[0], steps=[200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
     "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope", json.dumps({"rope_type": "default", "random_positions": 2048})],
-                    factors=[1.0], seeds=[0], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5),
+                    factors=[1.0], seeds=[0], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
+    # About 10^16 operations a training and half as many a measurement at all windows: minutes on an H100. --factors 4 is the second half.
     "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=["default", "linear", "ntk", "yarn", "dprope"],
-                    curves=["default", "linear", "ntk", "yarn", "dprope"], factors=[2.0, 4.0], seeds=[0], steps=[50, 100, 200], step_tokens=32768,
-                    lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256)}
+                    curves=["default", "linear", "ntk", "yarn", "dprope"], factors=[2.0], seeds=[0], steps=[50, 100, 200], step_tokens=16384,
+                    lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,13 +207,14 @@ def row(c, run, steps, folder, device, tokenizer, keep):
 
 
 def documents(c, tokenizer):
-    """{kind of text: documents}, each twice as long as the longest window, none of it in the training text."""
+    """{kind of text: documents}, none of it in the training text, each longer than the longest window, twice as long if the tokens allow."""
     longest = max(c.lengths)
+    length = max(longest + 1, min(2 * longest, c.eval_tokens))
     source = read_json(Path(c.corpus) / "meta.json")["source"]
-    kinds = {{"python": "Python"}.get(source, Path(c.corpus).name): validation_documents(c.corpus, 2 * longest, c.eval_tokens, tokenizer)}
+    kinds = {{"python": "Python"}.get(source, Path(c.corpus).name): validation_documents(c.corpus, length, c.eval_tokens, tokenizer)}
     if c.text:
         return kinds | {Path(t).stem: texts([t], tokenizer, c.eval_tokens, longest) for t in c.text}
-    return kinds | {"C++ headers": headers(tokenizer, 2 * longest, c.eval_tokens)}
+    return kinds | {"C++ headers": headers(tokenizer, length, c.eval_tokens)}
 
 
 @functools.cache
@@ -346,7 +348,7 @@ def fill_in(c):
         raise UserError("--steps: give one number; from scratch the learning rate falls to zero at the end, so that each needs its own training")
     if c.steps[0] < 1 or min(c.factors) < 1 or c.plan != "scratch" and min(c.factors) <= 1:
         raise UserError("--steps have to be at least 1, and --factors above 1: what is untrained or unscaled is measured anyway")
-    if c.trials < 0 or c.distances < 1 or c.eval_tokens < 1 or c.step_tokens < 1 or (c.jobs or 1) < 1:
+    if c.trials < 0 or c.distances < 1 or c.eval_tokens < 1 or c.step_tokens < 1 or c.jobs is not None and c.jobs < 1:
         raise UserError("--trials has to be at least 0; --distances, --eval-tokens, --step-tokens and --jobs at least 1")
     for method in [*c.methods, *c.zero_shot]:
         for factor in c.factors:

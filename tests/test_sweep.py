@@ -1,0 +1,178 @@
+"""extras/sweep.py: the plan becomes runs, a run is the training that finetune.py would do, and what is measured is never measured again."""
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+from cli import UserError
+from data.passkey import PasskeyPrompts
+from eval import passkey, perplexity
+from model import LLaMA, ModelConfig
+from plot import plot_sweep
+from weights import load_model, save_model
+
+sys.path.insert(0, str(Path(evaluation.__file__).parent / "extras"))
+import sweep  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def L(tokenizer):
+    return PasskeyPrompts(tokenizer).shortest + 10
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer, L):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    save_model(LLaMA(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size, multiple_of=16, max_seq_len=L)), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def command(base, corpus_folder, tmp_path, L):
+    def call(*flags, folder="runs"):
+        text = tmp_path / "prose.txt"
+        text.write_text("It is a truth that is not yet acknowledged, that a window must be in want of tokens.\n" * 200, encoding="utf-8")
+        sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text), "--lengths", str(L), "--jobs", "1",
+                    "--eval-tokens", "900", "--trials", "1", "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
+                    "--folder", str(tmp_path / folder), "--out", str(tmp_path / f"{folder}.json"), *map(str, flags)])
+        return json.loads((tmp_path / f"{folder}.json").read_text(encoding="utf-8"))
+    return call
+
+
+SMALL = ["--methods", "default", "linear", "--factors", "2", "--steps", "2", "4", "--seeds", "0", "1"]
+
+
+def numbers(result):
+    """What was measured: everything but how long it took."""
+    return [{k: v for k, v in row.items() if k != "training_seconds"} for row in result["rows"]]
+
+
+def test_rows_are_what_the_folders_give(command, base, tmp_path, corpus_folder, tokenizer, L, capsys):
+    result = command(*SMALL)
+    said = capsys.readouterr().out
+    assert [(r["method"], r["seed"], r["steps"]) for r in result["rows"]] == [
+        ("default", 0, 0), ("linear", 0, 0), *((m, s, n) for m in ("default", "linear") for s in (0, 1) for n in (2, 4))]
+    assert "time       about" in said and said.index("time ") < said.index("Perplexity by window")
+    row = next(r for r in result["rows"] if (r["method"], r["seed"], r["steps"]) == ("linear", 1, 4))
+    model = load_model(tmp_path / "runs" / "methods" / "linear-x2-seed1")
+    assert model.config.rope.rope_type == "linear" and model.config.max_seq_len == row["window"] == 2 * L
+    documents = sweep.documents(dataclasses.replace(sweep.SweepConfig(**{k: v for k, v in result["settings"].items()})), tokenizer)
+    assert set(documents) == {corpus_folder.name, "prose"} and all(len(d) == 4 * L for d in documents[corpus_folder.name])
+    for kind in documents:
+        for n in (L, 2 * L):
+            assert row["perplexity"][kind][str(n)] == perplexity(model, documents[kind], n, progress=False)["perplexity"]
+    found = passkey(model, tokenizer, [2 * L], 3, 1, 1, progress=False)
+    assert (row["k_max"], row["accuracy_at_target"]) == (found["k_max"], found["accuracy"][2 * L])
+    between = next(r for r in result["rows"] if (r["method"], r["seed"], r["steps"]) == ("linear", 1, 2))
+    assert list(between["perplexity"]) == [corpus_folder.name] and list(between["perplexity"][corpus_folder.name]) == [str(2 * L)]
+    assert between["perplexity"][corpus_folder.name][str(2 * L)] != row["perplexity"][corpus_folder.name][str(2 * L)]
+    before = next(r for r in result["rows"] if (r["method"], r["steps"]) == ("linear", 0))
+    assert before["disturbance"] < result["rows"][0]["disturbance"]            # interpolation shows no new angles
+    fit = load_model(base, rope={"rope_type": "linear", "factor": 2.0})
+    assert before["perplexity"]["prose"][str(2 * L)] == perplexity(fit, documents["prose"], 2 * L, progress=False)["perplexity"]
+
+
+def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(command):
+    once = command(*SMALL, folder="one")
+    again = command(*SMALL, "--jobs", "2", folder="two")
+    assert numbers(once) == numbers(again)
+
+
+@pytest.mark.parametrize("name, calls", [("fit", 2), ("perplexity", 5), ("passkey", 4)])
+def test_an_interruption_costs_only_what_was_in_hand(command, monkeypatch, name, calls):
+    expected, function, made = numbers(command(*SMALL, folder="whole")), getattr(sweep, name), []
+
+    def counting(*args, **kwargs):
+        if len(made) == calls:
+            raise KeyboardInterrupt
+        made.append(args)
+        return function(*args, **kwargs)
+    monkeypatch.setattr(sweep, name, counting)
+    with pytest.raises(KeyboardInterrupt):
+        command(*SMALL, folder="broken")
+    calls = 10**6
+    resumed = command(*SMALL, folder="broken")
+    assert numbers(resumed) == expected
+    if name == "fit":
+        assert len(made) == 8, "four runs of two stages"
+    made.clear()
+    calls = 0
+    assert numbers(command(*SMALL, folder="broken")) == expected, "all of it was there"
+
+
+def test_other_conditions_are_measured_anew(command):
+    command("--methods", "linear", "--factors", "2", "--steps", "2", "--seeds", "0")
+    more = command("--methods", "linear", "--factors", "2", "--steps", "2", "--seeds", "0", "--distances", "2")
+    assert more["rows"][-1]["steps"] == 2 and more["settings"]["distances"] == 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--methods", "linear", "--factors", "1"], "--factors above 1"), (["--methods", "lnear"], "lnear"), (["--steps", "0"], "--steps"),
+    (["--methods", "longrope"], "longrope"), (["--plan", "scratch", "--steps", "2", "4"], "one number"), (["--trials", "-1"], "--trials"),
+    (["--jobs", "0"], "--jobs")])
+def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
+    monkeypatch.setattr(sweep, "fit", None)
+    with pytest.raises(UserError, match=words):
+        command(*flags)
+
+
+def test_from_scratch_every_way_of_telling_positions(command, L):
+    result = command("--plan", "scratch", "--steps", "3")
+    assert [r["rope"]["rope_type"] for r in result["rows"]] == ["default", "alibi", "xpos", "nope", "default"]
+    assert result["rows"][-1]["rope"]["random_positions"] == 2048 and all(r["steps"] == 3 for r in result["rows"])
+    assert len({r["perplexity"]["prose"][str(L)] for r in result["rows"]}) == 5
+
+
+def test_dprope_by_the_number_of_interpolated_dimensions(command):
+    result = command("--plan", "dprope", "--factors", "2", "--steps", "1",
+                     "--methods", '{"rope_type": "dprope", "interpolated_dims": 0}', '{"rope_type": "dprope", "interpolated_dims": 8}', "linear",
+                     "--zero-shot", "default", '{"rope_type": "dprope", "bins": 8}')
+    by = {(r["method"], r["steps"]): r["perplexity"]["prose"] for r in result["rows"]}
+    assert by['{"rope_type": "dprope", "interpolated_dims": 0}', 0] == by["default", 0]    # nothing interpolated: plain RoPE
+    assert by['{"rope_type": "dprope", "interpolated_dims": 8}', 0] == by["linear", 0]     # everything: PI
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables, on rows with known numbers
+
+
+def made_up(method, factor, seed, steps, value, k_max=None):
+    target = round(100 * factor)
+    row = {"method": method, "factor": factor, "seed": seed, "steps": steps, "rope": {"rope_type": method}, "window": target,
+           "perplexity": {"Python": {"100": value, "200": value + 1}, "prose": {"100": 7.0, "200": 8.0}}, "passkey": {}}
+    return row | ({} if k_max is None else {"k_max": k_max, "accuracy_at_target": k_max / 200}) | ({} if steps else {"disturbance": value / 100})
+
+
+def test_cells_show_the_mean_and_half_the_range():
+    assert sweep.cell([9.0, 10.0], 2) == "9.50 ±0.50" and sweep.cell([9.0], 2) == "9.00" and sweep.cell([], 2) == ""
+    assert sweep.cell([None, 3.0], 2) == "inf" and sweep.cell([1234.5], 2) == "1,234" and sweep.cell([100, 140], 0) == "120 ±20"
+
+
+def test_tables_have_the_form_of_the_papers(tmp_path):
+    rows = [made_up("default", 2.0, 0, 0, 50.0, 0), made_up("linear", 2.0, 0, 0, 17.0, 0)]
+    for seed in (0, 1):
+        rows += [made_up("default", 2.0, seed, 5, 12.0 + seed, 20), made_up("default", 2.0, seed, 10, 11.0, 40 + 20 * seed),
+                 made_up("linear", 2.0, seed, 5, 10.0, 180), made_up("linear", 2.0, seed, 10, 9.0 + seed, 200)]
+    result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "model": "m", "rope": {"rope_type": "default"}, "plan": "methods"}
+    windows, steps, k_max = sweep.tables(result)
+    assert windows[2] == [["2", "plain RoPE", "0", "50.00", "51.00", "7.00", "8.00", "0", "0.00"],
+                          ["2", "PI", "0", "17.00", "18.00", "7.00", "8.00", "0", "0.00"],
+                          ["2", "plain RoPE", "10", "11.00 ±0.00", "12.00 ±0.00", "7.00 ±0.00", "8.00 ±0.00", "50 ±10", "0.25 ±0.05"],
+                          ["2", "PI", "10", "9.50 ±0.50", "10.50 ±0.50", "7.00 ±0.00", "8.00 ±0.00", "200 ±0", "1.00 ±0.00"]]
+    assert steps[1:] == (["s", "method", "0", "5", "10"], [["2", "plain RoPE", "51.00", "13.50 ±0.50", "12.00 ±0.00"],
+                                                           ["2", "PI", "18.00", "11.00 ±0.00", "10.50 ±0.50"]])
+    assert k_max[2] == [["2", "plain RoPE", "0", "20 ±0", "50 ±10"], ["2", "PI", "0", "180 ±0", "200 ±0"]]
+    assert "| 2 | PI | 0 | 17.00 |" in sweep.markdown(*windows)
+    assert plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_blow_up_is_shown_as_such():
+    rows = [made_up("default", 2.0, 0, 0, 50.0, 0) | {"perplexity": {"Python": {"100": None, "200": None}}}]
+    assert sweep.tables({"rows": rows, "lengths": [100, 200]})[0][2][0][3:5] == ["inf", "inf"]
+    assert math.isinf(float(sweep.cell([None], 2)))
