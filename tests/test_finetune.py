@@ -119,7 +119,7 @@ def recorded(monkeypatch):
         save_model(model, config.out, tokenizer)
         return 1.0
 
-    def measure(model, tokenizer, documents, lengths, depths, trials):
+    def measure(model, tokenizer, documents, lengths, depths, trials, keep=None):
         return {key: {n: 1.0 for n in lengths} for key in ("perplexity", "passkey", "k_max")}
     monkeypatch.setattr(finetune, "fit", fit)
     monkeypatch.setattr(finetune, "measure", measure)
