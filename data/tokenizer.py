@@ -21,6 +21,9 @@ SPACE = "\u2581"
 SINGLE_SPACE = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
 PART = 1 << 16  # characters encoded at a time: bounds the memory of a long text and lets its parts run in parallel
 REMEDY = "name a SentencePiece tokenizer.model, or train one with python data/prepare.py --train-tokenizer 1024 --tokenizer PATH"
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+          "generation_config.json")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Tokenizer:
@@ -39,7 +42,7 @@ class Tokenizer:
             raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
         if is_tiktoken(path):
-            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's tokenizer.json there, which is read and is the same")
+            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's tokenizer.json there, which says the same")
         try:
             if not data:
                 raise RuntimeError("empty file")
@@ -100,8 +103,8 @@ class Tokenizer:
         return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for"
 
     def files(self):
-        """{name: bytes} of what a model folder needs to have this tokenizer."""
-        return {"tokenizer.model": self.path.read_bytes()}
+        """{name: bytes} of what a model folder needs to have this tokenizer, and of what lay beside it."""
+        return {**(beside(self.path.parent) if self.path.name == "tokenizer.model" else {}), "tokenizer.model": self.path.read_bytes()}
 
 
 class JsonTokenizer:
@@ -172,10 +175,11 @@ class JsonTokenizer:
         return self.model.decode(known(self, ids), skip_special_tokens=True)
 
     def files(self):
-        """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS."""
+        """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS, and of what lay beside it."""
         names = {token_id: token for token, token_id in self.pieces.items()}
         config = {**self.said["tokenizer_config.json"], "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
-        return {"tokenizer.json": self.path.read_bytes(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+        return {**(beside(self.path.parent) if self.path.name == "tokenizer.json" else {}), "tokenizer.json": self.path.read_bytes(),
+                "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
 
 def open_tokenizer(path):
@@ -190,6 +194,17 @@ def is_tiktoken(path):
     """Whether a file is a list of base64 pieces and their ranks, as LLaMA 3's tokenizer.model."""
     with open(path, "rb") as file:
         return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(4096)) is not None
+
+
+def beside(folder):
+    """{name: bytes} of what belongs to a tokenizer and has no use here but goes where the tokenizer goes: transformers' other form of it, its
+    words for a chat, and generation_config.json, the ids that end an answer, of which chat models have several. Where only config.json says
+    them, a generation_config.json is made of it, as transformers would."""
+    files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
+    ids = {key: value for key, value in settings(folder / "config.json").items() if key in IDS and value is not None}
+    if not settings(folder / "generation_config.json") and ids:
+        files["generation_config.json"] = json.dumps(ids).encode()
+    return files
 
 
 def settings(file):

@@ -1,4 +1,5 @@
 """Model folders: what load_model reads, what save_model writes, and what both refuse."""
+import io
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -555,6 +557,40 @@ def test_parts_must_fit_each_other(tmp_path):
         load_model(write_meta(tmp_path / "two of three", parts[:2]))
     del parts[2]["layers.0.ffn_norm.weight"]
     with pytest.raises(UserError, match="consolidated.02.pth: layers.0.ffn_norm.weight is missing"):
+        load_model(write_meta(tmp_path / "m", parts))
+
+
+@pytest.mark.parametrize("name, tensor", [
+    ("tok_embeddings.weight", torch.eye(48, 24).to_sparse()), ("output.weight", torch.eye(48, 24).to_sparse()),
+    ("output.weight", torch.empty(48, 24, device="meta")),
+    ("output.weight", torch.zeros(48, 24, dtype=torch.int8)), ("a\n\x1b[31m", torch.zeros(1)), ("a" * 999, torch.zeros(1))])
+@pytest.mark.parametrize("new_format", [True, False])
+def test_what_poses_as_a_tensor(saved, name, tensor, new_format):
+    torch.save({**make().state_dict(), name: tensor}, saved / "consolidated.00.pth", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(UserError, match="consolidated.00.pth: (damaged .a tensor is called|.* is (sparse or without|torch.int8))") as error:
+        load_model(saved)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_one_number_that_poses_as_a_matrix(saved):
+    torch.save({**make().state_dict(), "output.weight": torch.zeros(1, 1).expand(48, 24)}, saved / "consolidated.00.pth")
+    with pytest.raises(UserError, match="output.weight repeats the numbers that the file holds"):
+        load_model(saved)
+
+
+def test_compressed_records_are_not_read_as_numbers(saved):
+    file, data = saved / "consolidated.00.pth", (saved / "consolidated.00.pth").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(UserError, match="its records are compressed"):
+        load_model(saved)
+
+
+def test_a_number_among_the_parts(tmp_path):
+    parts = cut_model(make(), 3, "rows")
+    parts[1]["tok_embeddings.weight"] = torch.tensor(1.0)
+    with pytest.raises(UserError, match=r"consolidated.01.pth: tok_embeddings.weight is \[\], part 2 of 3"):
         load_model(write_meta(tmp_path / "m", parts))
 
 
