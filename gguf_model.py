@@ -113,6 +113,13 @@ def parse(path, data, arrays, gguf):
         at += size
         return str(data[at - size:at], "utf-8") if decode else None
 
+    def name():
+        """A string that has to be one: it will stand in messages."""
+        found = string()
+        if not found.isprintable() or len(found) > 200:
+            raise UserError(f"{path}: damaged (a name that reads {found!r:.60}): {AGAIN}")
+        return found
+
     def array(decode):
         nonlocal at
         kind, count = take("IQ")
@@ -137,7 +144,7 @@ def parse(path, data, arrays, gguf):
     tensor_count, key_count = take("QQ")
     metadata, tensors = {}, {}
     for _ in range(key_count):
-        key, kind = string(), take("I")
+        key, kind = name(), take("I")
         if key in metadata:
             raise UserError(f"{path}: damaged ({key!r} is there twice): {AGAIN}")
         if kind in NUMBERS:
@@ -149,29 +156,30 @@ def parse(path, data, arrays, gguf):
         else:
             raise UserError(f"{path}: {key!r} is of type {kind}, which no version of GGUF has: {AGAIN}")
     for _ in range(tensor_count):
-        name, dimensions = string(), take("I")
-        if name in tensors or not 1 <= dimensions <= 4:
-            raise UserError(f"{path}: damaged ({name!r} is there twice, or has {dimensions} dimensions): {AGAIN}")
+        key, dimensions = name(), take("I")
+        if key in tensors or not 1 <= dimensions <= 4:
+            raise UserError(f"{path}: damaged ({key!r} is there twice, or has {dimensions} dimensions): {AGAIN}")
         shape = tuple(reversed([take("Q") for _ in range(dimensions)]))
         number, offset = take("IQ")
         try:
             kind = gguf.GGMLQuantizationType(number)
             block, size = gguf.GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise UserError(f"{path}: {name} is of type {number}, which this gguf package does not know: pip install --upgrade gguf") \
-                from None
+            raise UserError(f"{path}: {key} is of type {number}, which this gguf package does not know: pip install -U gguf") from None
         if shape[-1] % block or 0 in shape:
-            raise UserError(f"{path}: {name} is {list(shape)}, not in whole blocks of {block} ({kind.name}): {AGAIN}")
-        tensors[name] = Stored(shape, kind, offset, shape[-1] // block * size)
+            raise UserError(f"{path}: {key} is {list(shape)}, not in whole blocks of {block} ({kind.name}): {AGAIN}")
+        tensors[key] = Stored(shape, kind, offset, shape[-1] // block * size)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise UserError(f"{path}: general.alignment = {alignment!r}: {AGAIN}")
-    begin = -(-at // alignment) * alignment
-    for name, tensor in tensors.items():
+        raise UserError(f"{path}: general.alignment = {alignment!r:.60}: {AGAIN}")
+    begin = end = -(-at // alignment) * alignment
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        if begin + tensor.start < end:  # else a small file could stand for a model of any size
+            raise UserError(f"{path}: damaged ({key} overlaps another tensor): {AGAIN}")
         end = begin + tensor.start + math.prod(tensor.shape[:-1]) * tensor.row_bytes
         if end > len(data):
-            raise UserError(f"{path}: cut off or damaged: {name} ends at byte {end}, and the file has {len(data)}: {AGAIN}")
-        tensors[name] = dataclasses.replace(tensor, start=begin + tensor.start)
+            raise UserError(f"{path}: cut off or damaged: {key} ends at byte {end}, and the file has {len(data)}: {AGAIN}")
+        tensors[key] = dataclasses.replace(tensor, start=begin + tensor.start)
     return Header(path, metadata, tensors)
 
 
@@ -179,8 +187,8 @@ def parse(path, data, arrays, gguf):
 # The shape
 
 # Keys of the llama architecture that say nothing about what this model computes, or the same as other ones.
-HARMLESS = {"vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "attention.causal", "rope.scaling.finetuned",
-            "attention.layer_norm_epsilon", "use_parallel_residual"}
+HARMLESS = {"vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "attention.causal",
+            "rope.scaling.finetuned", "attention.layer_norm_epsilon", "use_parallel_residual"}
 
 
 def read_config(path):
@@ -197,9 +205,9 @@ def config_of(header):
     metadata, tensors, used = header.metadata, header.tensors, set(HARMLESS)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"a model of architecture {architecture!r}: only llama is read (LLaMA 1 to 3, Mistral, SmolLM2, TinyLlama, ...)")
-    if metadata.get("split.count", 1) > 1:
-        raise UserError(f"one of {metadata['split.count']} parts of a model: put them together with llama-gguf-split --merge")
+        raise UserError(f"a model of architecture {architecture!r:.60}: only llama is read (LLaMA 1 to 3, Mistral, SmolLM2, TinyLlama, ...)")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UserError(f"one of {metadata['split.count']!r:.60} parts of a model: put them together with llama-gguf-split --merge")
 
     def get(key, kind, default=None):
         """The value of llama.`key`, its type and sign checked. A list for all layers has to be of one value."""
@@ -213,12 +221,14 @@ def config_of(header):
             return default if default != "none" else None
         good = type(value) is kind if kind is str else type(value) in (int, kind) and 0 <= value < 2**31
         if not good:
-            raise UserError(f"llama.{key} = {str(value)[:60]}: has to be {'a word' if kind is str else 'one number, not below 0'}")
+            raise UserError(f"llama.{key} = {value!r:.60}: has to be {'a word' if kind is str else 'one number, not below 0'}")
         return value
 
     for key in ("expert_count", "expert_used_count"):
         if metadata.get(f"llama.{key}"):
-            raise UserError(f"llama.{key} = {metadata[f'llama.{key}']}: a mixture of experts, which this model is not")
+            raise UserError(f"llama.{key} = {metadata[f'llama.{key}']!r:.60}: a mixture of experts, which this model is not")
+    if not metadata.get("llama.attention.causal", True):
+        raise UserError("llama.attention.causal is false: a model that sees the text after a token too, as none here does")
     dim, layers, heads = get("embedding_length", int), get("block_count", int), get("attention.head_count", int)
     kv_heads, window, ffn_dim = get("attention.head_count_kv", int, heads), get("context_length", int), get("feed_forward_length", int)
     eps = get("attention.layer_norm_rms_epsilon", float)
@@ -234,7 +244,7 @@ def config_of(header):
         raise UserError("token_embd.weight is missing: take a whole model")
     vocab_size = tensors["token_embd.weight"].shape[0]
     if (said := metadata.get("llama.vocab_size", vocab_size)) != vocab_size:
-        raise UserError(f"llama.vocab_size is {said}, and token_embd.weight has {vocab_size} rows: {AGAIN}")
+        raise UserError(f"llama.vocab_size is {said!r:.60}, and token_embd.weight has {vocab_size} rows: {AGAIN}")
     # Before anything is built by these numbers: wrong ones could be as large as memory.
     for name, shape in (("token_embd", (vocab_size, dim)), ("blk.0.attn_q", (heads * head_dim, dim)), ("blk.0.ffn_gate", (ffn_dim, dim))):
         if (stored := tensors.get(f"{name}.weight")) is None or stored.shape != shape:
@@ -275,7 +285,7 @@ def rope_of(header, get, head_dim, window):
         raise UserError("llama.rope.scaling.yarn_ext_factor is not 1: only whole YaRN is known")
     attention *= yarn.pop("attn_factor") or 1.0
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise UserError(f"llama.rope.scaling.type {kind!r}: known are none, linear, yarn and longrope")
+        raise UserError(f"llama.rope.scaling.type {kind!r:.60}: known are none, linear, yarn and longrope")
     if (short is not None) != (kind == "longrope") or divisors is not None and kind in ("yarn", "longrope"):
         raise UserError(f"llama.rope.scaling.type {kind} and the rope tensors in the file contradict each other: take another conversion")
     if kind == "longrope":
@@ -370,15 +380,12 @@ def rows_of(header, name):
     """
     gguf, stored = package(), header.tensors[name]
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}.get(stored.kind.name)
-    rows = stored.shape[0] if len(stored.shape) > 1 else 1
-    inner = math.prod(stored.shape[1:]) if len(stored.shape) > 1 else stored.shape[0]
-    row_bytes = stored.row_bytes * math.prod(stored.shape[1:-1])
+    rows, inner = stored.shape if len(stored.shape) > 1 else (1, *stored.shape)
     step = max(1, PART // inner)
     with open(header.path, "rb") as file:
         file.seek(stored.start)
         for first in range(0, rows, step):
-            count = min(step, rows - first)
-            data = bytearray(count * row_bytes)
+            data = bytearray(min(step, rows - first) * stored.row_bytes)
             if file.readinto(data) != len(data):
                 raise UserError(f"{header.path}: was cut off while it was being read: load it again")
             if plain is not None:
@@ -391,8 +398,7 @@ def rows_of(header, name):
                 except NotImplementedError:
                     raise UserError(f"{header.path}: {name} is {stored.kind.name}, which the gguf package does not undo: take F16, Q8_0, "
                                     "Q4_K_M or the like") from None
-            whole = (count, *stored.shape[1:]) if len(stored.shape) > 1 else stored.shape
-            yield (slice(first, first + count),) if len(stored.shape) > 1 else (), part.view(whole)
+            yield ((slice(first, first + step),), part.view(-1, inner)) if len(stored.shape) > 1 else ((), part.view(inner))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +461,7 @@ def tokenizer_keys(metadata):
     without BOS begins its documents with EOS."""
     keys = {key[len("tokenizer.ggml."):]: value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
     if "model" not in keys or not isinstance(keys.get("tokens"), list) or not keys["tokens"]:
-        raise UserError("has no tokenizer inside: name a tokenizer.model or tokenizer.json with --tokenizer")
+        raise UserError("has no tokenizer inside: export it, and copy the model's tokenizer.json into the new folder")
     kinds, count = {"tokens": str, "scores": float, "token_type": int, "merges": str}, len(keys["tokens"])
     for name in ARRAYS:
         values = keys.get(name)
@@ -472,7 +478,7 @@ def tokenizer_keys(metadata):
     keys |= {key: value for key, value in defaults.items() if key not in keys}
     for key in ("eos_token_id", "bos_token_id", *(["unknown_token_id"] if sentencepiece else [])):
         if type(keys.get(key)) is not int or not 0 <= keys[key] < count:
-            raise UserError(f"tokenizer.ggml.{key} is {keys.get(key)}, and there are {count} tokens: {AGAIN}")
+            raise UserError(f"tokenizer.ggml.{key} is {keys.get(key)!r:.60}, and there are {count} tokens: {AGAIN}")
     flags = {"add_bos_token": sentencepiece or keys.get("pre") in WHOLE, "add_eos_token": False, "add_space_prefix": sentencepiece,
              "remove_extra_whitespaces": False}
     for key, value in flags.items():
@@ -487,7 +493,7 @@ def tokenizer_files(keys):
         return {"tokenizer.model": sentencepiece_model(keys)}
     if keys["model"] != "gpt2":
         raise UserError(f"tokenizer.ggml.model {str(keys['model'])[:40]!r}: only llama (SentencePiece) and gpt2 (byte-level BPE) are read: "
-                        "name a tokenizer.model or tokenizer.json")
+                        "take the model as a Hugging Face folder")
     tokens = keys["tokens"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokens[keys["bos_token_id"]],
               "eos_token": tokens[keys["eos_token_id"]], "add_bos_token": keys["add_bos_token"], "add_eos_token": keys["add_eos_token"],
@@ -504,7 +510,7 @@ def byte_level(keys):
     tokens, kinds, pre = keys["tokens"], keys["token_type"], keys.get("pre", "default")
     if pre not in CUTS:
         raise UserError(f"tokenizer.ggml.pre {str(pre)[:40]!r}: how this model cuts its text is not known here; known are "
-                        f"{', '.join(CUTS)}: name the model's tokenizer.json instead")
+                        f"{', '.join(CUTS)}: take the model as a Hugging Face folder")
     pairs = [tuple(merge.split(" ", 1)) for merge in keys.get("merges", [])]
     known = set(tokens)
     for pair in pairs:

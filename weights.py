@@ -438,7 +438,10 @@ def save_tensors(path, value):
 
 def has_tokenizer(path):
     """Whether load_tokenizer would find one."""
-    return Path(path).is_file() or any(located(path, name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        import gguf_model
+        return "tokenizer.ggml.model" in gguf_model.read_header(path).metadata
+    return any(located(path, name).exists() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def info(path):

@@ -294,10 +294,18 @@ REFUSED = [
     pytest.param(dict(architecture="qwen2"), "a model of architecture 'qwen2': only llama", id="architecture"),
     pytest.param(dict(endian=gguf.GGUFEndian.BIG), "a big-endian GGUF file: convert it", id="endian"),
     keyed("llama.expert_count = 8: a mixture of experts", llama__expert_count=8),
-    keyed("one of 3 parts of a model", split__count=3),
+    keyed("one of 3 parts of a model", split__count=3), keyed("one of .three. parts", split__count="three"),
+    keyed("one of .3, 3. parts", split__count=[3, 3]), keyed("attention.causal is false", llama__attention__causal=False),
+    keyed("llama.expert_count = 'a.nb.x1b", llama__expert_count="a\nb\x1b" * 99),
+    keyed("llama.vocab_size is '.n", llama__vocab_size="\n" * 999),
+    keyed("llama.rope.scaling.type '.n", llama__rope__scaling__type="\n" * 999),
+    keyed("llama.block_count = '.n", llama__block_count="\n" * 999), keyed("damaged .a name that reads 'llama.x.n", **{"llama.x\n": 1}),
+    keyed("damaged .a name that reads 'xxx", **{"x" * 999: 1}),
+    pytest.param(dict(architecture="\n" * 999), "a model of architecture '.n", id="architecture of line ends"),
+    pytest.param(dict(tensors={"a\x1b": np.ones(16, np.float32)}), r"damaged .a name that reads 'a.x1b'", id="name of a tensor"),
     keyed("llama.context_length is missing", llama__context_length=None),
     keyed("llama.attention.head_count is missing", llama__attention__head_count=None),
-    keyed("llama.embedding_length = x: has to be one number", llama__embedding_length="x"),
+    keyed("llama.embedding_length = 'x': has to be one number", llama__embedding_length="x"),
     keyed("llama.feed_forward_length = .512, 256.: has to be one number", llama__feed_forward_length=[512, 256]),
     keyed("token_embd.weight is .64, 256., and the header makes it .64, 128.", llama__embedding_length=128),
     keyed("blk.0.ffn_gate.weight is .512, 256., and the header makes it .500, 256.", llama__feed_forward_length=500),
@@ -343,7 +351,16 @@ def test_refused_in_one_line(tmp_path, changes, words):
     path = write(tmp_path / "m.gguf", make(), **changes)
     with pytest.raises(UserError, match=words) as error:
         load_model(path)
-    assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
+    assert str(error.value).isprintable() and len(str(error.value)) < 400 and str(error.value).startswith(str(path))
+
+
+def test_tensors_that_share_their_bytes(file):
+    """A small file could say so of a model of any size."""
+    whole, name, pos = file.read_bytes(), b"blk.1.attn_norm.weight", 0
+    pos = whole.index(name) + len(name) + 4 + 8 + 4  # number of dimensions, one dimension, type: then the offset
+    file.write_bytes(whole[:pos] + struct.pack("<Q", 0) + whole[pos + 8:])
+    with pytest.raises(UserError, match="overlaps another tensor"):
+        load_config(file)
 
 
 def test_head_of_the_file(tmp_path, file):
@@ -572,7 +589,12 @@ def test_tokenizers_refused_in_one_line(tmp_path, trained, keys, words):
     assert "\n" not in str(error.value) and str(error.value).startswith(str(path))
 
 
-def test_a_file_without_tokenizer_or_with_another_size(tmp_path, file, trained):
+def test_a_file_without_tokenizer_or_with_another_size(tmp_path, file, trained, capsys):
+    weights.main(["info", "--model", str(file)])
+    for to in ("hf", "meta"):
+        weights.main(["export", "--model", str(file), "--to", to, "--out", str(tmp_path / to)])
+        assert same(load_model(tmp_path / to), make())
+    assert "tokenizer   none" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no tokenizer inside"):
         load_tokenizer(file)
     path = write(tmp_path / "t.gguf", make(vocab_size=64), tokenizer=byte_level(trained["gpt-2"], None))
