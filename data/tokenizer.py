@@ -176,10 +176,12 @@ class JsonTokenizer:
 
     def files(self):
         """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS, and of what lay beside it."""
-        names = {token_id: token for token, token_id in self.pieces.items()}
-        config = {**self.said["tokenizer_config.json"], "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
-        return {**(beside(self.path.parent) if self.path.name == "tokenizer.json" else {}), "tokenizer.json": self.path.read_bytes(),
-                "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+        files = {**(beside(self.path.parent) if self.path.name == "tokenizer.json" else {}), "tokenizer.json": self.path.read_bytes()}
+        said, names = self.said["tokenizer_config.json"], {token_id: token for token, token_id in self.pieces.items()}
+        if not ("tokenizer_config.json" in files and said.get("bos_token") and said.get("eos_token")):
+            config = {**said, "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
+            files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
+        return files
 
 
 def open_tokenizer(path):

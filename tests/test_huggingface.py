@@ -839,7 +839,10 @@ def test_tokenizers_travel_with_an_export(tmp_path, json_folder, tokenizer, tran
     for name in ("json", "json.hf", "json.meta"):
         loaded = load_tokenizer(tmp_path / name, 304)
         assert (loaded.sha256, loaded.bos_id, loaded.eos_id, loaded.add_bos) == (load_tokenizer(json_folder).sha256, 0, 1, True)
-    assert (tmp_path / "json.hf/chat_template.jinja").exists()
+    assert (tmp_path / "json.hf/chat_template.jinja").exists() and (tmp_path / "json.meta/chat_template.jinja").exists()
+    export(tmp_path / "json.meta", "hf", tmp_path / "json.hf2")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "json.hf").iterdir() if "tokenizer" in file.name} == \
+        {file.name: file.read_bytes() for file in (tmp_path / "json.hf2").iterdir() if "tokenizer" in file.name}
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "json.hf").eos_token_id == 1
 
 
