@@ -68,7 +68,7 @@ def hugging_face_config(folder, quiet=False):
     printed; what our LLaMA does not compute is refused by name, never ignored."""
     file = Path(folder) / "config.json"
     given, notes, shape = settings(file), [], {}
-    refuse_others(file, given)
+    sliding = refuse_others(file, given)
     for key, ours in SHAPE.items():
         value = given.get(key)
         if value is None and key in ("head_dim", "num_key_value_heads", "max_position_embeddings"):
@@ -82,7 +82,12 @@ def hugging_face_config(folder, quiet=False):
     if "max_seq_len" not in shape:
         notes.append(f"{file} does not say max_position_embeddings: transformers' 2048 is assumed")
     window = shape.setdefault("max_seq_len", 2048)
-    refuse_sliding(file, given, window, notes)
+    if sliding is not None:
+        if type(sliding) is not int or sliding < window:
+            raise UserError(f"{file}: sliding_window {sliding!r:.60}: attention here sees the whole text; a Mistral model without one loads "
+                            "(\"sliding_window\": null)")
+        notes.append(f"{file}: sliding_window {sliding} is ignored: it makes no difference up to {window} tokens; beyond it attention here "
+                     "sees the whole text")
     epsilon, tied = given.get("rms_norm_eps", 1e-6), given.get("tie_word_embeddings", False)
     if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
         raise UserError(f"{file}: rms_norm_eps = {epsilon!r:.60}: has to be a small positive number")
@@ -98,13 +103,13 @@ def hugging_face_config(folder, quiet=False):
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     check_shape(folder, config)
-    for note in notes if not quiet else []:
+    for note in dict.fromkeys(notes) if not quiet else ():
         print(note)
     return config
 
 
 def refuse_others(file, given):
-    """Whatever makes a model another than the LLaMA of model.py."""
+    """Whatever makes a model another than the LLaMA of model.py, but for a Mistral's sliding_window, which is returned: None is none."""
     unsaid = {"llama": ["LlamaForCausalLM"], "mistral": ["MistralForCausalLM"]}.get(str(given.get("model_type")))
     names = given.get("architectures") or unsaid
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
@@ -120,20 +125,7 @@ def refuse_others(file, given):
                             "and does not load")
     if given.get("hidden_act", "silu") != "silu":
         raise UserError(f"{file}: hidden_act {given['hidden_act']!r:.60}: LLaMA's is silu; this model is another one and does not load")
-
-
-def refuse_sliding(file, given, window, notes):
-    """Mistral's attention sees `sliding_window` tokens, 4096 where nothing is said. That is no LLaMA's, unless it is the whole window."""
-    sliding = None
-    if "MistralForCausalLM" in (given.get("architectures") or ["MistralForCausalLM"] * (given.get("model_type") == "mistral")):
-        sliding = given.get("sliding_window", 4096)
-    if sliding is None:
-        return
-    if type(sliding) is not int or sliding < window:
-        raise UserError(f"{file}: sliding_window {sliding!r:.60}: attention here sees the whole text; a Mistral model without one loads "
-                        "(\"sliding_window\": null)")
-    notes.append(f"{file}: sliding_window {sliding} is ignored: it makes no difference up to {window} tokens; beyond it attention here "
-                 "sees the whole text")
+    return given.get("sliding_window", 4096) if name == "MistralForCausalLM" else None  # transformers' default where nothing is said
 
 
 def rope_of(given, window, notes, file):
@@ -166,7 +158,7 @@ def rope_from(given, rope, window, notes, file):
     if said is not None and (kind in ("yarn", "llama3", "longrope") or name not in rope):
         rope[name] = said
     if kind == "dynamic":
-        if rope.get(name, window) != window and not notes:
+        if rope.get(name, window) != window:
             notes.append(f"{file}: {name} {rope[name]} is ignored: dynamic begins at max_position_embeddings, {window}, as in transformers")
         rope[name] = window
     config = RopeConfig.from_dict(rope, max_position_embeddings=window)
@@ -407,7 +399,7 @@ def config_json(config, dtype):
     original = original_window(config)
     if rope.rope_type not in ("default", "linear", "proportional"):
         rope = dataclasses.replace(rope, original_max_position_embeddings=original)
-    parameters = rope.to_hugging_face(config.head_dim)
+    parameters = dict(sorted(rope.to_hugging_face(config.head_dim).items()))  # the same bytes, by whatever way a model came
     ours = {key: getattr(config, name) for key, name in SHAPE.items()}
     if rope.rope_type == "dynamic":
         ours["max_position_embeddings"] = original  # transformers counts from here

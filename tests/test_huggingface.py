@@ -362,7 +362,8 @@ def extended(kind, **changes):
 def test_transformers_computes_the_same_with_what_is_written(tmp_path, transformers, kind):
     model = extended(kind, tied=kind == "linear")
     export_hugging_face(model, tmp_path / "out")
-    written = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    original = (tmp_path / "out/config.json").read_bytes()
+    written = json.loads(original)
     for form in ("rope_parameters", "rope_scaling"):                               # transformers 5's words, and those of all before it
         if form == "rope_scaling" and kind in ("default", "proportional"):
             continue
@@ -371,10 +372,14 @@ def test_transformers_computes_the_same_with_what_is_written(tmp_path, transform
         assert not any(report.values()) and read.dtype == torch.float32
         assert difference(model, read.eval()) < 1e-4
         assert read.config.max_position_embeddings == (L if kind == "dynamic" else model.config.max_seq_len)
-    (tmp_path / "out/config.json").write_text(json.dumps(written))
+    (tmp_path / "out/config.json").write_bytes(original)
     again = load_model(tmp_path / "out")                                           # and so do we
     assert same(again, model) and torch.allclose(again(TEXT), model(TEXT), atol=1e-5)
     assert again.config.max_seq_len == model.config.max_seq_len and original_window(again.config) == L
+    export(tmp_path / "out", "meta", tmp_path / "meta")
+    export(tmp_path / "meta", "hf", tmp_path / "out2")
+    for file in (tmp_path / "out").iterdir():
+        assert file.read_bytes() == (tmp_path / "out2" / file.name).read_bytes(), file.name
     if kind in SPOKEN:
         assert again.config.rope.rope_type == kind
 
