@@ -17,7 +17,6 @@ scores q.k are the same: q and k are permuted alike.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -97,8 +96,7 @@ def hugging_face_config(folder, quiet=False):
         rope = rope_of(given, window, notes, file)
         if rope.rope_type == "dynamic":
             shape["max_seq_len"] = round(rope.factor * window)
-        width = metas_rule(shape["dim"], shape["ffn_dim"])
-        config = ModelConfig(**shape, **width, norm_eps=float(epsilon), rope=rope, tied=tied)
+        config = ModelConfig(**shape, norm_eps=float(epsilon), rope=rope, tied=tied)
         inv_freq(rope, config.head_dim)  # settings of RoPE that do not fit the head
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
@@ -176,17 +174,6 @@ def refuse_unsayable(rope):
     if METHODS[rope.rope_type].adds == "network":
         raise UserError(f"rope_type {rope.rope_type}: transformers has no words for it, nor a place for what it learns; only Meta's layout "
                         "has this model")
-
-
-def metas_rule(dim, ffn_dim):
-    """multiple_of and ffn_dim_multiplier by which Meta's rule gives this width, where it can: then Meta's own code runs an export."""
-    multiple = math.gcd(ffn_dim, 256)
-    for multiplier in (None, ffn_dim / max(1, int(8 * dim / 3))):
-        rule = {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
-        width = int(8 * dim / 3) if multiplier is None else int(multiplier * int(8 * dim / 3))
-        if -(-width // multiple) * multiple == ffn_dim:
-            return rule
-    return {"multiple_of": multiple}
 
 
 def check_shape(folder, config):

@@ -291,7 +291,8 @@ def open_checkpoint(file):
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # PyTorch begins with advice to run the code of the file after all; what is wrong comes last.
+        reason = "".join(filter(str.isprintable, " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1])) or type(error).__name__
         if code := re.search(r"GLOBAL ([\w.]+)", reason):
             raise UserError(f"{file}: refused, since loading it would run code ({code[1]:.60}): take weights saved as plain tensors") from None
         raise UserError(f"{file}: damaged, cut off, or no PyTorch checkpoint ({reason[:100]}): copy it again") from None
@@ -369,9 +370,13 @@ def save_model(model, folder, tokenizer=None, dtype=None):
     assert "norm.weight" in weights, "give the LLaMA itself, not what torch.compile or DistributedDataParallel made of it"
     params = {key: getattr(config, key) for key in PARAMS if getattr(config, key, None) is not None}
     params |= {"rope_theta": config.rope.base, "rope": config.rope.to_dict()}
-    for key, rule in (("head_dim", config.dim / config.n_heads), ("ffn_dim", config.metas_ffn_dim())):
-        if params[key] == rule:
-            del params[key]  # Meta's code knows neither: only where its rules do not give them
+    # Meta's code knows neither head_dim nor ffn_dim: they are said only where its rules do not give them.
+    if config.head_dim * config.n_heads == config.dim:
+        del params["head_dim"]
+    if config.metas_ffn_dim() != config.ffn_dim:
+        params |= (rule := metas_rule(config.dim, config.ffn_dim))
+    if config.metas_ffn_dim() == config.ffn_dim or rule:
+        del params["ffn_dim"]
     if config.rope.rope_type == "llama3":
         params["use_scaled_rope"] = True  # for Meta's code, which does not know `rope`
     put_in_place(folder)
@@ -394,6 +399,17 @@ def save_model(model, folder, tokenizer=None, dtype=None):
         shutil.rmtree(saving, ignore_errors=True)
         raise
     put_in_place(folder)
+
+
+def metas_rule(dim, ffn_dim):
+    """multiple_of and ffn_dim_multiplier by which Meta's rule gives this width, or {}: by them Meta's own code runs what came from another
+    layout."""
+    multiple, whole = math.gcd(ffn_dim, 256), int(8 * dim / 3)
+    for rule in ({}, {"ffn_dim_multiplier": ffn_dim / max(1, whole)}):
+        width = int(rule.get("ffn_dim_multiplier", 1) * whole)
+        if -(-width // multiple) * multiple == ffn_dim:
+            return {"multiple_of": multiple, **rule}
+    return {}
 
 
 def put_in_place(folder):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,10 @@ import huggingface
 import weights
 from cli import UserError
 from data.tokenizer import JsonTokenizer, open_tokenizer
-from huggingface import export, export_hugging_face, head_order, hugging_face_name, metas_rule
+from huggingface import export, export_hugging_face, head_order, hugging_face_name
 from model import LLaMA, ModelConfig
 from rope import RopeConfig
-from weights import load_config, load_model, load_tokenizer, original_window, save_model
+from weights import load_config, load_model, load_tokenizer, metas_rule, original_window, save_model
 
 ROOT = Path(weights.__file__).parent
 L = 32                                                                             # the original window of all toys
@@ -163,7 +162,7 @@ def test_a_folder_made_by_hand(tmp_path, changes, capsys):
                      num_key_value_heads=model.config.n_kv_heads)
     loaded = load_model(folder)
     assert same(loaded, model) and torch.equal(loaded(TEXT), model(TEXT)) and loaded.path == str(folder)
-    assert replace(loaded.config, multiple_of=256, ffn_dim_multiplier=None) == model.config and not capsys.readouterr().out
+    assert loaded.config == model.config and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["sharded", "no index", "bin", "bins", "bins without index", "inv_freq", "tied", "mistral",
@@ -265,7 +264,7 @@ def test_what_is_assumed_is_said(folder, capsys):
 def test_official_widths_follow_from_metas_rule(dim, ffn_dim, multiplier):
     rule = metas_rule(dim, ffn_dim)
     assert ModelConfig(dim=dim, n_heads=1, n_layers=1, **rule).ffn_dim == ffn_dim and rule["multiple_of"] == 256
-    assert rule["ffn_dim_multiplier"] == (multiplier and pytest.approx(multiplier, abs=1e-4))
+    assert rule.get("ffn_dim_multiplier") == (multiplier and pytest.approx(multiplier, abs=1e-4))
 
 
 def test_any_width_survives_metas_layout(tmp_path):
@@ -708,7 +707,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
             assert all(parameter.isfinite().all() for parameter in load_model(folder).parameters())
         except UserError as error:
             refused += 1
-            assert "\n" not in str(error)
+            assert str(error).isprintable() and len(str(error)) < 400
     assert refused > 100
 
 

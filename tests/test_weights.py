@@ -638,7 +638,7 @@ def test_random_damage_never_ends_in_a_traceback(saved, recwarn):
             assert all(p.isfinite().all() for p in load_model(saved).parameters())
         except UserError as error:
             refused += 1
-            assert "\n" not in str(error)
+            assert str(error).isprintable() and "can still be loaded" not in str(error)
     assert refused > 50 and not recwarn.list, "a warning would be further lines on stderr"
 
 
