@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from cli import UserError, whole_file, write_json
-from data.tokenizer import IDS, beside, settings
+from data.tokenizer import IDS, beside, one_line, settings
 from model import ModelConfig
 from rope import METHODS, RopeConfig, inv_freq
 from weights import (REMAP, check_kind, check_values, has_tokenizer, load_config, load_model, load_tokenizer, open_checkpoint,
@@ -245,8 +245,7 @@ def open_file(file):
         except (MemoryError, PermissionError):
             raise
         except Exception as error:  # SafetensorError, and whatever else damaged bytes lead to
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{file}: damaged, cut off, or no safetensors file ({reason[:100]}): copy it again") from None
+            raise UserError(f"{file}: damaged, cut off, or no safetensors file ({one_line(error)}): copy it again") from None
     opened = guarded(lambda: safe_open(str(file), framework="pt", device="cpu"))
     return list(guarded(opened.keys)), lambda name: guarded(opened.get_tensor, name)
 

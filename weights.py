@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 
 from cli import Parser, UserError, choose_device, read_json, run, whole_file, write_json
-from data.tokenizer import is_tiktoken, open_tokenizer
+from data.tokenizer import is_tiktoken, one_line, open_tokenizer
 from model import LLaMA, ModelConfig
 from rope import RopeConfig, learned
 
@@ -291,11 +291,10 @@ def open_checkpoint(file):
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes raise anything
-        # PyTorch begins with advice to run the code of the file after all; what is wrong comes last.
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1])) or type(error).__name__
+        reason = str(error).split("WeightsUnpickler error: ")[-1]  # before it stands how to run the code of the file after all
         if code := re.search(r"GLOBAL ([\w.]+)", reason):
             raise UserError(f"{file}: refused, since loading it would run code ({code[1]:.60}): take weights saved as plain tensors") from None
-        raise UserError(f"{file}: damaged, cut off, or no PyTorch checkpoint ({reason[:100]}): copy it again") from None
+        raise UserError(f"{file}: damaged, cut off, or no PyTorch checkpoint ({one_line(reason or repr(error))}): copy it again") from None
     if not isinstance(checkpoint, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in checkpoint.items()):
         raise UserError(f"{file}: holds something else than named tensors: give weights in Meta's layout, not a training state")
     for name, tensor in checkpoint.items():

@@ -131,9 +131,10 @@ class JsonTokenizer:
             self.model.no_truncation(), self.model.no_padding()
             self.pieces = self.model.get_vocab(with_added_tokens=True)
             first = self.model.encode("a", add_special_tokens=False).tokens
-        except Exception as error:  # the package has no class of its own for what it finds wrong
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"{path}: not a tokenizer.json, or not a whole one ({reason}): copy it again") from None
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the package has no class of its own for what it finds wrong, and a panic in Rust is no Exception
+            raise UserError(f"{path}: not a tokenizer.json, or not a whole one ({one_line(error)}): copy it again") from None
         if not self.pieces:
             raise UserError(f"{path}: has no pieces: copy it again")
         self.padded_size = self.vocab_size = max(self.pieces.values()) + 1
@@ -167,7 +168,11 @@ class JsonTokenizer:
 
     def encode_batch(self, texts, bos=False, eos=False):
         """The ids of each text: a list of lists."""
-        encoded = self.model.encode_batch([characters(text) for text in texts], add_special_tokens=False)
+        texts = [characters(text) for text in texts]
+        try:
+            encoded = self.model.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # a word without any token
+            raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): copy the tokenizer again") from None
         return [[self.bos_id] * bos + one.ids + [self.eos_id] * eos for one in encoded]
 
     def decode(self, ids):
@@ -207,6 +212,11 @@ def beside(folder):
     if not settings(folder / "generation_config.json") and ids:
         files["generation_config.json"] = json.dumps(ids).encode()
     return files
+
+
+def one_line(error):
+    """What an exception of another package says, short and printable."""
+    return "".join(filter(str.isprintable, " ".join(str(error).split())))[:100] or type(error).__name__
 
 
 def settings(file):

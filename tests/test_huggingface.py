@@ -789,6 +789,9 @@ def test_a_space_in_front_is_noticed(tmp_path, json_folder):
     ({"config.json": []}, "config.json: holds no object"),
     ({"tokenizer.json": {}}, "tokenizer.json: not a tokenizer.json, or not a whole one"),
     ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": []}}}, "tokenizer.json: has no pieces"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},                               # a panic inside the package
+                         "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}}, "tokenizer.json: not a tokenizer.json"),
+    ({"tokenizer_config.json": {"bos_token": "\x1b\n" * 999}}, r"tokenizer_config.json: BOS is '.x1b.n"),
 ])
 def test_tokenizer_json_errors(tmp_path, json_folder, beside, words):
     (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
@@ -796,7 +799,15 @@ def test_tokenizer_json_errors(tmp_path, json_folder, beside, words):
         (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(UserError, match=words) as error:
         load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_a_text_that_a_tokenizer_json_has_no_tokens_for(tmp_path):
+    model = {"type": "WordPiece", "unk_token": "x", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": {"a": 0}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a", "eos_token": "a"}))
+    with pytest.raises(UserError, match="tokenizer.json: cannot encode this text .WordPiece error"):
+        load_tokenizer(tmp_path).encode("b")
 
 
 def test_which_tokenizer_of_a_folder(tmp_path, json_folder, tokenizer):
