@@ -45,7 +45,7 @@ STRING, ARRAY = 8, 9
 @dataclasses.dataclass
 class Header:
     path: Path
-    metadata: dict   # key -> number, bool, str or list; an array that was not asked for is its length in a Skipped
+    metadata: dict   # key -> number, bool, str or list; an array that was not asked for is None
     tensors: dict    # name -> Stored
 
 
@@ -57,10 +57,6 @@ class Stored:
     kind: object     # a gguf.GGMLQuantizationType
     start: int       # bytes from the beginning of the file
     row_bytes: int
-
-
-class Skipped(int):
-    """The length of an array that was walked over."""
 
 
 def package():
@@ -126,12 +122,12 @@ def parse(path, data, arrays, gguf):
         if kind == STRING:
             room(8 * count)
             values = [string(decode) for _ in range(count)]
-            return values if decode else Skipped(count)
+            return values if decode else None
         if kind not in NUMBERS:
             raise UserError(f"{path}: an array of type {kind}, which no version of GGUF has: {AGAIN}")
         size = room(count * struct.calcsize("<" + NUMBERS[kind]))
         at += size
-        return list(struct.unpack(f"<{count}{NUMBERS[kind]}", data[at - size:at])) if decode else Skipped(count)
+        return list(struct.unpack(f"<{count}{NUMBERS[kind]}", data[at - size:at])) if decode else None
 
     if data[:4] != b"GGUF":
         raise UserError(f"{path}: not a GGUF file (it begins with {data[:4]!r}): give one that llama.cpp reads")
@@ -209,18 +205,17 @@ def config_of(header):
     if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"one of {metadata['split.count']!r:.60} parts of a model: put them together with llama-gguf-split --merge")
 
-    def get(key, kind, default=None):
-        """The value of llama.`key`, its type and sign checked. A list for all layers has to be of one value."""
+    def get(key, kind, *default):
+        """The value of llama.`key`, its type and sign checked; `default` if it is not there. A list for all layers has to be of one value."""
         used.add(key)
         value = metadata.get(f"llama.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if value is None:
-            if default is None:
+            if not default:
                 raise UserError(f"the key llama.{key} is missing: convert the model anew")
-            return default if default != "none" else None
-        good = type(value) is kind if kind is str else type(value) in (int, kind) and 0 <= value < 2**31
-        if not good:
+            return default[0]
+        if not (type(value) is kind if kind is str else type(value) in (int, kind) and 0 <= value < 2**31):
             raise UserError(f"llama.{key} = {value!r:.60}: has to be {'a word' if kind is str else 'one number, not below 0'}")
         return value
 
@@ -232,7 +227,7 @@ def config_of(header):
     dim, layers, heads = get("embedding_length", int), get("block_count", int), get("attention.head_count", int)
     kv_heads, window, ffn_dim = get("attention.head_count_kv", int, heads), get("context_length", int), get("feed_forward_length", int)
     eps = get("attention.layer_norm_rms_epsilon", float)
-    head_dim = get("attention.key_length", int, dim // heads if heads and dim % heads == 0 else None)
+    head_dim = get("attention.key_length", int, *([dim // heads] if heads and dim % heads == 0 else []))
     if (value_dim := get("attention.value_length", int, head_dim)) != head_dim:
         raise UserError(f"llama.attention.value_length {value_dim} is not key_length {head_dim}: this model has one head_dim")
     if 0 < get("attention.sliding_window", int, 0) < window:
@@ -248,8 +243,7 @@ def config_of(header):
     # Before anything is built by these numbers: wrong ones could be as large as memory.
     for name, shape in (("token_embd", (vocab_size, dim)), ("blk.0.attn_q", (heads * head_dim, dim)), ("blk.0.ffn_gate", (ffn_dim, dim))):
         if (stored := tensors.get(f"{name}.weight")) is None or stored.shape != shape:
-            raise UserError(f"{name}.weight is {list(stored.shape) if stored else 'missing'}, and the header makes it {list(shape)}: "
-                            f"{AGAIN}")
+            raise UserError(f"{name}.weight is {list(stored.shape) if stored else 'missing'}, and should be {list(shape)}: {AGAIN}")
     if not 0 < eps < 1:
         raise UserError(f"llama.attention.layer_norm_rms_epsilon = {eps!r}: has to be a small positive number")
     rope = rope_of(header, get, head_dim, window)
@@ -275,12 +269,12 @@ def rope_of(header, get, head_dim, window):
     shared = {"rope_theta": base, **({"partial_rotary_factor": share} if rotated < head_dim else {})}
     old = get("rope.scale_linear", float, 1.0)  # before there were scaling types
     factor, attention = get("rope.scaling.factor", float, old) or 1.0, get("rope.scaling.attn_factor", float, 1.0)
-    original = get("rope.scaling.original_context_length", int, "none") or None
+    original = get("rope.scaling.original_context_length", int, None) or None
     divisors, short, long = (pair_factors(header, name, rotated) for name in ("rope_freqs", "rope_factors_short", "rope_factors_long"))
     if (short is None) != (long is None):
         raise UserError("has one of rope_factors_short.weight and rope_factors_long.weight, not both: take a whole model")
     kind = get("rope.scaling.type", str, "linear" if short is None else "longrope")
-    yarn = {name: get(f"rope.scaling.yarn_{name}", float, "none") for name in ("beta_fast", "beta_slow", "attn_factor", "ext_factor")}
+    yarn = {name: get(f"rope.scaling.yarn_{name}", float, None) for name in ("beta_fast", "beta_slow", "attn_factor", "ext_factor")}
     if yarn.pop("ext_factor") not in (None, 1.0, -1.0):
         raise UserError("llama.rope.scaling.yarn_ext_factor is not 1: only whole YaRN is known")
     attention *= yarn.pop("attn_factor") or 1.0
