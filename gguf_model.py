@@ -201,12 +201,12 @@ def config_of(header):
     metadata, tensors, used = header.metadata, header.tensors, set(HARMLESS)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"a model of architecture {architecture!r:.60}: only llama is read (LLaMA 1 to 3, Mistral, SmolLM2, TinyLlama, ...)")
+        raise UserError(f"a model of architecture {architecture!r:.60}: only llama is read (LLaMA, Mistral, SmolLM2, TinyLlama, ...)")
     if metadata.get("split.count", 1) not in (0, 1):
         raise UserError(f"one of {metadata['split.count']!r:.60} parts of a model: put them together with llama-gguf-split --merge")
 
     def get(key, kind, *default):
-        """The value of llama.`key`, its type and sign checked; `default` if it is not there. A list for all layers has to be of one value."""
+        """The value of llama.`key`, its type and sign checked; `default` if it is not there. A list for all layers: of one value."""
         used.add(key)
         value = metadata.get(f"llama.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):

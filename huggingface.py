@@ -83,8 +83,8 @@ def hugging_face_config(folder, quiet=False):
     window = shape.setdefault("max_seq_len", 2048)
     if sliding is not None:
         if type(sliding) is not int or sliding < window:
-            raise UserError(f"{file}: sliding_window {sliding!r:.60}: attention here sees the whole text; a Mistral model without one loads "
-                            "(\"sliding_window\": null)")
+            raise UserError(f"{file}: sliding_window {sliding!r:.60}: attention here sees the whole text; a Mistral model without "
+                            "one loads (\"sliding_window\": null)")
         notes.append(f"{file}: sliding_window {sliding} is ignored: it makes no difference up to {window} tokens; beyond it attention here "
                      "sees the whole text")
     epsilon, tied = given.get("rms_norm_eps", 1e-6), given.get("tie_word_embeddings", False)

@@ -293,7 +293,8 @@ def open_checkpoint(file):
     except Exception as error:  # damaged bytes raise anything
         reason = str(error).split("WeightsUnpickler error: ")[-1]  # before it stands how to run the code of the file after all
         if code := re.search(r"GLOBAL ([\w.]+)", reason):
-            raise UserError(f"{file}: refused, since loading it would run code ({code[1]:.60}): take weights saved as plain tensors") from None
+            raise UserError(f"{file}: refused, since loading it would run code ({code[1]:.60}): take weights saved as plain "
+                            "tensors") from None
         raise UserError(f"{file}: damaged, cut off, or no PyTorch checkpoint ({one_line(reason or repr(error))}): copy it again") from None
     if not isinstance(checkpoint, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in checkpoint.items()):
         raise UserError(f"{file}: holds something else than named tensors: give weights in Meta's layout, not a training state")

@@ -204,9 +204,9 @@ def is_tiktoken(path):
 
 
 def beside(folder):
-    """{name: bytes} of what belongs to a tokenizer and has no use here but goes where the tokenizer goes: transformers' other form of it, its
-    words for a chat, and generation_config.json, the ids that end an answer, of which chat models have several. Where only config.json says
-    them, a generation_config.json is made of it, as transformers would."""
+    """{name: bytes} of what has no use here but goes where the tokenizer goes: transformers' other form of it, its words for a chat, and
+    generation_config.json, the ids that end an answer, of which chat models have several. Where only config.json says them, a
+    generation_config.json is made of it, as transformers would."""
     files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
     ids = {key: value for key, value in settings(folder / "config.json").items() if key in IDS and value is not None}
     if not settings(folder / "generation_config.json") and ids:

@@ -90,7 +90,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", help="where to write the checkpoints, a disk with 8 GB free [a temporary folder]")
     parser.add_argument("--layers", type=int, default=SHAPE["n_layers"], help="of the model [%(default)s]")
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS, metavar="LAYOUT", help=f"some of {', '.join(LAYOUTS)} [all]")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS, metavar="LAYOUT",
+                        help=f"some of {', '.join(LAYOUTS)} [all]")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)  # a process of its own, whose memory is nobody else's
     given = parser.parse_args()
     if given.make:

@@ -297,7 +297,8 @@ def test_logits_equal_transformers(tmp_path, transformers, kind):
         assert (ours(TEXT) - plain(TEXT)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("form", ["tied", "one key head", "no groups", "sharded", "head_dim derived", "mistral", "mistral, sliding", "bfloat16"])
+@pytest.mark.parametrize("form", ["tied", "one key head", "no groups", "sharded", "head_dim derived", "mistral", "mistral, sliding",
+                                  "bfloat16"])
 def test_shapes_equal_transformers(tmp_path, transformers, form):
     changes = {"tied": {"tie_word_embeddings": True}, "one key head": {"num_key_value_heads": 1},
                "no groups": {"num_key_value_heads": None}, "head_dim derived": {"head_dim": None}}.get(form, {})
@@ -789,7 +790,7 @@ def test_a_space_in_front_is_noticed(tmp_path, json_folder):
     ({"config.json": []}, "config.json: holds no object"),
     ({"tokenizer.json": {}}, "tokenizer.json: not a tokenizer.json, or not a whole one"),
     ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": []}}}, "tokenizer.json: has no pieces"),
-    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},                               # a panic inside the package
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},  # a panic inside the package
                          "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}}, "tokenizer.json: not a tokenizer.json"),
     ({"tokenizer_config.json": {"bos_token": "\x1b\n" * 999}}, r"tokenizer_config.json: BOS is '.x1b.n"),
 ])
