@@ -45,7 +45,7 @@ STRING, ARRAY = 8, 9
 @dataclasses.dataclass
 class Header:
     path: Path
-    metadata: dict   # key -> number, bool, str or list; an array that was not asked for is its length in a Skipped
+    metadata: dict   # key -> number, bool, str or list; an array that was not asked for is None
     tensors: dict    # name -> Stored
 
 
@@ -57,10 +57,6 @@ class Stored:
     kind: object     # a gguf.GGMLQuantizationType
     start: int       # bytes from the beginning of the file
     row_bytes: int
-
-
-class Skipped(int):
-    """The length of an array that was walked over."""
 
 
 def package():
@@ -113,18 +109,25 @@ def parse(path, data, arrays, gguf):
         at += size
         return str(data[at - size:at], "utf-8") if decode else None
 
+    def name():
+        """A string that has to be one: it will stand in messages."""
+        found = string()
+        if not found.isprintable() or len(found) > 200:
+            raise UserError(f"{path}: damaged (a name that reads {found!r:.60}): {AGAIN}")
+        return found
+
     def array(decode):
         nonlocal at
         kind, count = take("IQ")
         if kind == STRING:
             room(8 * count)
             values = [string(decode) for _ in range(count)]
-            return values if decode else Skipped(count)
+            return values if decode else None
         if kind not in NUMBERS:
             raise UserError(f"{path}: an array of type {kind}, which no version of GGUF has: {AGAIN}")
         size = room(count * struct.calcsize("<" + NUMBERS[kind]))
         at += size
-        return list(struct.unpack(f"<{count}{NUMBERS[kind]}", data[at - size:at])) if decode else Skipped(count)
+        return list(struct.unpack(f"<{count}{NUMBERS[kind]}", data[at - size:at])) if decode else None
 
     if data[:4] != b"GGUF":
         raise UserError(f"{path}: not a GGUF file (it begins with {data[:4]!r}): give one that llama.cpp reads")
@@ -137,7 +140,7 @@ def parse(path, data, arrays, gguf):
     tensor_count, key_count = take("QQ")
     metadata, tensors = {}, {}
     for _ in range(key_count):
-        key, kind = string(), take("I")
+        key, kind = name(), take("I")
         if key in metadata:
             raise UserError(f"{path}: damaged ({key!r} is there twice): {AGAIN}")
         if kind in NUMBERS:
@@ -149,29 +152,30 @@ def parse(path, data, arrays, gguf):
         else:
             raise UserError(f"{path}: {key!r} is of type {kind}, which no version of GGUF has: {AGAIN}")
     for _ in range(tensor_count):
-        name, dimensions = string(), take("I")
-        if name in tensors or not 1 <= dimensions <= 4:
-            raise UserError(f"{path}: damaged ({name!r} is there twice, or has {dimensions} dimensions): {AGAIN}")
+        key, dimensions = name(), take("I")
+        if key in tensors or not 1 <= dimensions <= 4:
+            raise UserError(f"{path}: damaged ({key!r} is there twice, or has {dimensions} dimensions): {AGAIN}")
         shape = tuple(reversed([take("Q") for _ in range(dimensions)]))
         number, offset = take("IQ")
         try:
             kind = gguf.GGMLQuantizationType(number)
             block, size = gguf.GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise UserError(f"{path}: {name} is of type {number}, which this gguf package does not know: pip install --upgrade gguf") \
-                from None
+            raise UserError(f"{path}: {key} is of type {number}, which this gguf package does not know: pip install -U gguf") from None
         if shape[-1] % block or 0 in shape:
-            raise UserError(f"{path}: {name} is {list(shape)}, not in whole blocks of {block} ({kind.name}): {AGAIN}")
-        tensors[name] = Stored(shape, kind, offset, shape[-1] // block * size)
+            raise UserError(f"{path}: {key} is {list(shape)}, not in whole blocks of {block} ({kind.name}): {AGAIN}")
+        tensors[key] = Stored(shape, kind, offset, shape[-1] // block * size)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise UserError(f"{path}: general.alignment = {alignment!r}: {AGAIN}")
-    begin = -(-at // alignment) * alignment
-    for name, tensor in tensors.items():
+        raise UserError(f"{path}: general.alignment = {alignment!r:.60}: {AGAIN}")
+    begin = end = -(-at // alignment) * alignment
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        if begin + tensor.start < end:  # else a small file could stand for a model of any size
+            raise UserError(f"{path}: damaged ({key} overlaps another tensor): {AGAIN}")
         end = begin + tensor.start + math.prod(tensor.shape[:-1]) * tensor.row_bytes
         if end > len(data):
-            raise UserError(f"{path}: cut off or damaged: {name} ends at byte {end}, and the file has {len(data)}: {AGAIN}")
-        tensors[name] = dataclasses.replace(tensor, start=begin + tensor.start)
+            raise UserError(f"{path}: cut off or damaged: {key} ends at byte {end}, and the file has {len(data)}: {AGAIN}")
+        tensors[key] = dataclasses.replace(tensor, start=begin + tensor.start)
     return Header(path, metadata, tensors)
 
 
@@ -179,8 +183,8 @@ def parse(path, data, arrays, gguf):
 # The shape
 
 # Keys of the llama architecture that say nothing about what this model computes, or the same as other ones.
-HARMLESS = {"vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "attention.causal", "rope.scaling.finetuned",
-            "attention.layer_norm_epsilon", "use_parallel_residual"}
+HARMLESS = {"vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "attention.causal",
+            "rope.scaling.finetuned", "attention.layer_norm_epsilon", "use_parallel_residual"}
 
 
 def read_config(path):
@@ -197,32 +201,33 @@ def config_of(header):
     metadata, tensors, used = header.metadata, header.tensors, set(HARMLESS)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"a model of architecture {architecture!r}: only llama is read (LLaMA 1 to 3, Mistral, SmolLM2, TinyLlama, ...)")
-    if metadata.get("split.count", 1) > 1:
-        raise UserError(f"one of {metadata['split.count']} parts of a model: put them together with llama-gguf-split --merge")
+        raise UserError(f"a model of architecture {architecture!r:.60}: only llama is read (LLaMA, Mistral, SmolLM2, TinyLlama, ...)")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UserError(f"one of {metadata['split.count']!r:.60} parts of a model: put them together with llama-gguf-split --merge")
 
-    def get(key, kind, default=None):
-        """The value of llama.`key`, its type and sign checked. A list for all layers has to be of one value."""
+    def get(key, kind, *default):
+        """The value of llama.`key`, its type and sign checked; `default` if it is not there. A list for all layers: of one value."""
         used.add(key)
         value = metadata.get(f"llama.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
         if value is None:
-            if default is None:
+            if not default:
                 raise UserError(f"the key llama.{key} is missing: convert the model anew")
-            return default if default != "none" else None
-        good = type(value) is kind if kind is str else type(value) in (int, kind) and 0 <= value < 2**31
-        if not good:
-            raise UserError(f"llama.{key} = {str(value)[:60]}: has to be {'a word' if kind is str else 'one number, not below 0'}")
+            return default[0]
+        if not (type(value) is kind if kind is str else type(value) in (int, kind) and 0 <= value < 2**31):
+            raise UserError(f"llama.{key} = {value!r:.60}: has to be {'a word' if kind is str else 'one number, not below 0'}")
         return value
 
     for key in ("expert_count", "expert_used_count"):
         if metadata.get(f"llama.{key}"):
-            raise UserError(f"llama.{key} = {metadata[f'llama.{key}']}: a mixture of experts, which this model is not")
+            raise UserError(f"llama.{key} = {metadata[f'llama.{key}']!r:.60}: a mixture of experts, which this model is not")
+    if not metadata.get("llama.attention.causal", True):
+        raise UserError("llama.attention.causal is false: a model that sees the text after a token too, as none here does")
     dim, layers, heads = get("embedding_length", int), get("block_count", int), get("attention.head_count", int)
     kv_heads, window, ffn_dim = get("attention.head_count_kv", int, heads), get("context_length", int), get("feed_forward_length", int)
     eps = get("attention.layer_norm_rms_epsilon", float)
-    head_dim = get("attention.key_length", int, dim // heads if heads and dim % heads == 0 else None)
+    head_dim = get("attention.key_length", int, *([dim // heads] if heads and dim % heads == 0 else []))
     if (value_dim := get("attention.value_length", int, head_dim)) != head_dim:
         raise UserError(f"llama.attention.value_length {value_dim} is not key_length {head_dim}: this model has one head_dim")
     if 0 < get("attention.sliding_window", int, 0) < window:
@@ -234,12 +239,11 @@ def config_of(header):
         raise UserError("token_embd.weight is missing: take a whole model")
     vocab_size = tensors["token_embd.weight"].shape[0]
     if (said := metadata.get("llama.vocab_size", vocab_size)) != vocab_size:
-        raise UserError(f"llama.vocab_size is {said}, and token_embd.weight has {vocab_size} rows: {AGAIN}")
+        raise UserError(f"llama.vocab_size is {said!r:.60}, and token_embd.weight has {vocab_size} rows: {AGAIN}")
     # Before anything is built by these numbers: wrong ones could be as large as memory.
     for name, shape in (("token_embd", (vocab_size, dim)), ("blk.0.attn_q", (heads * head_dim, dim)), ("blk.0.ffn_gate", (ffn_dim, dim))):
         if (stored := tensors.get(f"{name}.weight")) is None or stored.shape != shape:
-            raise UserError(f"{name}.weight is {list(stored.shape) if stored else 'missing'}, and the header makes it {list(shape)}: "
-                            f"{AGAIN}")
+            raise UserError(f"{name}.weight is {list(stored.shape) if stored else 'missing'}, and should be {list(shape)}: {AGAIN}")
     if not 0 < eps < 1:
         raise UserError(f"llama.attention.layer_norm_rms_epsilon = {eps!r}: has to be a small positive number")
     rope = rope_of(header, get, head_dim, window)
@@ -265,17 +269,17 @@ def rope_of(header, get, head_dim, window):
     shared = {"rope_theta": base, **({"partial_rotary_factor": share} if rotated < head_dim else {})}
     old = get("rope.scale_linear", float, 1.0)  # before there were scaling types
     factor, attention = get("rope.scaling.factor", float, old) or 1.0, get("rope.scaling.attn_factor", float, 1.0)
-    original = get("rope.scaling.original_context_length", int, "none") or None
+    original = get("rope.scaling.original_context_length", int, None) or None
     divisors, short, long = (pair_factors(header, name, rotated) for name in ("rope_freqs", "rope_factors_short", "rope_factors_long"))
     if (short is None) != (long is None):
         raise UserError("has one of rope_factors_short.weight and rope_factors_long.weight, not both: take a whole model")
     kind = get("rope.scaling.type", str, "linear" if short is None else "longrope")
-    yarn = {name: get(f"rope.scaling.yarn_{name}", float, "none") for name in ("beta_fast", "beta_slow", "attn_factor", "ext_factor")}
+    yarn = {name: get(f"rope.scaling.yarn_{name}", float, None) for name in ("beta_fast", "beta_slow", "attn_factor", "ext_factor")}
     if yarn.pop("ext_factor") not in (None, 1.0, -1.0):
         raise UserError("llama.rope.scaling.yarn_ext_factor is not 1: only whole YaRN is known")
     attention *= yarn.pop("attn_factor") or 1.0
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise UserError(f"llama.rope.scaling.type {kind!r}: known are none, linear, yarn and longrope")
+        raise UserError(f"llama.rope.scaling.type {kind!r:.60}: known are none, linear, yarn and longrope")
     if (short is not None) != (kind == "longrope") or divisors is not None and kind in ("yarn", "longrope"):
         raise UserError(f"llama.rope.scaling.type {kind} and the rope tensors in the file contradict each other: take another conversion")
     if kind == "longrope":
@@ -370,15 +374,12 @@ def rows_of(header, name):
     """
     gguf, stored = package(), header.tensors[name]
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}.get(stored.kind.name)
-    rows = stored.shape[0] if len(stored.shape) > 1 else 1
-    inner = math.prod(stored.shape[1:]) if len(stored.shape) > 1 else stored.shape[0]
-    row_bytes = stored.row_bytes * math.prod(stored.shape[1:-1])
+    rows, inner = stored.shape if len(stored.shape) > 1 else (1, *stored.shape)
     step = max(1, PART // inner)
     with open(header.path, "rb") as file:
         file.seek(stored.start)
         for first in range(0, rows, step):
-            count = min(step, rows - first)
-            data = bytearray(count * row_bytes)
+            data = bytearray(min(step, rows - first) * stored.row_bytes)
             if file.readinto(data) != len(data):
                 raise UserError(f"{header.path}: was cut off while it was being read: load it again")
             if plain is not None:
@@ -391,8 +392,7 @@ def rows_of(header, name):
                 except NotImplementedError:
                     raise UserError(f"{header.path}: {name} is {stored.kind.name}, which the gguf package does not undo: take F16, Q8_0, "
                                     "Q4_K_M or the like") from None
-            whole = (count, *stored.shape[1:]) if len(stored.shape) > 1 else stored.shape
-            yield (slice(first, first + count),) if len(stored.shape) > 1 else (), part.view(whole)
+            yield ((slice(first, first + step),), part.view(-1, inner)) if len(stored.shape) > 1 else ((), part.view(inner))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def tokenizer_keys(metadata):
     without BOS begins its documents with EOS."""
     keys = {key[len("tokenizer.ggml."):]: value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
     if "model" not in keys or not isinstance(keys.get("tokens"), list) or not keys["tokens"]:
-        raise UserError("has no tokenizer inside: name a tokenizer.model or tokenizer.json with --tokenizer")
+        raise UserError("has no tokenizer inside: export it, and copy the model's tokenizer.json into the new folder")
     kinds, count = {"tokens": str, "scores": float, "token_type": int, "merges": str}, len(keys["tokens"])
     for name in ARRAYS:
         values = keys.get(name)
@@ -472,7 +472,7 @@ def tokenizer_keys(metadata):
     keys |= {key: value for key, value in defaults.items() if key not in keys}
     for key in ("eos_token_id", "bos_token_id", *(["unknown_token_id"] if sentencepiece else [])):
         if type(keys.get(key)) is not int or not 0 <= keys[key] < count:
-            raise UserError(f"tokenizer.ggml.{key} is {keys.get(key)}, and there are {count} tokens: {AGAIN}")
+            raise UserError(f"tokenizer.ggml.{key} is {keys.get(key)!r:.60}, and there are {count} tokens: {AGAIN}")
     flags = {"add_bos_token": sentencepiece or keys.get("pre") in WHOLE, "add_eos_token": False, "add_space_prefix": sentencepiece,
              "remove_extra_whitespaces": False}
     for key, value in flags.items():
@@ -487,7 +487,7 @@ def tokenizer_files(keys):
         return {"tokenizer.model": sentencepiece_model(keys)}
     if keys["model"] != "gpt2":
         raise UserError(f"tokenizer.ggml.model {str(keys['model'])[:40]!r}: only llama (SentencePiece) and gpt2 (byte-level BPE) are read: "
-                        "name a tokenizer.model or tokenizer.json")
+                        "take the model as a Hugging Face folder")
     tokens = keys["tokens"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokens[keys["bos_token_id"]],
               "eos_token": tokens[keys["eos_token_id"]], "add_bos_token": keys["add_bos_token"], "add_eos_token": keys["add_eos_token"],
@@ -504,7 +504,7 @@ def byte_level(keys):
     tokens, kinds, pre = keys["tokens"], keys["token_type"], keys.get("pre", "default")
     if pre not in CUTS:
         raise UserError(f"tokenizer.ggml.pre {str(pre)[:40]!r}: how this model cuts its text is not known here; known are "
-                        f"{', '.join(CUTS)}: name the model's tokenizer.json instead")
+                        f"{', '.join(CUTS)}: take the model as a Hugging Face folder")
     pairs = [tuple(merge.split(" ", 1)) for merge in keys.get("merges", [])]
     known = set(tokens)
     for pair in pairs:

