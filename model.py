@@ -436,24 +436,32 @@ class LLaMA(nn.Module):
 
 
 @torch.inference_mode()
-def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop=(), seed=0):
+def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop=(), seed=0, lengths=None):
     """Continue a prompt [B, T] one token at a time; yields [B] per step. Temperature 0 is greedy; top_p keeps the smallest set of tokens
-    whose probability reaches top_p. A row that has produced a stop token repeats it; when all rows have, the stream ends."""
-    if prompt.shape[1] == 0:
-        raise UserError("the prompt is empty: give at least one token (BOS)")
+    whose probability reaches top_p. A row that has produced a stop token repeats it; when all rows have, the stream ends.
+
+    lengths [B]: of prompts that differ in length; what stands behind them in their rows is not read. All rows then go on from the end of
+    the shortest: a longer prompt yields its own next token until it is used up (as in Meta's LLaMA 1), so that no row ever holds padding,
+    and a row that has its max_new_tokens repeats the last."""
+    lengths = torch.as_tensor([prompt.shape[1]] * len(prompt) if lengths is None else lengths, device=prompt.device)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1 or longest > prompt.shape[1]:
+        raise UserError("the prompt is empty: give at least one token (BOS)" if shortest < 1 else
+                        f"a prompt of {longest} tokens in rows of {prompt.shape[1]}: give rows as long as the longest")
     if not (0 <= temperature < math.inf and 0 <= top_p <= 1):
         raise UserError(f"temperature {temperature}, top_p {top_p}: give a temperature of at least 0 (greedy) and a top_p from 0 to 1")
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
-    cache = KVCache(model.config, len(prompt), prompt.shape[1] + max_new_tokens, prompt.device, model.tok_embeddings.weight.dtype)
-    tokens, done = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new_tokens):
+    cache = KVCache(model.config, len(prompt), longest + max_new_tokens, prompt.device, model.tok_embeddings.weight.dtype)
+    tokens, done = prompt[:, :shortest], lengths + max_new_tokens <= shortest
+    for n in range(shortest, longest + max_new_tokens):                            # n tokens are there
         logits = model(tokens, cache=cache, select=[-1])[:, 0]                     # [B, V]
-        token = sample(logits, temperature, top_p, generator)
-        if tokens is not prompt:
-            token = torch.where(done, tokens[:, 0], token)
+        token = torch.where(done, tokens[:, -1], sample(logits, temperature, top_p, generator))
+        if n < longest:
+            token = torch.where(n < lengths, prompt[:, n], token)
         yield token
         for s in stop:
-            done = done | (token == s)
+            done = done | (token == s) & (n >= lengths)                            # within a prompt it stops nothing
+        done = done | (n + 1 >= lengths + max_new_tokens)
         if stop and done.all():
             return
         tokens = token[:, None]
@@ -469,6 +477,7 @@ def sample(logits, temperature, top_p, generator):
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def generate(model, prompt, max_new_tokens, **sampling):
-    """The prompt and its continuation, [B, T + new]; arguments as for stream()."""
-    return torch.cat([prompt, *(token[:, None] for token in stream(model, prompt, max_new_tokens, **sampling))], dim=1)
+def generate(model, prompt, max_new_tokens, lengths=None, **sampling):
+    """The prompt and its continuation, [B, T + new]; arguments as for stream(). Row b is text up to lengths[b] + new."""
+    start = prompt[:, :prompt.shape[1] if lengths is None else int(min(lengths))]
+    return torch.cat([start, *(token[:, None] for token in stream(model, prompt, max_new_tokens, lengths=lengths, **sampling))], dim=1)

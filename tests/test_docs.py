@@ -30,7 +30,9 @@ def known_flags(words):
     if script == "eval.py":
         return flags_of(evaluation.COMMANDS[words[1]][0])
     source = (ROOT / script).read_text(encoding="utf-8")
-    return set(re.findall(r"--[a-z][a-z-]*", source)) | {"--" + n.replace("_", "-") for n in re.findall(r"^    (\w+): .* = field\(", source, re.M)}
+    common = flags_of(evaluation.Common) if "(Common)" in source else set()
+    named = {"--" + n.replace("_", "-") for n in re.findall(r"^    (\w+): .* = field\(", source, re.M)}
+    return common | named | set(re.findall(r"--[a-z][a-z-]*", source))
 
 
 def commands():

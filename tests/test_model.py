@@ -505,6 +505,47 @@ def test_stop_tokens_end_rows():
     assert generate(model, prompt, 0).shape == (2, 5)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["default", "dynamic", "dynamic_yarn", "clex", "alibi", "xpos", "random positions"])
+def test_prompts_of_different_lengths_continue_as_each_alone(implementation, name):
+    """L is 12: the rows end before, at and after it. Behind its prompt a row holds another token each time, which nobody may read."""
+    model, prompt, lengths = build(attention=implementation, rope=ROPES[name]), draw(4, 17), [5, 12, 17, 9]
+    alone = [generate(model, prompt[b:b + 1, :n], 8)[0] for b, n in enumerate(lengths)]
+    for filling in (0, VOCAB - 1):
+        padded = torch.stack([torch.where(torch.arange(17) < n, row, filling) for row, n in zip(prompt, lengths)])
+        together = generate(model, padded, 8, lengths=torch.tensor(lengths))
+        assert together.shape == (4, 17 + 8)
+        for row, n, expected in zip(together, lengths, alone):
+            assert torch.equal(row[:n + 8], expected) and (row[n + 8:] == expected[-1]).all()
+    assert len({tuple(row[-8:].tolist()) for row in alone}) == 4, "the rows have to differ, or the test says nothing"
+    assert torch.equal(generate(model, prompt, 8, lengths=[17] * 4), generate(model, prompt, 8))
+
+
+def test_stop_tokens_end_rows_of_different_lengths():
+    model, prompt, lengths = build(), draw(3, 11), [4, 11, 7]
+    alone = [generate(model, prompt[b:b + 1, :n], 10)[0] for b, n in enumerate(lengths)]
+    stop = (alone[0][4 + 2].item(), alone[1][11 + 3].item(), alone[2][7].item())
+    prompt[1, 6] = stop[0]                                              # a stop token within a prompt stops nothing
+    alone = [generate(model, prompt[b:b + 1, :n], 10, stop=stop)[0] for b, n in enumerate(lengths)]
+    together = generate(model, prompt, 10, lengths=lengths, stop=stop)
+    assert any(len(a) < n + 10 for a, n in zip(alone, lengths))
+    for row, expected in zip(together, alone):
+        assert torch.equal(row[:len(expected)], expected) and (row[len(expected):] == expected[-1]).all()
+    assert together.shape[1] == max(map(len, alone)), "when all rows are done, generation ends"
+
+
+@pytest.mark.parametrize("lengths, words", [([3, 0], "empty"), ([3, 6], "rows of 5")])
+def test_lengths_that_no_row_has_are_refused(lengths, words):
+    with pytest.raises(UserError, match=words):
+        generate(build(), draw(2, 5), 3, lengths=lengths)
+
+
+def test_no_new_tokens_are_none_for_any_length():
+    prompt = draw(2, 5)
+    text = generate(build(), prompt, 0, lengths=[5, 3])
+    assert torch.equal(text[0], prompt[0]) and torch.equal(text[1, :3], prompt[1, :3]) and (text[1, 3:] == prompt[1, 2]).all()
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match="prompt"):
         generate(build(), draw(1, 0), 3)
