@@ -20,8 +20,9 @@ from tqdm import tqdm
 from cli import Kept, UserError, choose_device, choose_dtype, describe_device, field, parse, run, write_json
 from data.prepare import corpus_for, ensure_corpus
 from eval import perplexity, result, texts, validation_documents
+from huggingface import export
 from model import ATTENTION, LLaMA, attention, generate
-from weights import export, load_model, load_tokenizer
+from weights import load_model, load_tokenizer
 
 WHAT = ["attention", "training", "generation", "perplexity"]
 

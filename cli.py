@@ -57,7 +57,8 @@ def run(main):
         if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         message = "out of memory: use a shorter window or --dtype bfloat16; in training also a smaller --batch-size or --recompute"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # names in files come from strangers
+    print(f"error: {message if len(message) <= 1000 else message[:1000] + ' ...'}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -498,7 +498,8 @@ def load(config, quiet=False):
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
     print(f"device     {describe_device(device)}, {dtype}, attention {config.attention}{' (sdpa)' if config.attention == 'auto' else ''}")
     print(f"model      {config.model}, {model.config.parameters():,} parameters, "
-          f"window {original_window(model.config)} -> {model.config.max_seq_len}, rope {model.config.rope.to_dict()}")
+          f"window {original_window(model.config)} -> {model.config.max_seq_len}, rope {model.config.rope.to_dict()}\n"
+          f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")
     return model, tokenizer
 
 

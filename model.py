@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from cli import UserError
@@ -127,6 +126,7 @@ def sdpa_attention(q, k, v, bias=None):
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
         mask, causal = relative(bias, T, S).masked_fill(future, -torch.inf).to(q.dtype), False   # [.., T, S]
     elif T != S and T > 1:                                                         # is_causal would align the diagonal with key 0
+        from torch.nn.attention.bias import causal_lower_right                     # here, as it imports the compiler: 2 s and 70 MB
         mask = causal_lower_right(T, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 

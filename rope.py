@@ -369,7 +369,7 @@ class RopeConfig:
 
     def __post_init__(self):
         if not isinstance(self.rope_type, str) or self.rope_type not in METHODS:
-            raise UserError(f"rope_type '{self.rope_type}' is unknown: choose one of {', '.join(METHODS)} (pi is another name of linear)")
+            raise UserError(f"rope_type '{self.rope_type:.60}' is unknown: choose one of {', '.join(METHODS)} (pi is another name of linear)")
         for f in dataclasses.fields(self):
             if f.name not in ("rope_type", "options"):
                 object.__setattr__(self, f.name, check_setting(f.name, getattr(self, f.name), f.type, f.default))
@@ -428,7 +428,7 @@ class RopeConfig:
         """From a Hugging Face `rope_scaling` or `rope_parameters` dict (`type` or `rope_type`). None is plain RoPE; an unknown key is a
         UserError. max_position_embeddings, if given here or in the dict, stands in for a missing original window or factor."""
         if d is not None and not isinstance(d, dict):
-            raise UserError(f"rope {d!r}: give an object like {{'rope_type': 'linear', 'factor': 2}}")
+            raise UserError(f"rope {d!r:.200}: give an object like {{'rope_type': 'linear', 'factor': 2}}")
         d = {k: v for k, v in (d or {}).items() if k != "finetuned"}  # a remark of YaRN's authors
         old, new = d.pop("type", None), d.pop("rope_type", None)
         if old is not None and new is not None and old != new:
@@ -437,7 +437,7 @@ class RopeConfig:
             raise UserError(f"rope: factor {d['factor']} without a method: name one as rope_type (linear is Position Interpolation)")
         name = new if new is not None else old if old is not None else "default"
         if not isinstance(name, str):
-            raise UserError(f"rope_type {name!r}: give the name of a method, one of {', '.join(METHODS)}")
+            raise UserError(f"rope_type {name!r:.60}: give the name of a method, one of {', '.join(METHODS)}")
         name = ALIASES.get(name, name)
         longest, window = d.pop("max_position_embeddings", max_position_embeddings), d.get("original_max_position_embeddings")
         longest = check_setting("max_position_embeddings", longest, "int", None)
@@ -511,7 +511,7 @@ def check_setting(name, value, kind, default):
     else:
         good, what = number and (value >= 0 or name == "threshold"), "a finite number, not below 0"
     if not good:
-        raise UserError(f"rope {name} = {value!r}: give {what}")
+        raise UserError(f"rope {name:.60} = {value!r:.100}: give {what}")
     return int(value) if kind.startswith("int") else value
 
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the core lies
 import torch
 from tqdm import tqdm
 
-from cli import UserError, field, parse, run, write_json
-from eval import Common, load, result, sliding_windows, window_and_stride
+from cli import Kept, UserError, field, parse, run, write_json
+from eval import Common, load, result, rows_at_once, sliding_windows, store, window_and_stride
 from model import LOSS_CHUNK, stream
 from rope import depends_on_length
 
@@ -30,7 +30,6 @@ try:
 except ImportError:
     LM = object  # main() says what to install
 
-BATCH_TOKENS = 16384  # tokens in a batch, with what fills up the shorter rows
 NEW_TOKENS = 256  # where a task does not say how many, as in the harness
 NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the names under which tasks say it
 
@@ -125,7 +124,7 @@ class Harness(LM):
         apart = what != "answers" and depends_on_length(self.model.config.rope)  # the longest row would change the angles of the others
         while order:
             first = items[order[0]]
-            batch = [i for i in order[:max(1, BATCH_TOKENS // len(first[0]))]
+            batch = [i for i in order[:rows_at_once(self.model, len(first[0]))]
                      if kind(items[i]) == kind(first) and (not apart or len(items[i][0]) == len(first[0]))]
             order = order[len(batch):]
             rows = [items[i] for i in batch]
@@ -241,7 +240,8 @@ def main(argv=None):
     from lm_eval.utils import make_table
     started, manager = time.perf_counter(), task_manager(config)
     model, tokenizer = load(config)
-    harness = Harness(model, tokenizer, config.max_length, config.stride, config.bos, config.truncate)
+    harness = Harness(model, tokenizer, config.max_length, config.stride, config.bos, config.truncate,
+                      store(kept := Kept(config.out), model, "harness"))
     print(f"harness    lm_eval {lm_eval.__version__}, window {harness.max_length}, BOS {'once, in front' if config.bos else 'none'}, "
           f"too long contexts lose their {'middle' if harness.middle else 'beginning'}")
     said = lm_eval.simple_evaluate(harness, tasks=config.tasks, num_fewshot=config.fewshot, limit=config.limit, task_manager=manager,
@@ -259,6 +259,7 @@ def main(argv=None):
             documents={task: n["effective"] for task, n in said["n-samples"].items()}, task_versions=said["versions"], limit=config.limit,
             max_length=harness.max_length, stride=harness.stride, bos="once, in front of each text" if config.bos else "none",
             truncate=config.truncate, truncated=harness.truncated, lm_eval=lm_eval.__version__, seconds=time.perf_counter() - started))
+        kept.done()
         print(f"wrote {config.out}")
 
 

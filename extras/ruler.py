@@ -27,14 +27,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, field, parse, run, write_json
+from cli import Kept, UserError, field, parse, run, write_json
 from data.passkey import GARBAGE
 from data.prepare import ensure_corpus, read_text
-from eval import Common, load, result, validation_documents
+from eval import Common, load, result, rows_at_once, store, validation_documents
 from model import generate
 from weights import original_window
 
-BATCH_TOKENS = 16384  # tokens in a batch, the answers counted: prompts are generated from together up to this
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent of an essay's sentences in front of a needle
 SEARCHED = ("Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} "
@@ -299,7 +298,7 @@ def ruler(model, tokenizer, lengths, tasks, samples, essay=(), seed=42, template
     for task, length, prompts in plan:
         bar.set_description(f"ruler, {task} at {length}")
         built = sorted((prompts.build(i)[:2] for i in range(samples)), key=lambda sample: len(sample[0]))
-        rows, points = max(1, BATCH_TOKENS // length), []
+        rows, points = rows_at_once(model, length), []
         for i in range(0, samples, rows):
             batch = [ids for ids, _ in built[i:i + rows]]
             key = [*shown, task, length, hashlib.sha256(repr(batch).encode()).hexdigest()]
@@ -353,8 +352,9 @@ def main(argv=None):
         essay, haystack = essay_words(config, tokenizer, max(lengths))
     note = "published RULER numbers have Paul Graham's essays as haystack and other words as keys: these do not compare with them"
     print(f"haystack   {haystack}\nnote       {note}")
+    kept = Kept(config.out)
     measured = ruler(model, tokenizer, lengths, config.tasks, config.samples, essay, config.seed, config.template, config.threshold,
-                     haystack=haystack, note=note)
+                     keep=store(kept, model, "ruler"), haystack=haystack, note=note)
     columns = list(measured["averages"])
     print("\n" + "task".ljust(18) + "".join(f"{n:>8}" for n in columns))
     for name, row in [*measured["scores"].items(), ("average", measured["averages"])]:
@@ -365,6 +365,7 @@ def main(argv=None):
           f"{config.samples} samples each, greedy; {measured['seconds']:.1f} s)")
     if config.out:
         write_json(config.out, measured)
+        kept.done()
         print(f"wrote {config.out}")
 
 

@@ -237,7 +237,7 @@ def test_as_processes(things, tmp_path):
 
 @pytest.mark.parametrize("name, flags, limit, stays", [
     ("train.py", "--save-every 1", 30_000, {"out/run.json", "out/metrics.jsonl"}),
-    ("finetune.py", "--save-every 1", 30_000, {"out/run.json", "out/metrics.jsonl"}),
+    ("finetune.py", "--save-every 1", 30_000, {"out/run.json", "out/metrics.jsonl", "results.json.partial"}),
     ("eval.py ppl", "", 100, {"result.json.partial"}), ("eval.py passkey", "", 100, {"result.json.partial"}), ("data/prepare.py", "", 100, set()),
     ("data/prepare.py", "--tokenizer new.model --train-tokenizer 380", 100, set()), ("plot.py", "@curve.jsonl", 1000, set())])
 def test_full_disk_leaves_nothing_half_written(script, things, tmp_path, name, flags, limit, stays):

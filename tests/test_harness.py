@@ -72,7 +72,7 @@ def test_what_greedy_decoding_says_is_greedy(tokenizer):
 def test_likelihoods_are_those_of_transformers(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
-    from weights import export
+    from huggingface import export
     model = make(tokenizer)
     save_model(model, tmp_path / "model", tokenizer)
     export(tmp_path / "model", "hf", tmp_path / "hf")
