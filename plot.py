@@ -235,11 +235,13 @@ def plot_sweep(result, path):
             panels[0].set_xlabel("interpolated dimensions")
         else:
             panel(panels[0], factor, lambda r: r["steps"], at_target)
-            panel(panels[1], factor, lambda r: r["steps"], lambda r: r.get("k_max"))
+            measured = {m: {r["steps"] for r in rows if r["method"] == m and "k_max" in r} for m in methods}
+            panel(panels[1], factor, lambda r: r["steps"], lambda r: r.get("k_max"), [m for m in methods if len(measured[m]) > 2] or methods)
             panels[0].set_xlabel("fine-tuning steps")
             panels[1].set_xlabel("fine-tuning steps")
             panels[1].set_ylabel("k_max (tokens, higher is better)")
             panel(panels[2], factor, lambda r: None if r["steps"] else r.get("disturbance"), at_target)
+            panels[2].set_xscale("log")
             panels[2].set_xlabel("disturbance of the rotary angles (nats), untrained")
             perplexity_axis(panels[2])
         for axis in panels:

@@ -75,8 +75,9 @@ class SweepConfig:
     dry_run: bool = field(False, "only say what would be run and for how long")
 
 
-EVERY = ["default"] + [name for name, m in METHODS.items() if m.rotary and m.train_on == "target" and not needs_settings(m)
-                       and name not in ("default", "nope", "drope")]
+# Every method that stretches RoPE by a factor alone; what needs more to differ from these (longrope, proportional, resonance) has to be named.
+EVERY = ["default", *(name for name, m in METHODS.items() if m.rotary and m.train_on == "target" and not needs_settings(m) and not m.whole_head
+                      and name != "default")]
 PLANS = {
     "methods": dict(model="data/tiny", methods=EVERY, curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1], steps=[25, 50, 100, 200],
                     step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
