@@ -177,8 +177,10 @@ def row(c, run, steps, folder, device, tokenizer, keep):
     seconds, dtype = 0.0, choose_dtype(c.dtype, device) if device.type == "cuda" else torch.float32
     if steps:
         model, how = begin(c, run, device), settings(c, run, steps, folder)
-        corpus = TokenFile(c.corpus, "train")
-        batches = Batches(corpus, tokenizer, how.batch_size, window, how.passkey_share, L, how.passkey_packed, how.seed,
+        state = Path(how.out) / "state.pt"
+        if state.exists() and torch.load(state, map_location="cpu", weights_only=True, mmap=True)["step"] > steps:
+            how = dataclasses.replace(how, fresh=True)  # trained further already, and now it is to be measured otherwise: once more
+        batches = Batches(TokenFile(c.corpus, "train"), tokenizer, how.batch_size, window, how.passkey_share, L, how.passkey_packed, how.seed,
                           training_positions(model.config.rope, L, window))
         seconds = fit(model, how, batches, None, tokenizer)
         model = load_model(how.out, device=device, dtype=dtype)  # what is measured is what the folder gives

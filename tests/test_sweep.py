@@ -33,16 +33,27 @@ def base(tmp_path_factory, tokenizer, L):
     return folder
 
 
-@pytest.fixture
-def command(base, corpus_folder, tmp_path, L):
-    def call(*flags, folder="runs"):
-        text = tmp_path / "prose.txt"
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("sweeps")
+
+
+@pytest.fixture(scope="module")
+def command(base, corpus_folder, place, L):
+    """command(*flags, folder=...) runs a small sweep whose runs and result lie in and beside place / folder; returns the result."""
+    def call(*flags, folder):
+        text = place / "prose.txt"
         text.write_text("It is a truth that is not yet acknowledged, that a window must be in want of tokens.\n" * 200, encoding="utf-8")
         sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text), "--lengths", str(L), "--jobs", "1",
                     "--eval-tokens", "900", "--trials", "1", "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
-                    "--folder", str(tmp_path / folder), "--out", str(tmp_path / f"{folder}.json"), *map(str, flags)])
-        return json.loads((tmp_path / f"{folder}.json").read_text(encoding="utf-8"))
+                    "--folder", str(place / folder), "--out", str(place / f"{folder}.json"), *map(str, flags)])
+        return json.loads((place / f"{folder}.json").read_text(encoding="utf-8"))
     return call
+
+
+@pytest.fixture(scope="module")
+def whole(command):
+    return command(*SMALL, folder="whole")
 
 
 SMALL = ["--methods", "default", "linear", "--factors", "2", "--steps", "2", "4", "--seeds", "0", "1"]
@@ -53,14 +64,15 @@ def numbers(result):
     return [{k: v for k, v in row.items() if k != "training_seconds"} for row in result["rows"]]
 
 
-def test_rows_are_what_the_folders_give(command, base, tmp_path, corpus_folder, tokenizer, L, capsys):
-    result = command(*SMALL)
+def test_rows_are_what_the_folders_give(whole, command, base, place, corpus_folder, tokenizer, L, capsys):
+    result = command(*SMALL, folder="whole")
     said = capsys.readouterr().out
+    assert numbers(result) == numbers(whole)
     assert [(r["method"], r["seed"], r["steps"]) for r in result["rows"]] == [
         ("default", 0, 0), ("linear", 0, 0), *((m, s, n) for m in ("default", "linear") for s in (0, 1) for n in (2, 4))]
     assert "time       about" in said and said.index("time ") < said.index("Perplexity by window")
     row = next(r for r in result["rows"] if (r["method"], r["seed"], r["steps"]) == ("linear", 1, 4))
-    model = load_model(tmp_path / "runs" / "methods" / "linear-x2-seed1")
+    model = load_model(place / "whole" / "methods" / "linear-x2-seed1")
     assert model.config.rope.rope_type == "linear" and model.config.max_seq_len == row["window"] == 2 * L
     documents = sweep.documents(dataclasses.replace(sweep.SweepConfig(**{k: v for k, v in result["settings"].items()})), tokenizer)
     assert set(documents) == {corpus_folder.name, "prose"} and all(len(d) == 4 * L for d in documents[corpus_folder.name])
@@ -78,15 +90,13 @@ def test_rows_are_what_the_folders_give(command, base, tmp_path, corpus_folder, 
     assert before["perplexity"]["prose"][str(2 * L)] == perplexity(fit, documents["prose"], 2 * L, progress=False)["perplexity"]
 
 
-def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(command):
-    once = command(*SMALL, folder="one")
-    again = command(*SMALL, "--jobs", "2", folder="two")
-    assert numbers(once) == numbers(again)
+def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(command, whole):
+    assert numbers(command(*SMALL, "--jobs", "2", folder="two")) == numbers(whole)
 
 
 @pytest.mark.parametrize("name, calls", [("fit", 2), ("perplexity", 5), ("passkey", 4)])
-def test_an_interruption_costs_only_what_was_in_hand(command, monkeypatch, name, calls):
-    expected, function, made = numbers(command(*SMALL, folder="whole")), getattr(sweep, name), []
+def test_an_interruption_costs_only_what_was_in_hand(command, whole, monkeypatch, name, calls):
+    expected, function, made = numbers(whole), getattr(sweep, name), []
 
     def counting(*args, **kwargs):
         if len(made) == calls:
@@ -95,21 +105,22 @@ def test_an_interruption_costs_only_what_was_in_hand(command, monkeypatch, name,
         return function(*args, **kwargs)
     monkeypatch.setattr(sweep, name, counting)
     with pytest.raises(KeyboardInterrupt):
-        command(*SMALL, folder="broken")
+        command(*SMALL, folder=f"broken-{name}")
     calls = 10**6
-    resumed = command(*SMALL, folder="broken")
+    resumed = command(*SMALL, folder=f"broken-{name}")
     assert numbers(resumed) == expected
     if name == "fit":
         assert len(made) == 8, "four runs of two stages"
     made.clear()
     calls = 0
-    assert numbers(command(*SMALL, folder="broken")) == expected, "all of it was there"
+    assert numbers(command(*SMALL, folder=f"broken-{name}")) == expected, "all of it was there"
 
 
 def test_other_conditions_are_measured_anew(command):
-    command("--methods", "linear", "--factors", "2", "--steps", "2", "--seeds", "0")
-    more = command("--methods", "linear", "--factors", "2", "--steps", "2", "--seeds", "0", "--distances", "2")
-    assert more["rows"][-1]["steps"] == 2 and more["settings"]["distances"] == 2
+    flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "2", "--seeds", "0"]
+    first = command(*flags, folder="other")
+    again = command(*flags, "--eval-tokens", "450", folder="other")
+    assert numbers(again) == numbers(command(*flags, "--eval-tokens", "450", folder="fresh")) != numbers(first)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -119,11 +130,11 @@ def test_other_conditions_are_measured_anew(command):
 def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
     monkeypatch.setattr(sweep, "fit", None)
     with pytest.raises(UserError, match=words):
-        command(*flags)
+        command(*flags, folder="mistake")
 
 
 def test_from_scratch_every_way_of_telling_positions(command, L):
-    result = command("--plan", "scratch", "--steps", "3")
+    result = command("--plan", "scratch", "--steps", "3", folder="scratch")
     assert [r["rope"]["rope_type"] for r in result["rows"]] == ["default", "alibi", "xpos", "nope", "default"]
     assert result["rows"][-1]["rope"]["random_positions"] == 2048 and all(r["steps"] == 3 for r in result["rows"])
     assert len({r["perplexity"]["prose"][str(L)] for r in result["rows"]}) == 5
@@ -132,7 +143,7 @@ def test_from_scratch_every_way_of_telling_positions(command, L):
 def test_dprope_by_the_number_of_interpolated_dimensions(command):
     result = command("--plan", "dprope", "--factors", "2", "--steps", "1",
                      "--methods", '{"rope_type": "dprope", "interpolated_dims": 0}', '{"rope_type": "dprope", "interpolated_dims": 8}', "linear",
-                     "--zero-shot", "default", '{"rope_type": "dprope", "bins": 8}')
+                     "--zero-shot", "default", '{"rope_type": "dprope", "bins": 8}', folder="dprope")
     by = {(r["method"], r["steps"]): r["perplexity"]["prose"] for r in result["rows"]}
     assert by['{"rope_type": "dprope", "interpolated_dims": 0}', 0] == by["default", 0]    # nothing interpolated: plain RoPE
     assert by['{"rope_type": "dprope", "interpolated_dims": 8}', 0] == by["linear", 0]     # everything: PI
