@@ -256,8 +256,11 @@ def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progr
         rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length)
         built = [build(rng, length, places[i // trials]) for i in range(depths * trials)]
         distances[length] = [distance for _, distance in built[::trials]]
-        jobs |= {(length, i, size): ([case for case, _ in built[i:i + size]],) for i in range(0, len(built), size)}
-    found, keep = {length: [] for length in lengths}, store(keep, model, name, depths, trials, seed)
+        for i in range(0, len(built), size):
+            cases = [case for case, _ in built[i:i + size]]
+            text = hashlib.sha256(b"".join(array.tobytes() for prompt, answer, *_ in cases for array in (prompt, answer))).hexdigest()
+            jobs[length, i, text] = (cases,)
+    found, keep = {length: [] for length in lengths}, store(keep, model, name)
     with tqdm(total=len(lengths) * depths * trials, desc=name, unit="prompt", leave=False, disable=None if progress else True) as bar:
         for (length, *_), numbers in zip(jobs, in_turn(measure, jobs, model, keep)):
             found[length] += numbers
@@ -283,7 +286,8 @@ def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progre
     def measure(cases):
         return list(map(bool, retrieve(model, tokenizer, *zip(*cases), generation)))
 
-    found = grid(model, build, measure, lengths, depths, trials, seed, keep, "passkey", progress)
+    name = "passkey by generation" if generation else "passkey"
+    found = grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress)
     longest = found["lengths"][-1]
     return result(model, seed, k_max=k_max(found["distances"][longest], found["accuracy_by_depth"][longest]), **found)
 

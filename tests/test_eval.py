@@ -600,6 +600,23 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(name, me
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_in_another_haystack_is_not_kept_for_this_one(tokenizer, haystack, tmp_path, monkeypatch):
+    model, made = make(vocab_size=tokenizer.vocab_size), []
+    monkeypatch.setattr(evaluation, "recall", lambda model, prompts, answers: made.append(len(prompts)) or [0.5] * len(prompts))
+    for text, new in ((haystack, 9), (haystack, 0), ([haystack[0][::-1].copy()], 9), (haystack, 0)):
+        made.clear()
+        needle(model, tokenizer, text, [110], 2, 3, progress=False, keep=Kept(tmp_path / "out.json"))
+        assert sum(made) == new, "six places and three times no needle"
+
+
+def test_a_store_tells_conditions_apart(tmp_path):
+    asked = []
+    for condition, new in (("a", True), ("b", True), ("a", False)):
+        asked.clear()
+        value = Kept(tmp_path / "out.json").within(condition)("key", lambda: asked.append(1) or [condition, (1, 2.5)])
+        assert value == [condition, [1, 2.5]] and bool(asked) is new, "as JSON gives it back, kept or not"
+
+
 def test_jobs_come_back_in_order_and_the_threads_stay_as_they_were():
     torch.set_num_threads(2)
     waits = {i: (0.03 if i % 2 else 0.0, i) for i in range(8)}
