@@ -45,14 +45,17 @@ def result(model, seed, **measured):
 # Forward passes: how large, how many at a time, and what remains of them
 
 
-def rows_at_once(model, length):
-    """Rows of `length` tokens in a forward pass, so that its widest activations fill a quarter of a GPU's free memory, or 64 MiB on a CPU:
-    enough to keep a core busy, and no more than its cache can help with."""
+def rows_at_once(model, length, generating=False):
+    """Rows of `length` tokens in a forward pass, so that its widest activations, and the keys and values kept in generating, fill a quarter
+    of a GPU's free memory, or 64 MiB on a CPU: enough to keep a core busy, and no more than its cache can help with."""
     c = model.config
-    row = length * (3 * c.ffn_dim + 8 * c.dim) * model.tok_embeddings.weight.element_size()
+    numbers = 3 * c.ffn_dim + 8 * c.dim + (2 * c.n_layers * c.n_kv_heads * c.head_dim if generating else 0)
+    row = length * numbers * model.tok_embeddings.weight.element_size()
     if model.attention == "naive":
         row += 3 * c.n_heads * length**2 * 4
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else 2**28
+    free = 2**28
+    if model.device.type == "cuda":  # what PyTorch holds in reserve is free as well
+        free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, free // 4 // row)
 
 
@@ -253,7 +256,7 @@ def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progr
         raise UserError(f"a {name} prompt of {lengths[0]} tokens is too short: lengths are numbers of tokens")
     places, jobs, distances, started = [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)], {}, {}, time.perf_counter()
     for length in lengths:
-        rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length)
+        rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length, generating=True)  # some answers are
         built = [build(rng, length, places[i // trials]) for i in range(depths * trials)]
         distances[length] = [distance for _, distance in built[::trials]]
         for i in range(0, len(built), size):

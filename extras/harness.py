@@ -124,7 +124,7 @@ class Harness(LM):
         apart = what != "answers" and depends_on_length(self.model.config.rope)  # the longest row would change the angles of the others
         while order:
             first = items[order[0]]
-            batch = [i for i in order[:rows_at_once(self.model, len(first[0]))]
+            batch = [i for i in order[:rows_at_once(self.model, len(first[0]), generating=what == "answers")]
                      if kind(items[i]) == kind(first) and (not apart or len(items[i][0]) == len(first[0]))]
             order = order[len(batch):]
             rows = [items[i] for i in batch]

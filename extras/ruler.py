@@ -298,7 +298,7 @@ def ruler(model, tokenizer, lengths, tasks, samples, essay=(), seed=42, template
     for task, length, prompts in plan:
         bar.set_description(f"ruler, {task} at {length}")
         built = sorted((prompts.build(i)[:2] for i in range(samples)), key=lambda sample: len(sample[0]))
-        rows, points = rows_at_once(model, length), []
+        rows, points = rows_at_once(model, length, generating=True), []
         for i in range(0, samples, rows):
             batch = [ids for ids, _ in built[i:i + rows]]
             key = [*shown, task, length, hashlib.sha256(repr(batch).encode()).hexdigest()]

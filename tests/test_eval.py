@@ -162,7 +162,7 @@ def test_documents_weigh_by_their_tokens_and_windows_do_not_count():
 def test_batches_do_not_change_the_result(monkeypatch):
     model, texts, values = make(), documents(60, 6, 33, 1, 18), []
     for size in (1, 20, 64, 10**6):
-        monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length: max(1, size // length))
+        monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length, generating=False: max(1, size // length))
         values.append(perplexity(model, texts, 8, 3, progress=False)["nll"])
     assert values == pytest.approx([values[0]] * 4, rel=1e-6)
 
@@ -409,7 +409,7 @@ def test_accuracy_counts_the_trials_of_its_own_depth(tokenizer, builder, monkeyp
         return [k < "50000" for k in keys]
 
     monkeypatch.setattr(evaluation, "retrieve", fake)
-    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length: 7)  # batches end within a depth
+    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length, generating=False: 7)  # batches end within a depth
     measured = passkey(make(), tokenizer, [100], depths=4, trials=5, progress=False)
     rows = np.array([k < "50000" for k in asked]).reshape(4, 5)
     assert measured["accuracy_by_depth"][100] == rows.mean(axis=1).tolist()
@@ -574,7 +574,7 @@ class Countdown:
     ("retrieve", lambda model, tokenizer, haystack, keep: passkey(model, tokenizer, [90, 100], 3, 4, progress=False, keep=keep)),
     ("recall", lambda model, tokenizer, haystack, keep: needle(model, tokenizer, haystack, [110, 100], 2, 3, progress=False, keep=keep))])
 def test_what_was_measured_before_an_interruption_is_not_measured_again(name, measure, tokenizer, haystack, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length: 2)
+    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length, generating=False: 2)
     model, function, out = make(vocab_size=tokenizer.vocab_size), getattr(evaluation, name), tmp_path / "out.json"
     torch.set_num_threads(1)
     expected = measure(model, tokenizer, haystack, None)
@@ -630,6 +630,7 @@ def test_jobs_come_back_in_order_and_the_threads_stay_as_they_were():
 def test_a_forward_pass_has_a_row_at_least_and_more_of_shorter_ones():
     model = make()
     assert rows_at_once(model, 10**9) == 1 and rows_at_once(model, 64) > rows_at_once(model, 4096) > 1
+    assert rows_at_once(model, 1024) > rows_at_once(model, 1024, generating=True)
     roomy, model.attention = rows_at_once(model, 1024), "naive"
     assert roomy > rows_at_once(model, 1024)
 

@@ -261,7 +261,7 @@ def test_who_forgets_beyond_a_length_has_it_as_effective_length(monkeypatch):
 
 
 def test_batches_keep_to_the_budget_and_answers_to_their_prompts(monkeypatch):
-    monkeypatch.setattr(ruler, "rows_at_once", lambda model, length: 2)
+    monkeypatch.setattr(ruler, "rows_at_once", lambda model, length, generating=False: 2)
     right = lambda prompt: oracle(prompt) if int(re.findall(r"\d{7}", prompt)[0]) % 2 else ""
     measured, asked = measure(monkeypatch, right, lengths=(2500,), tasks=("niah_single_1", "niah_single_2"), samples=7)
     assert [len(batch) for batch in asked] == [2, 2, 2, 1] * 2
