@@ -4,8 +4,8 @@
     python bench.py --what perplexity --model M --text book.txt --window 2048 --stride 256 --tokens 16384
 
 The peer is the same model in Hugging Face transformers (pip install transformers safetensors), made from our weights by `weights.py export`;
-without it our numbers stand alone. Times are medians of alternating repetitions, so that a slow moment of the machine meets both sides; what
-counts is the ratio, not the seconds. On a GPU the peak of its memory is measured too.
+without it our numbers stand alone. Times are medians of alternating repetitions, so that a slow moment of the machine meets both sides (of
+perplexity: one repetition each, one after the other); what counts is the ratio. On a GPU the peak of its memory is measured too.
 """
 import dataclasses
 import math
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Kept, UserError, choose_device, choose_dtype, describe_device, field, parse, run, write_json
+from cli import UserError, choose_device, choose_dtype, describe_device, field, parse, run, write_json
 from data.prepare import corpus_for, ensure_corpus
-from eval import perplexity, result, texts, validation_documents
+from eval import perplexity, result, texts, validation_documents, window_and_stride
 from huggingface import export
 from model import ATTENTION, LLaMA, attention, generate
 from weights import load_model, load_tokenizer
@@ -50,14 +50,14 @@ def measure(sides, device, repeat):
     for n in range(repeat + 1):
         for name, function in sides.items():
             if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
             started = time.perf_counter()
             function()
             if device.type == "cuda":
-                torch.cuda.synchronize()
-                peak[name] = torch.cuda.max_memory_allocated() - before
+                torch.cuda.synchronize(device)
+                peak[name] = torch.cuda.max_memory_allocated(device) - before
             if n:  # the first time is warm-up
                 times[name].append(time.perf_counter() - started)
     return {name: {"seconds": float(np.median(t)), "bytes": peak[name]} for name, t in times.items()}
@@ -118,24 +118,21 @@ def bench_generation(c, model, peer, device, dtype, new=64):
              **beside(found, name)} for name, m in found.items()]
 
 
-def bench_perplexity(c, model, peer, device, dtype, keep):
+def bench_perplexity(c, model, peer, device, dtype):
     """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation."""
     tokenizer = load_tokenizer(c.model, model.config.vocab_size)
-    window = c.window or model.config.max_seq_len
-    stride = c.stride or max(1, window // 4)
+    window, stride = window_and_stride(model, c.window, c.stride)
     if c.text:
         documents = texts(c.text, tokenizer, c.tokens + 1 if c.tokens else 0, window)
     else:
         documents = validation_documents(ensure_corpus(corpus_for("data/corpora/python", tokenizer), tokenizer.path), 2 * window,
-                                         c.tokens, tokenizer)
-    ours = keep(["ours", documents[0][:9].tolist(), window, stride, c.tokens, c.model, str(dtype)],
-                lambda: {k: v for k, v in perplexity(model, documents, window, stride).items() if k in ("perplexity", "tokens", "seconds")})
+                                         c.tokens or 2**62, tokenizer)
+    ours = perplexity(model, documents, window, stride)
     rows = [{"name": f"perplexity, window {window}, stride {stride}, {ours['tokens']} tokens, ours", "perplexity": ours["perplexity"],
              "tokens_per_second": ours["tokens"] / ours["seconds"], "seconds": ours["seconds"], "bytes": None}]
     if peer is not None:
         theirs = peer().to(device, dtype).eval()
-        measured = keep(["transformers", documents[0][:9].tolist(), window, stride, c.tokens, c.model, str(dtype)],
-                        lambda: straightforward(theirs, documents, window, stride, device))
+        measured = straightforward(theirs, documents, window, stride, device)
         ratio = measured["seconds"] / ours["seconds"]
         rows[0] |= {"ratio": ratio, "peer": "transformers"}
         rows.append({"name": rows[0]["name"].replace("ours", "transformers"), "perplexity": measured["perplexity"],
@@ -182,10 +179,10 @@ def peer_of(path, folder):
 
 def main(argv=None):
     c = parse(BenchConfig, __doc__, argv)
-    if c.repeat < 1 or c.batch_size < 1 or min(c.lengths) < 1 or c.tokens < 0:
-        raise UserError("--repeat, --batch-size and --lengths have to be at least 1, --tokens at least 0 (all)")
+    if min(c.repeat, c.batch_size, *c.lengths, 1 if c.window is None else c.window) < 1 or c.tokens < 0:
+        raise UserError("--repeat, --batch-size, --lengths and --window have to be at least 1, --tokens at least 0 (all)")
     device = choose_device(c.device)
-    dtype, keep, rows = choose_dtype(c.dtype, device), Kept(c.out), []
+    dtype, rows = choose_dtype(c.dtype, device), []
     model = load_model(c.model, device=device, dtype=dtype)
     print(f"device     {describe_device(device)}, {str(dtype).removeprefix('torch.')}\n"
           f"model      {c.model}, {model.config.parameters():,} parameters", flush=True)
@@ -195,7 +192,7 @@ def main(argv=None):
             started = {"attention": lambda: bench_attention(c, model, device, dtype),
                        "training": lambda: bench_training(c, model, peer, device, dtype),
                        "generation": lambda: bench_generation(c, model, peer, device, dtype),
-                       "perplexity": lambda: bench_perplexity(c, model, peer, device, dtype, keep)}[what]()
+                       "perplexity": lambda: bench_perplexity(c, model, peer, device, dtype)}[what]()
             for r in started:
                 rate = f"{r['gflops']:.0f} GFLOP/s" if "gflops" in r else f"{r['tokens_per_second']:,.0f} tok/s"
                 print(f"{r['name']:<72}{1e3 * r['seconds']:>10,.1f} ms   {rate:>16}"
@@ -204,7 +201,6 @@ def main(argv=None):
                       + (f"   perplexity {r['perplexity']:.5f}" if "perplexity" in r else ""), flush=True)
             rows += started
     write_json(c.out, result(model, c.seed, bench=rows, settings=dataclasses.asdict(c)))
-    keep.done()
     print(f"wrote {c.out}")
 
 

@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import tempfile
+import threading
 import types
 import typing
 import warnings
@@ -164,11 +165,12 @@ def whole_file(path, mode="wb"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself reaches the disk with the folder
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    if os.name != "nt":  # the rename itself reaches the disk with the folder, which Windows does not open
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def write_json(path, value):
@@ -204,7 +206,9 @@ class Kept:
     """
 
     def __init__(self, out="", quiet=False):
-        self.path, self.values, self.conditions = Path(f"{out}.partial") if out else None, {}, []
+        if out and (str(out).endswith(("/", os.sep)) or Path(out).is_dir()):
+            raise UserError(f"{out}: is a folder: give the name of a JSON file")
+        self.path, self.values, self.conditions, self.lock = Path(f"{out}.partial") if out else None, {}, [], threading.Lock()
         if self.path and self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut
@@ -230,13 +234,14 @@ class Kept:
         name = self.name(key)
         if name not in self.values:
             line = json.dumps({"key": name, "value": compute()})
-            if self.path:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a+b") as file:
-                    if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                        file.write(b"\n")  # ends the line that a kill cut
-                    file.write(line.encode() + b"\n")
-            self.values[name] = json.loads(line)["value"]
+            with self.lock:  # several threads may measure
+                if self.path:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self.path, "a+b") as file:
+                        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                            file.write(b"\n")  # ends the line that a kill cut
+                        file.write(line.encode() + b"\n")
+                self.values[name] = json.loads(line)["value"]
         return self.values[name]
 
     def done(self):

@@ -9,6 +9,7 @@ A model's folder knows its own RoPE scaling; --rope and --factor replace it, for
 name or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
 """
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -45,46 +47,49 @@ def result(model, seed, **measured):
 # Forward passes: how large, how many at a time, and what remains of them
 
 
-def rows_at_once(model, length, generating=False):
-    """Rows of `length` tokens in a forward pass, so that its widest activations, and the keys and values kept in generating, fill a quarter
-    of a GPU's free memory, or 64 MiB on a CPU: enough to keep a core busy, and no more than its cache can help with."""
+def row_bytes(model, length, generating=False):
+    """Memory of one row of a forward pass, about: its widest activations, and the keys and values that generating keeps."""
     c = model.config
     numbers = 3 * c.ffn_dim + 8 * c.dim + (2 * c.n_layers * c.n_kv_heads * c.head_dim if generating else 0)
-    row = length * numbers * model.tok_embeddings.weight.element_size()
-    if model.attention == "naive":
-        row += 3 * c.n_heads * length**2 * 4
-    free = 2**28
-    if model.device.type == "cuda":  # what PyTorch holds in reserve is free as well
-        free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(1, free // 4 // row)
+    scores = 12 * c.n_heads * length**2 if model.attention == "naive" else 0
+    return length * numbers * model.tok_embeddings.weight.element_size() + scores
 
 
-def in_turn(function, jobs, model, keep):
+def rows_at_once(model, length, generating=False):
+    """Rows of `length` tokens in a forward pass, so that they fill an eighth of a GPU's memory, or 64 MiB on a CPU: enough to keep a core
+    busy. The same on every run, as rows computed together differ in the last digits from rows computed apart."""
+    budget = 2**26
+    if model.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(model.device).total_memory // 8
+    return max(1, min(budget // row_bytes(model, length, generating), 2**15))
+
+
+def in_turn(function, jobs, model, keep, size):
     """Yields function(*job) for every job of {key: job}, in order, while the following ones are at work; what is kept is not computed again.
 
-    On a CPU each core takes a job of its own: shared among the cores, every single operation would have them wait for one another at its
-    end. On a GPU one thread prepares and queues the next pass while the result of this one is fetched.
+    On a CPU each core takes a job of its own, as far as 2 GiB allow (size: bytes of the largest): shared among the cores, every single
+    operation would have them wait for one another at its end. On a GPU a second thread queues the next pass while the first one fetches.
     """
-    jobs_left = [key for key in jobs if key not in keep]
     before = torch.get_num_threads()
-    workers = max(1, min(before, len(jobs_left))) if model.device.type == "cpu" else 1
+    workers = max(1, min(before, len(jobs), 2**31 // max(size, 1))) if model.device.type == "cpu" else 2
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, before // workers),))
     try:
-        futures = {key: pool.submit(function, *jobs[key]) for key in jobs_left}
+        futures = {key: pool.submit(keep, key, functools.partial(function, *jobs[key])) for key in jobs if key not in keep}
         for key in jobs:
-            yield keep(key, futures.pop(key).result if key in futures else None)
+            yield futures.pop(key).result() if key in futures else keep(key, None)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
 def store(keep, model, *conditions):
-    """The cli.Kept of a measurement: what it depends on stands in front of its keys, weights, positions and arithmetic first."""
+    """The cli.Kept of a measurement: what it depends on stands in front of its keys, weights (four numbers of each tensor), positions and
+    arithmetic first."""
     if keep is None or keep.path is None:
         return Kept()
     weights = hashlib.sha256(some_weights(model).numpy().tobytes()).hexdigest()
-    return keep.within(weights, model.config.rope.to_dict(), str(model.tok_embeddings.weight.dtype), model.attention, model.device.type,
-                       versions(), *conditions)
+    return keep.within(weights, model.config.rope.to_dict(), str(model.tok_embeddings.weight.dtype), model.attention,
+                       describe_device(model.device), versions(), *conditions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,20 +164,20 @@ def perplexity(model, documents, window=None, stride=None, seed=0, progress=True
     pieces.sort(key=lambda p: (p[3] - p[2], p[4]))  # windows of one length together; the sort is stable, so the sum is reproducible
     jobs, started, text = {}, time.perf_counter(), hashlib.sha256(b"".join(d.astype(np.int64).tobytes() for d in documents)).hexdigest()
     keep = store(keep, model, "perplexity", text, window, stride, bins)
-    while pieces:
-        length = pieces[0][3] - pieces[0][2]
-        batch = [p for p in pieces[:rows_at_once(model, length)] if p[3] - p[2] == length]
-        pieces = pieces[len(batch):]
-        jobs[tuple((n, begin) for n, _, begin, *_ in batch)] = model, [p[1:] for p in batch], window, bins
+    for length, equal in groupby(pieces, lambda p: p[3] - p[2]):
+        rows, equal = rows_at_once(model, length), list(equal)
+        size = rows * row_bytes(model, length)  # the last ones are the longest
+        for batch in (equal[i:i + rows] for i in range(0, len(equal), rows)):
+            jobs[tuple((n, begin) for n, _, begin, *_ in batch)] = model, [p[1:] for p in batch], window, bins
     total, count = np.zeros(bins), np.zeros(bins, np.int64)
     with tqdm(total=len(jobs), desc=f"perplexity, window {window}", unit="pass", leave=False, disable=None if progress else True) as bar:
-        for nll, tokens in in_turn(window_nll, jobs, model, keep):
+        for nll, tokens in in_turn(window_nll, jobs, model, keep, size):
             total, count = total + nll, count + tokens
             bar.update()
     mean, more = total.sum() / count.sum(), {}
     if bins > 1:
         edges = [-(-i * window // bins) + 1 for i in range(bins)]  # tokens of context, BOS counted, from which on a prediction is in bin i
-        more = {"context": edges, "nll_by_context": (total / np.maximum(count, 1)).tolist(), "tokens_by_context": count.tolist()}
+        more = {"context": edges, "nll_by_context": [t / n if n else math.nan for t, n in zip(total, count)], "tokens_by_context": count.tolist()}
     return result(model, seed, perplexity=math.inf if mean > 700 else math.exp(mean), nll=float(mean), tokens=int(count.sum()),
                   documents=len(documents), window=window, stride=stride, bos="once, at the start of each document", **more,
                   seconds=time.perf_counter() - started)
@@ -241,7 +246,7 @@ def recall(model, prompts, answers):
     return [float(np.mean(np.equal(produced[:-1], answer))) for produced, answer in zip(most_probable(model, prompts, answers), answers)]
 
 
-def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress=True):
+def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress=True, generating=False):
     """Measure `trials` prompts at every length and depth: what passkey and needle return beside their own numbers.
 
     build(rng, length, depth) -> (a tuple that describes one prompt, the distance of what is hidden from the prompt's end);
@@ -256,7 +261,7 @@ def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progr
         raise UserError(f"a {name} prompt of {lengths[0]} tokens is too short: lengths are numbers of tokens")
     places, jobs, distances, started = [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)], {}, {}, time.perf_counter()
     for length in lengths:
-        rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length, generating=True)  # some answers are
+        rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length, generating)
         built = [build(rng, length, places[i // trials]) for i in range(depths * trials)]
         distances[length] = [distance for _, distance in built[::trials]]
         for i in range(0, len(built), size):
@@ -265,7 +270,7 @@ def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progr
             jobs[length, i, text] = (cases,)
     found, keep = {length: [] for length in lengths}, store(keep, model, name)
     with tqdm(total=len(lengths) * depths * trials, desc=name, unit="prompt", leave=False, disable=None if progress else True) as bar:
-        for (length, *_), numbers in zip(jobs, in_turn(measure, jobs, model, keep)):
+        for (length, *_), numbers in zip(jobs, in_turn(measure, jobs, model, keep, size * row_bytes(model, lengths[-1], generating))):
             found[length] += numbers
             bar.update(len(numbers))
     by_depth = {n: np.reshape(v, (depths, trials)).mean(axis=1).tolist() for n, v in found.items()}
@@ -290,7 +295,7 @@ def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progre
         return list(map(bool, retrieve(model, tokenizer, *zip(*cases), generation)))
 
     name = "passkey by generation" if generation else "passkey"
-    found = grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress)
+    found = grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress, generating=True)  # some answers are generated
     longest = found["lengths"][-1]
     return result(model, seed, k_max=k_max(found["distances"][longest], found["accuracy_by_depth"][longest]), **found)
 

@@ -196,8 +196,8 @@ def plot_sweep(result, path):
     methods = list(dict.fromkeys(r["method"] for r in rows))
 
     def mean(group, value):
-        values = [value(r) for r in group if value(r) is not None]
-        return sum(values) / len(values) if values else None
+        values = [value(r) for r in group]
+        return None if not values or None in values else sum(values) / len(values)  # one blow-up is no number for all
 
     def at_target(r):
         return r["perplexity"][kind].get(str(r["window"]))
@@ -221,7 +221,7 @@ def plot_sweep(result, path):
             for i, method in enumerate(methods):
                 group = [r for r in rows if r["method"] == method]
                 line(panels[0], {n: mean(group, lambda r: r["perplexity"][kind][str(n)]) for n in lengths}, sweep_name(method), i)
-                line(panels[1], {n: mean(group, lambda r: r["passkey"][str(n)]) for n in lengths}, sweep_name(method), i)
+                line(panels[1], {n: mean(group, lambda r: r["passkey"].get(str(n))) for n in lengths}, sweep_name(method), i)
             for axis, words in zip(panels, ("window", "prompt length")):
                 length_axis(axis, lengths, f"{words} (tokens)")
                 mark_windows(axis, {"L": result["original_window"]})
@@ -231,7 +231,8 @@ def plot_sweep(result, path):
             chosen = [m for m in methods if any(r["method"] == m and dims(r) is not None for r in rows)]
             for i, (label, trained) in enumerate((("untrained", False), ("fine-tuned", True))):
                 group = [r for r in rows if r["method"] in chosen and r["factor"] == factor and bool(r["steps"]) == trained]
-                line(panels[0], {dims(r): at_target(r) for r in group}, label, i)
+                last = max((r["steps"] for r in group), default=0)
+                line(panels[0], {d: mean([r for r in group if (dims(r), r["steps"]) == (d, last)], at_target) for d in map(dims, group)}, label, i)
             panels[0].set_xlabel("interpolated dimensions")
         else:
             panel(panels[0], factor, lambda r: r["steps"], at_target)

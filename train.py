@@ -103,7 +103,7 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-def fit(model, config, batches, evaluate=None, tokenizer=None):
+def fit(model, config, batches, evaluate=None, tokenizer=None, progress=True):
     """Train `model` as a FitConfig says, or take up the run that config.out holds. Returns the seconds of training, of all its parts.
 
     batches: a data.batches.Batches of config.batch_size * config.accumulate * ranks rows; evaluate(model) -> dict of numbers, logged every
@@ -114,15 +114,15 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
     rank, world = distributed()
     device, out = model.device, Path(config.out)
     dtype = choose_dtype(config.dtype, device)
-    precision = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model.attention, model.recompute = config.attention, config.recompute
     optimizer = make_optimizer(model, config)
     origin = {"settings": resumable(config) | ({"ranks": world} if world > 1 else {}), "start": some_weights(model)}
     first, seconds = resume(model, optimizer, config, origin)
     if first >= config.steps:
         return seconds
+    precision = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if config.compile:
         for layer in model.layers:
             layer.compile()  # one graph serves all blocks
@@ -137,8 +137,8 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
     tick = time.perf_counter()
     started = tick - seconds
     finite = torch.ones((), dtype=torch.bool, device=device)
-    with Interrupts() as interrupts, ThreadPoolExecutor(1) as pool, \
-            tqdm(total=config.steps, initial=first, desc=out.name, unit="step", disable=None if rank == 0 else True) as bar:
+    with Interrupts() as interrupts, ThreadPoolExecutor(1) as pool, matmul_precision(precision), \
+            tqdm(total=config.steps, initial=first, desc=out.name, unit="step", disable=None if rank == 0 and progress else True) as bar:
         following = pool.submit(batches, first, rank * rows, (rank + 1) * rows)  # the next batch is cut while this one is computed
         for step in range(first, config.steps):
             batch = following.result()  # tokens, targets [rows, T], and positions if they are not 0, 1, 2, ...
@@ -196,8 +196,16 @@ def fit(model, config, batches, evaluate=None, tokenizer=None):
     model.eval()
     if world > 1:
         dist.barrier()  # every rank may now read the folder that rank 0 wrote
-    torch.set_float32_matmul_precision(precision)  # what is measured next is measured in full float32
     return seconds
+
+
+@contextlib.contextmanager
+def matmul_precision(afterwards):
+    """Whatever happens in between: what is measured next is measured in the precision that was set before training."""
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(afterwards)
 
 
 def diverged(out, step):
@@ -248,11 +256,12 @@ class Interrupts:
         self.before = {}
         with contextlib.suppress(ValueError):  # handlers belong to the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # of a child whose parent sees to it
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):
-        if self.pending:
+        if self.pending and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.pending = True
 

@@ -11,6 +11,7 @@ one training gives the model after every number of steps. Runs are shared among 
 """
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -18,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from cli import (Kept, UserError, choose_device, choose_dtype, command_line, describe_device, field, parse, read_json, run, versions,
                  write_json)
 from data.batches import Batches, TokenFile
+from data.passkey import PasskeyPrompts
 from data.prepare import corpus_for, ensure_corpus, read_text
 from eval import needs_settings, passkey, perplexity, texts, validation_documents
 from finetune import FinetuneConfig
@@ -40,7 +42,7 @@ from positions import training_positions
 from rope import METHODS, RopeConfig, inv_freq, rope_argument
 from theory import disturbance
 from train import fit, resumable
-from weights import load_config, load_model, load_tokenizer, original_window, with_rope
+from weights import load_config, load_model, load_tokenizer, original_window, some_weights, with_rope
 
 
 @dataclass
@@ -108,6 +110,8 @@ class Run:
     @property
     def name(self):
         words = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.method.replace('"', "").replace("rope_type: ", "")).strip("-")
+        if len(words) > 60:
+            words = f"{words[:40]}-{hashlib.sha256(self.method.encode()).hexdigest()[:8]}"
         return f"{words}-x{self.factor:g}-seed{self.seed}" + ("" if self.steps != (0,) else "-untrained")
 
 
@@ -118,7 +122,7 @@ def plan_runs(c):
         if c.plan != "scratch":
             runs += [Run(method, factor, c.seeds[0], (0,)) for method in [*c.methods, *c.zero_shot]]
         runs += [Run(method, factor, seed, tuple(c.steps)) for method in c.methods for seed in c.seeds]
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def windows(c, factor):
@@ -165,10 +169,22 @@ def one_run(c, run):
     folder, device, tokenizer = Path(c.folder) / c.plan, choose_device(c.device), tokenizer_of(c.model)
     keep, rows = Kept(folder / f"{run.name}.json", quiet=True), []
     for steps in run.steps:
-        conditions = [c.lengths, c.stride, c.eval_tokens, c.text, c.distances, c.trials, c.curves]
         how = resumable(settings(c, run, steps, folder)) | {"steps": steps}
-        rows.append(keep(["row", how, conditions], lambda: row(c, run, steps, folder, device, tokenizer, keep)))
+        rows.append(keep(["row", how, conditions(c, device)], lambda: row(c, run, steps, folder, device, tokenizer, keep)))
     return rows
+
+
+def conditions(c, device):
+    """What a row depends on beside its training's settings: the model's weights, the texts themselves, the measurement, the arithmetic."""
+    return [weights_of(c.model), read_json(Path(c.corpus) / "meta.json"), [hashlib.sha256(Path(t).read_bytes()).hexdigest() for t in c.text],
+            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, c.curves, device.type, str(choose_dtype(c.dtype, device)), c.compile,
+            c.recompute, versions()]
+
+
+@functools.cache
+def weights_of(path):
+    """A model's weights as a short word, by four numbers of each tensor."""
+    return hashlib.sha256(some_weights(load_model(path)).numpy().tobytes()).hexdigest()
 
 
 def row(c, run, steps, folder, device, tokenizer, keep):
@@ -177,12 +193,10 @@ def row(c, run, steps, folder, device, tokenizer, keep):
     seconds, dtype = 0.0, choose_dtype(c.dtype, device) if device.type == "cuda" else torch.float32
     if steps:
         model, how = begin(c, run, device), settings(c, run, steps, folder)
-        state = Path(how.out) / "state.pt"
-        if state.exists() and torch.load(state, map_location="cpu", weights_only=True, mmap=True)["step"] > steps:
-            how = dataclasses.replace(how, fresh=True)  # trained further already, and now it is to be measured otherwise: once more
+        how = dataclasses.replace(how, fresh=again(how, steps))
         batches = Batches(TokenFile(c.corpus, "train"), tokenizer, how.batch_size, window, how.passkey_share, L, how.passkey_packed, how.seed,
                           training_positions(model.config.rope, L, window))
-        seconds = fit(model, how, batches, None, tokenizer)
+        seconds = fit(model, how, batches, None, tokenizer, progress=False)
         model = load_model(how.out, device=device, dtype=dtype)  # what is measured is what the folder gives
     else:
         model = begin(c, run, device, dtype)
@@ -209,6 +223,22 @@ def row(c, run, steps, folder, device, tokenizer, keep):
             "training_seconds": seconds, **measured}
 
 
+def again(how, steps):
+    """Whether a training has to begin again: it has gone further than the steps after which it is now to be measured, in another way. One
+    with other settings is not replaced without a word."""
+    path = Path(how.out) / "state.pt"
+    if not path.exists():
+        return False
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        there, step = state["settings"], state["step"]
+    except Exception:  # damaged bytes raise anything
+        return True
+    if there != resumable(how):
+        raise UserError(f"{how.out} holds a training with other settings: give another --folder, or delete {path.parent.parent}")
+    return step > steps
+
+
 def documents(c, tokenizer):
     """{kind of text: documents}, none of it in the training text, each longer than the longest window, twice as long if the tokens allow."""
     longest = max(c.lengths)
@@ -216,8 +246,13 @@ def documents(c, tokenizer):
     source = read_json(Path(c.corpus) / "meta.json")["source"]
     kinds = {{"python": "Python"}.get(source, Path(c.corpus).name): validation_documents(c.corpus, length, c.eval_tokens, tokenizer)}
     if c.text:
-        return kinds | {Path(t).stem: texts([t], tokenizer, c.eval_tokens, longest) for t in c.text}
+        return kinds | {Path(t).stem: document(tokenizer, t, c.eval_tokens, longest) for t in c.text}
     return kinds | {"C++ headers": headers(tokenizer, length, c.eval_tokens)}
+
+
+@functools.cache
+def document(tokenizer, path, tokens, longest):
+    return texts([path], tokenizer, tokens, longest)
 
 
 @functools.cache
@@ -312,6 +347,7 @@ def estimate(c, runs, tokenizer, device):
         run = Run(c.methods[0], factor, 0, (1,))
         L, window = windows(c, factor)
         model, how = begin(c, run, device), settings(c, run, 1, Path(c.folder))
+        model.recompute = c.recompute
         x = torch.randint(0, model.config.vocab_size, (how.batch_size, window + 1), device=device)
         speeds = []
         for _ in range(3):  # the first is slower, and does not count
@@ -339,12 +375,23 @@ def one_core():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def in_child(c, run):
+    """one_run() in a process of its own, which ends when it is stopped: what it has done is on the disk."""
+    try:
+        return one_run(c, run)
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
 def fill_in(c):
     """The plan's flags where none are given, and mistakes refused before any work."""
     plan = PLANS[c.plan]
     c = dataclasses.replace(c, **{k: v for k, v in plan.items() if getattr(c, k) in (None, [])}, out=c.out or f"results/sweep-{c.plan}.json")
     base = load_config(c.model)
     L = original_window(base)
+    if not all(map(math.isfinite, c.factors)):
+        raise UserError("--factors: give numbers above 1")
+    c = dataclasses.replace(c, methods=list(dict.fromkeys(c.methods)), factors=list(dict.fromkeys(c.factors)), seeds=list(dict.fromkeys(c.seeds)))
     c = dataclasses.replace(c, lengths=sorted({*(c.lengths or [max(L // 2, 1), L, 2 * L, 4 * L]), *(round(L * f) for f in c.factors)}),
                             steps=sorted(set(c.steps)))
     if c.plan == "scratch" and len(c.steps) > 1:
@@ -353,7 +400,16 @@ def fill_in(c):
         raise UserError("--steps have to be at least 1, and --factors above 1: what is untrained or unscaled is measured anyway")
     if c.trials < 0 or c.distances < 1 or c.eval_tokens < 1 or c.step_tokens < 1 or c.jobs is not None and c.jobs < 1:
         raise UserError("--trials has to be at least 0; --distances, --eval-tokens, --step-tokens and --jobs at least 1")
+    if c.lengths[0] < 1 or min(c.seeds) < 0 or not (c.lr > 0 and math.isfinite(c.lr)):
+        raise UserError("--lengths have to be at least 1, --seeds at least 0, --lr above 0")
+    if c.stride is not None and not 1 <= c.stride <= c.lengths[0]:
+        raise UserError(f"--stride {c.stride}: has to be from 1 to the shortest window, {c.lengths[0]}")
+    names = [Path(t).stem for t in c.text]
+    if len(set(names)) < len(names):
+        raise UserError("--text: two files have the same name, which is that of their column: rename one of them")
     for method in [*c.methods, *c.zero_shot]:
+        if len(c.factors) > 1 and "factor" in rope_argument(method):
+            raise UserError(f"{method}: its own factor contradicts --factors {' '.join(f'{f:g}' for f in c.factors)}: give one of them")
         for factor in c.factors:
             with_rope(base, rope_of(c, method, factor))
     return c
@@ -377,28 +433,33 @@ def main(argv=None):
     if c.dry_run:
         return
     kinds, started, rows = documents(c, tokenizer), time.perf_counter(), {}
+    shortest = PasskeyPrompts(tokenizer).shortest
+    if c.trials and shortest > c.lengths[0]:
+        raise UserError(f"--lengths {c.lengths[0]}: a passkey prompt needs {shortest} tokens: give longer ones, or --trials 0")
     with tqdm(total=len(runs), desc="sweep", unit="run", disable=None) as bar:
         if jobs == 1:
             for r in runs:
                 rows[r] = one_run(c, r)
                 bar.update()
         else:
-            os.environ["TQDM_DISABLE"] = "1"  # the bars of several processes would overwrite one another
             pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=one_core)
             try:
-                waiting = {pool.submit(one_run, c, r): r for r in runs}
-                for future in as_completed(waiting):
-                    rows[waiting[future]] = future.result()
-                    bar.update()
+                todo, waiting = list(reversed(runs)), {}
+                while todo or waiting:
+                    while todo and len(waiting) < jobs:  # no more than are at work: what waits in the pool could not be called back
+                        r = todo.pop()
+                        waiting[pool.submit(in_child, c, r)] = r
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        rows[waiting.pop(future)] = future.result()
+                        bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in multiprocessing.active_children():
                     child.terminate()  # a training then saves itself
                     child.join()
                 raise
-            finally:
-                pool.shutdown()
-                del os.environ["TQDM_DISABLE"]
+            pool.shutdown()
+    torch.set_num_threads(threads)
     result = {"model": c.model, "rope": load_config(c.model).rope.to_dict(), "plan": c.plan, "rows": [row for r in runs for row in rows[r]],
               "original_window": original_window(load_config(c.model)), "lengths": c.lengths, "stride": c.stride or "window / 4",
               "documents": {k: len(d) for k, d in kinds.items()}, "tokens_scored": {k: sum(len(d) - 1 for d in docs) for k, docs in kinds.items()},

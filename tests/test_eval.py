@@ -5,6 +5,7 @@ import math
 import re
 import runpy
 import sys
+import threading
 import time
 import types
 from itertools import product
@@ -620,11 +621,45 @@ def test_a_store_tells_conditions_apart(tmp_path):
 def test_jobs_come_back_in_order_and_the_threads_stay_as_they_were():
     torch.set_num_threads(2)
     waits = {i: (0.03 if i % 2 else 0.0, i) for i in range(8)}
-    assert list(in_turn(lambda wait, i: time.sleep(wait) or i, waits, make(), Kept())) == list(range(8))
+    assert list(in_turn(lambda wait, i: time.sleep(wait) or i, waits, make(), Kept(), 1)) == list(range(8))
     assert torch.get_num_threads() == 2
     with pytest.raises(ZeroDivisionError):
-        list(in_turn(lambda wait, i: 1 // (i - 3), waits, make(), Kept()))
+        list(in_turn(lambda wait, i: 1 // (i - 3), waits, make(), Kept(), 1))
     assert torch.get_num_threads() == 2
+
+
+def test_what_is_done_is_kept_although_an_earlier_job_is_not(tmp_path):
+    torch.set_num_threads(2)
+    others = threading.Event()
+
+    def job(i):
+        if i == 0:  # broken off after all others have been done
+            others.wait(10)
+            raise KeyboardInterrupt
+        if i == 7:
+            others.set()
+        return i
+    with pytest.raises(KeyboardInterrupt):
+        list(in_turn(job, {i: (i,) for i in range(8)}, make(), Kept(tmp_path / "out.json"), 1))
+    kept = Kept(tmp_path / "out.json")
+    assert 0 not in kept and all(i in kept for i in range(1, 8))
+
+
+def test_large_passes_are_not_made_side_by_side():
+    torch.set_num_threads(2)
+    running, most, lock = [], [], threading.Lock()
+
+    def job(i):
+        with lock:
+            running.append(i)
+            most.append(len(running))
+        time.sleep(0.02)
+        with lock:
+            running.remove(i)
+    for size, expected in ((2**20, 2), (2**31, 1)):
+        most.clear()
+        list(in_turn(job, {i: (i,) for i in range(6)}, make(), Kept(), size))
+        assert max(most) == expected
 
 
 def test_a_forward_pass_has_a_row_at_least_and_more_of_shorter_ones():

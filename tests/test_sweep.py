@@ -2,7 +2,11 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,7 +130,9 @@ def test_other_conditions_are_measured_anew(command):
 @pytest.mark.parametrize("flags, words", [
     (["--methods", "linear", "--factors", "1"], "--factors above 1"), (["--methods", "lnear"], "lnear"), (["--steps", "0"], "--steps"),
     (["--methods", "longrope"], "longrope"), (["--plan", "scratch", "--steps", "2", "4"], "one number"), (["--trials", "-1"], "--trials"),
-    (["--jobs", "0"], "--jobs")])
+    (["--jobs", "0"], "--jobs"), (["--factors", "nan"], "--factors"), (["--lengths", "-5"], "--lengths"), (["--lengths", "20"], "passkey prompt"),
+    (["--stride", "100000"], "--stride"), (["--seeds", "-1"], "--seeds"), (["--lr", "0"], "--lr"),
+    (["--methods", '{"rope_type": "yarn", "factor": 8}'], "contradicts")])
 def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
     monkeypatch.setattr(sweep, "fit", None)
     with pytest.raises(UserError, match=words):
@@ -187,3 +193,43 @@ def test_a_blow_up_is_shown_as_such():
     rows = [made_up("default", 2.0, 0, 0, 50.0, 0) | {"perplexity": {"Python": {"100": None, "200": None}}}]
     assert sweep.tables({"rows": rows, "lengths": [100, 200]})[0][2][0][3:5] == ["inf", "inf"]
     assert math.isinf(float(sweep.cell([None], 2)))
+
+
+def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_path, L):
+    text = tmp_path / "prose.txt"
+    text.write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
+    command = [sys.executable, str(sweep.__file__), "--model", str(base), "--corpus", str(corpus_folder), "--text", str(text), "--trials", "0",
+               "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2", "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
+               "--lengths", str(L), "--eval-tokens", "900", "--device", "cpu", "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    runs = [tmp_path / "methods" / f"linear-x2-seed{n}" for n in range(3)]
+    for _ in range(600):
+        if all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in runs[:2]) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its children
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error, error
+    for run in runs[:2]:
+        state = torch.load(run / "state.pt", weights_only=True)
+        assert 0 < state["step"] < 100000 and load_model(run).config.rope.rope_type == "linear"
+    assert not runs[2].exists(), "nothing new begins"
+
+
+def test_a_training_with_other_settings_is_neither_used_nor_replaced(command):
+    flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "--seeds", "0"]
+    command(*flags, folder="lr")
+    with pytest.raises(UserError, match="other settings: give another --folder"):
+        command(*flags, "--lr", "1e-4", folder="lr")
+
+
+def test_rows_are_those_of_this_model_and_this_text(command, base, place, monkeypatch):
+    flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "--seeds", "0"]
+    before = numbers(command(*flags, folder="same"))
+    made = []
+    monkeypatch.setattr(sweep, "row", lambda c, run, steps, *_: made.append(steps) or {r["steps"]: r for r in before}[steps] | {"training_seconds": 0})
+    assert numbers(command(*flags, folder="same")) == before and made == []
+    monkeypatch.setattr(sweep, "weights_of", lambda path: "another model")
+    command(*flags, folder="same")
+    assert made == [0, 1]
