@@ -90,8 +90,9 @@ PLANS = {
     "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope", json.dumps({"rope_type": "default", "random_positions": 2048})],
                     factors=[1.0], seeds=[0], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
     # About 10^16 operations a training and half as many a measurement at all windows: minutes on an H100. --factors 4 is the second half.
-    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=["default", "linear", "ntk", "yarn", "dprope"],
-                    curves=["default", "linear", "ntk", "yarn", "dprope"], factors=[2.0], seeds=[0], steps=[50, 100, 200], step_tokens=16384,
+    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf",
+                    methods=["default", "linear", "ntk", "yarn", json.dumps({"rope_type": "dprope", "interpolated_dims": 40})],
+                    curves=["default", "linear", "ntk", "yarn", json.dumps({"rope_type": "dprope", "interpolated_dims": 40})], factors=[2.0], seeds=[0], steps=[50, 100, 200], step_tokens=16384,
                     lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=1)}
 
 
