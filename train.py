@@ -256,8 +256,7 @@ class Interrupts:
         self.before = {}
         with contextlib.suppress(ValueError):  # handlers belong to the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # of a child whose parent sees to it
-                    self.before[number] = signal.signal(number, self.note)
+                self.before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):

@@ -1,4 +1,5 @@
 """extras/sweep.py: the plan becomes runs, a run is the training that finetune.py would do, and what is measured is never measured again."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -202,14 +203,19 @@ def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_pa
                "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2", "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
                "--lengths", str(L), "--eval-tokens", "900", "--device", "cpu", "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which a test run in the background ignores
     runs = [tmp_path / "methods" / f"linear-x2-seed{n}" for n in range(3)]
     for _ in range(600):
         if all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in runs[:2]) or process.poll() is not None:
             break
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its children
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # leave nobody behind
     assert process.returncode == 130 and "Traceback" not in error, error
     for run in runs[:2]:
         state = torch.load(run / "state.pt", weights_only=True)
