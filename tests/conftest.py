@@ -11,6 +11,13 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tensors here are tiny: handing them to a second thread costs more than it brings
 
 
+@pytest.fixture(autouse=True, scope="function")
+def one_thread():
+    """Another number of threads, which some tests want, changes the last digits of what later ones compute."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from data.tokenizer import Tokenizer
