@@ -80,6 +80,7 @@ class SweepConfig:
 # Every method that stretches RoPE by a factor alone; what needs more to differ from these (longrope, proportional, resonance) has to be named.
 EVERY = ["default", *(name for name, m in METHODS.items() if m.rotary and m.train_on == "target" and not needs_settings(m) and not m.whole_head
                       and name != "default")]
+PAPERS = ["default", "linear", "ntk", "yarn", json.dumps({"rope_type": "dprope", "interpolated_dims": 40})]  # 40 of 64: DPRoPE's own share
 PLANS = {
     "methods": dict(model="data/tiny", methods=EVERY, curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1], steps=[25, 50, 100, 200],
                     step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
@@ -90,10 +91,8 @@ PLANS = {
     "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope", json.dumps({"rope_type": "default", "random_positions": 2048})],
                     factors=[1.0], seeds=[0], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
     # About 10^16 operations a training and half as many a measurement at all windows: minutes on an H100. --factors 4 is the second half.
-    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf",
-                    methods=["default", "linear", "ntk", "yarn", json.dumps({"rope_type": "dprope", "interpolated_dims": 40})],
-                    curves=["default", "linear", "ntk", "yarn", json.dumps({"rope_type": "dprope", "interpolated_dims": 40})], factors=[2.0], seeds=[0], steps=[50, 100, 200], step_tokens=16384,
-                    lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=1)}
+    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS, factors=[2.0], seeds=[0], steps=[50, 100, 200],
+                    step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
