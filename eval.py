@@ -134,14 +134,16 @@ def window_and_stride(model, window=None, stride=None):
 def window_nll(model, windows, window, bins):
     """Sum of -ln p in nats, and number, of the scored tokens of windows of one length: [2][bins], by how much of the window each had read.
 
-    windows: [(document, begin, end, skip)], see sliding_windows. Only the scored positions meet the vocabulary.
+    windows: [(document, begin, end, skip)], see sliding_windows. Only the scored positions are computed in the last layer and meet the
+    vocabulary.
     """
     x = torch.from_numpy(np.stack([d[begin:end + 1] for d, begin, end, _ in windows]).astype(np.int64)).to(model.device)
-    first = torch.tensor([skip for *_, skip in windows], device=model.device)
-    place = torch.arange(x.shape[1] - 1, device=model.device).expand(len(x), -1)                 # [B, T]
-    scored = place >= first[:, None]
-    hidden = model.hidden(x[:, :-1])                                                             # [B, T, C]
-    nll = model.nll(hidden[scored], x[:, 1:][scored]).float().cpu().double().numpy()
+    skip = torch.tensor([skip for *_, skip in windows], device=model.device)
+    T, first = x.shape[1] - 1, min(skip for *_, skip in windows)
+    place = torch.arange(first, T, device=model.device).expand(len(x), -1)                       # [B, T - first]
+    scored = place >= skip[:, None]
+    hidden = model.hidden(x[:, :-1], last=T - first)                                             # [B, T - first, C]
+    nll = model.nll(hidden[scored], x[:, 1 + first:][scored]).float().cpu().double().numpy()
     which = place[scored].cpu().numpy() * bins // window
     return [np.bincount(which, nll, bins).tolist(), np.bincount(which, minlength=bins).tolist()]
 
@@ -236,7 +238,7 @@ def most_probable(model, prompts, answers):
     """What one pass over prompts and answers finds most probable at each token of the answer and at the one after it: lists of ids."""
     x = torch.from_numpy(np.stack([np.concatenate(pair) for pair in zip(prompts, answers)])).to(model.device)
     longest = max(map(len, answers))
-    greedy = model(x, select=slice(x.shape[1] - longest - 1, None)).argmax(dim=-1).cpu()     # [B, longest + 1]
+    greedy = model(x, last=longest + 1).argmax(dim=-1).cpu()                                 # [B, longest + 1]
     return [row[longest - len(answer):].tolist() for row, answer in zip(greedy, answers)]
 
 

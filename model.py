@@ -311,15 +311,17 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x, where, layer=None, cache=None, implementation="auto"):
+    def forward(self, x, where, layer=None, cache=None, implementation="auto", queries=None):
         """x [B, T, C] -> [B, T, C]. where: what there is to know of x's positions; layer: its number, by which the cache keeps keys and
-        values."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))  # [B, H or K, T, D]
-        q, k = apply_rope(q, *where.q), apply_rope(k, *where.k)
+        values; queries: only the last so many tokens ask, all of them answer -> [B, queries, C]."""
+        queries = x.shape[1] if queries is None else queries
+        q, k, v = (w(part).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)      # [B, H, queries, D], [B, K, T, D] twice
+                   for w, part in ((self.wq, x[:, -queries:]), (self.wk, x), (self.wv, x)))
+        q, k = apply_rope(q, *(t[..., -queries:, :] for t in where.q)), apply_rope(k, *where.k)
         if cache is not None:
             k, v = cache.update(layer, k, v)                                       # [B, K, T, D] -> [B, K, S, D]
-        out = attention(q, k, v, where.bias, implementation)                       # [B, H, T, D]
-        return self.wo(out.transpose(1, 2).flatten(2))                             # [B, T, H*D] -> [B, T, C]
+        out = attention(q, k, v, where.bias, implementation)                       # [B, H, queries, D]
+        return self.wo(out.transpose(1, 2).flatten(2))                             # [B, queries, H*D] -> [B, queries, C]
 
 
 class FeedForward(nn.Module):
@@ -336,15 +338,16 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + feed_forward(norm x)."""
+    """x + attention(norm x), then x + feed_forward(norm x); of the last `queries` tokens, if given."""
 
     def __init__(self, config):
         super().__init__()
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
         self.attention_norm, self.ffn_norm = RMSNorm(config.dim, config.norm_eps), RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, *args):
-        x = x + self.attention(self.attention_norm(x), *args)
+    def forward(self, x, where, layer=None, cache=None, implementation="auto", queries=None):
+        queries = x.shape[1] if queries is None else queries
+        x = x[:, -queries:] + self.attention(self.attention_norm(x), where, layer, cache, implementation, queries)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -382,8 +385,9 @@ class LLaMA(nn.Module):
         seq_len = int(positions.max()) + 1 if depends_on_length(self.config.rope) else None
         return inv_freq(self.config.rope, self.config.head_dim, seq_len, self.clex)
 
-    def hidden(self, tokens, positions=None, cache=None):
+    def hidden(self, tokens, positions=None, cache=None, last=None):
         """Final normalised states: tokens [B, T] -> [B, T, C]. positions [T] or [B, T] default to what follows the cache: 0, 1, 2, ...
+        last: how many at the end are wanted -> [B, last, C]; the last layer, of which only they are read, computes no others.
 
         cos and sin are made anew at every call: a table that is never kept is never stale, cast or uninitialised.
         """
@@ -399,21 +403,21 @@ class LLaMA(nn.Module):
         x = self.tok_embeddings(tokens)                                            # [B, T] -> [B, T, C]
         rope = where(self.config.rope, self.config.n_heads, frequencies.to(x.device), attention_factor, positions, text_positions)
         for n, layer in enumerate(self.layers):
+            queries = x.shape[1] if n < len(self.layers) - 1 else T if last is None else last
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, n, cache, self.attention, use_reentrant=False)
+                x = checkpoint(layer, x, rope, n, cache, self.attention, queries, use_reentrant=False)
             else:
-                x = layer(x, rope, n, cache, self.attention)
-        return self.norm(x[:, -T:])
+                x = layer(x, rope, n, cache, self.attention, queries)
+        return self.norm(x)
 
     def logits(self, hidden):
         """[..., C] -> [..., V] in float32."""
         weight = self.tok_embeddings.weight if self.output is None else self.output.weight
         return F.linear(hidden, weight).float()
 
-    def forward(self, tokens, positions=None, cache=None, select=None):
-        """Logits of the next token: tokens [B, T] -> [B, T, V]. select: slice or index of the positions along T that are wanted."""
-        hidden = self.hidden(tokens, positions, cache)
-        return self.logits(hidden if select is None else hidden[:, select])
+    def forward(self, tokens, positions=None, cache=None, last=None):
+        """Logits of the next token: tokens [B, T] -> [B, T, V], or of the last so many tokens only -> [B, last, V]."""
+        return self.logits(self.hidden(tokens, positions, cache, last))
 
     def nll(self, hidden, targets):
         """-ln p(target), in nats, per token: hidden [N, C], targets [N] -> [N]; 0 where the target is -100. Logits exist a chunk at a time,
@@ -454,7 +458,7 @@ def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, stop=(), s
     cache = KVCache(model.config, len(prompt), longest + max_new_tokens, prompt.device, model.tok_embeddings.weight.dtype)
     tokens, done = prompt[:, :shortest], lengths + max_new_tokens <= shortest
     for n in range(shortest, longest + max_new_tokens):                            # n tokens are there
-        logits = model(tokens, cache=cache, select=[-1])[:, 0]                     # [B, V]
+        logits = model(tokens, cache=cache, last=1)[:, 0]                          # [B, V]
         token = torch.where(done, tokens[:, -1], sample(logits, temperature, top_p, generator))
         if n < longest:
             token = torch.where(n < lengths, prompt[:, n], token)

@@ -583,5 +583,10 @@ def apply_rope(x, cos, sin):
     if 2 * cos.shape[-1] < x.shape[-1]:                                            # partial rotary dimensions
         x, rest = x[..., :2 * cos.shape[-1]], x[..., 2 * cos.shape[-1]:]
         return torch.cat([apply_rope(x, cos, sin), rest], dim=-1)
-    u, v = x.float().unflatten(-1, (-1, 2)).unbind(-1)                             # [B, H, T, D] -> two of [B, H, T, D/2]
-    return torch.stack((u * cos - v * sin, u * sin + v * cos), dim=-1).flatten(-2).type_as(x)  # [B, H, T, D/2, 2] -> [B, H, T, D]
+    pairs = x.float().unflatten(-1, (-1, 2))                                       # [B, H, T, D] -> [B, H, T, D/2, 2]
+    if torch.compiler.is_compiling() or x.device.type == "mps":                    # complex numbers are foreign to both
+        u, v = pairs.unbind(-1)
+        turned = torch.stack((u * cos - v * sin, u * sin + v * cos), dim=-1)
+    else:                                                                          # (u + iv)(cos + i sin): the same in one pass over memory
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).type_as(x)                                           # [B, H, T, D/2, 2] -> [B, H, T, D]

@@ -150,7 +150,8 @@ class Harness(LM):
         wanted = torch.zeros_like(x[:, 1:], dtype=torch.bool)                                # [B, T]
         for row, (ids, n) in zip(wanted, rows):
             row[len(ids) - 1 - n:len(ids) - 1] = True
-        hidden, targets = self.model.hidden(x[:, :-1])[wanted], x[:, 1:][wanted]             # [N, C], [N]
+        last = max(1, x.shape[1] - min(len(ids) - n for ids, n in rows))                     # from the first wanted one on
+        hidden, targets = self.model.hidden(x[:, :-1], last=last)[wanted[:, -last:]], x[:, 1:][wanted]   # [N, C], [N]
         size, logprob, greedy = max(1, LOSS_CHUNK // self.model.config.vocab_size), [], []
         for h, t in zip(hidden.split(size), targets.split(size)):
             logits = self.model.logits(h)

@@ -115,10 +115,10 @@ class Local(LLaMA):
     """Its predictions depend on the last k tokens and on nothing else; how many rows meet the vocabulary is counted."""
     k, rows = 3, 0
 
-    def hidden(self, tokens, positions=None, cache=None):
+    def hidden(self, tokens, positions=None, cache=None, last=None):
         x = self.tok_embeddings(tokens)
         past = [torch.nn.functional.pad(x, (0, 0, j, 0))[:, :x.shape[1]] * (j + 1) for j in range(self.k)]
-        return torch.stack(past).sum(dim=0).tanh()
+        return torch.stack(past).sum(dim=0).tanh()[:, -(last or x.shape[1]):]
 
     def nll(self, hidden, targets):
         self.rows += len(hidden)
@@ -275,12 +275,12 @@ class Scripted:
         words = script if said == script[:len(said)] else right
         return words[len(said)] if len(said) < len(words) else self.tokenizer.encode("\n")[0]
 
-    def __call__(self, tokens, positions=None, cache=None, select=None):
+    def __call__(self, tokens, positions=None, cache=None, last=None):
         if cache is not None:
             self.generated += 1
             tokens = cache.context = torch.cat([cache.context, tokens], dim=1) if hasattr(cache, "context") else tokens
         self.passes += 1
-        wanted = torch.arange(tokens.shape[1])[select].tolist()
+        wanted = list(range(tokens.shape[1]))[-(last or tokens.shape[1]):]
         logits = torch.zeros(len(tokens), len(wanted), self.config.vocab_size)
         for row, context in enumerate(tokens.tolist()):
             for n, t in enumerate(wanted):
@@ -359,7 +359,7 @@ def test_teacher_forcing_agrees_with_generation_on_a_real_model(tokenizer, build
     said = torch.from_numpy(prompts)
     with torch.no_grad():
         for _ in range(room):  # greedy by definition: no cache, everything anew for each token
-            said = torch.cat([said, model(said, select=[-1]).argmax(dim=-1)], dim=1)
+            said = torch.cat([said, model(said, last=1).argmax(dim=-1)], dim=1)
     rows = []
     for prompt, tokens in zip(prompts, said[:, 14:].tolist()):
         number = (re.search("[0-9]+", tokenizer.decode(tokens)) or ["1"])[0][:room - 6]  # answer and four more are what may be said

@@ -134,10 +134,24 @@ def test_a_long_input_leaves_nothing_behind_for_a_short_one(name):
     assert torch.equal(model(tokens), long)
 
 
-@pytest.mark.parametrize("select", [slice(-1, None), [-1], [0, 3, 8], slice(2, 7), torch.tensor([5, 1])], ids=str)
-def test_selected_logits_are_those_of_the_whole(select):
-    model, tokens = build(), draw(2, 9)
-    torch.testing.assert_close(model(tokens, select=select), model(tokens)[:, select])
+@pytest.mark.parametrize("name", ["default", "alibi", "xpos", "nope"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_last_logits_are_those_of_the_whole(implementation, name):
+    """... although the last layer computes no others."""
+    model, tokens = build(rope=RopeConfig(rope_type=name), attention=implementation), draw(2, 9)
+    for last in (1, 4, 9):
+        torch.testing.assert_close(model(tokens, last=last), model(tokens)[:, -last:])
+    cache = KVCache(model.config, 2, 9)
+    both = torch.cat([model(tokens[:, :6], cache=cache, last=2), model(tokens[:, 6:], cache=cache, last=2)], dim=1)
+    torch.testing.assert_close(both, model(tokens)[:, [4, 5, 7, 8]])
+
+
+def test_the_last_layer_computes_only_what_is_wanted():
+    model, widths = build(), []
+    for layer in model.layers:
+        layer.feed_forward.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
+    model(draw(2, 9), last=2)
+    assert widths == [9] * (len(model.layers) - 1) + [2]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -474,7 +488,7 @@ def test_temperature_and_top_p_shape_the_distribution():
     probabilities = torch.tensor([0.5, 0.1, 0.25, 0.15])
     class Constant(torch.nn.Module):  # a model whose next-token distribution is known
         config, tok_embeddings = build().config, torch.nn.Embedding(1, 1)
-        def forward(self, tokens, positions=None, cache=None, select=None):
+        def forward(self, tokens, positions=None, cache=None, last=None):
             return probabilities.log().expand(len(tokens), 1, 4)
 
     def frequencies(**sampling):
