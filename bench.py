@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from cli import UserError, choose_device, choose_dtype, describe_device, field, parse, run, write_json
 from data.prepare import corpus_for, ensure_corpus
-from eval import perplexity, result, texts, validation_documents, window_and_stride
+from eval import perplexity, texts, validation_documents, window_and_stride
 from huggingface import export
 from model import ATTENTION, LLaMA, attention, generate
+from passes import result
 from weights import load_model, load_tokenizer
 
 WHAT = ["attention", "training", "generation", "perplexity"]

@@ -9,13 +9,10 @@ A model's folder knows its own RoPE scaling; --rope and --factor replace it, for
 name or a JSON object with its settings. Each command prints what it measured and under which conditions, and with --out writes it as JSON.
 """
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,72 +21,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import (Kept, Parser, UserError, add_flags, choose_device, choose_dtype, command_line, describe_device, field, read_json, run, versions,
-                 write_json)
+from cli import Kept, Parser, UserError, add_flags, choose_device, choose_dtype, describe_device, field, read_json, run, write_json
 from data.batches import TokenFile
-from data.needle import NeedlePrompts
-from data.passkey import PasskeyPrompts, random_key
 from data.prepare import ensure_corpus, read_text
 from model import stream
+from passes import in_turn, result, row_bytes, rows_at_once, store
 from plot import plot_compare
-from rope import METHODS, RopeConfig, depends_on_length, inv_freq, rope_argument
-from weights import load_config, load_model, load_tokenizer, original_window, some_weights, with_rope
-
-def result(model, seed, **measured):
-    """What every result says: which model with which positions, measured where and by what; then what came out."""
-    return {"model": str(getattr(model, "path", "")), "rope": model.config.rope.to_dict(),
-            "original_window": original_window(model.config), **measured,
-            "seed": seed, "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."), "attention": model.attention,
-            "device": describe_device(model.device), "versions": versions(), "command": command_line()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward passes: how large, how many at a time, and what remains of them
-
-
-def row_bytes(model, length, generating=False):
-    """Memory of one row of a forward pass, about: its widest activations, and the keys and values that generating keeps."""
-    c = model.config
-    numbers = 3 * c.ffn_dim + 8 * c.dim + (2 * c.n_layers * c.n_kv_heads * c.head_dim if generating else 0)
-    scores = 12 * c.n_heads * length**2 if model.attention == "naive" else 0
-    return length * numbers * model.tok_embeddings.weight.element_size() + scores
-
-
-def rows_at_once(model, length, generating=False):
-    """Rows of `length` tokens in a forward pass, so that they fill an eighth of a GPU's memory, or 64 MiB on a CPU: enough to keep a core
-    busy. The same on every run, as rows computed together differ in the last digits from rows computed apart."""
-    budget = 2**26
-    if model.device.type == "cuda":
-        budget = torch.cuda.get_device_properties(model.device).total_memory // 8
-    return max(1, min(budget // row_bytes(model, length, generating), 2**15))
-
-
-def in_turn(function, jobs, model, keep, size):
-    """Yields function(*job) for every job of {key: job}, in order, while the following ones are at work; what is kept is not computed again.
-
-    On a CPU each core takes a job of its own, as far as 2 GiB allow (size: bytes of the largest): shared among the cores, every single
-    operation would have them wait for one another at its end. On a GPU a second thread queues the next pass while the first one fetches.
-    """
-    before = torch.get_num_threads()
-    workers = max(1, min(before, len(jobs), 2**31 // max(size, 1))) if model.device.type == "cpu" else 2
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, before // workers),))
-    try:
-        futures = {key: pool.submit(keep, key, functools.partial(function, *jobs[key])) for key in jobs if key not in keep}
-        for key in jobs:
-            yield futures.pop(key).result() if key in futures else keep(key, None)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
-
-
-def store(keep, model, *conditions):
-    """The cli.Kept of a measurement: what it depends on stands in front of its keys, weights (four numbers of each tensor), positions and
-    arithmetic first."""
-    if keep is None or keep.path is None:
-        return Kept()
-    weights = hashlib.sha256(some_weights(model).numpy().tobytes()).hexdigest()
-    return keep.within(weights, model.config.rope.to_dict(), str(model.tok_embeddings.weight.dtype), model.attention,
-                       describe_device(model.device), versions(), *conditions)
+from retrieval import needle, passkey
+from rope import METHODS, RopeConfig, inv_freq, rope_argument
+from weights import load_config, load_model, load_tokenizer, original_window, with_rope
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,152 +123,6 @@ def perplexity(model, documents, window=None, stride=None, seed=0, progress=True
     return result(model, seed, perplexity=math.inf if mean > 700 else math.exp(mean), nll=float(mean), tokens=int(count.sum()),
                   documents=len(documents), window=window, stride=stride, bos="once, at the start of each document", **more,
                   seconds=time.perf_counter() - started)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Passkey
-
-
-def judge(text, key, ended=False):
-    """The verdict on a continuation: its first run of digits is the key. True or False; None while more text could still decide,
-    which none can when it has ended."""
-    found = re.search("[0-9]+", text)
-    number = found.group() if found else ""
-    if ended or found and found.end() < len(text):
-        return number == key
-    return None if key.startswith(number) else False  # no digit yet, or the number may go on
-
-
-def judge_tokens(tokenizer, tokens, key, ended=False):
-    """judge() on token ids, which EOS ends."""
-    if tokenizer.eos_id in tokens:
-        tokens, ended = tokens[:tokens.index(tokenizer.eos_id)], True
-    return judge(tokenizer.decode(tokens), key, ended)
-
-
-@torch.inference_mode()
-def retrieve(model, tokenizer, prompts, answers, keys, generation=False):
-    """Whether greedy decoding answers each prompt with its key: list of bool. Prompt and answer together have the same length in all rows.
-
-    One teacher-forced pass decides: as long as the most probable tokens are the answer's, generation sees the same context, so it produces
-    them. Where they differ, the digits so far nearly always rule the key out already; the rows that they leave open are generated. So are
-    all rows if the frequencies depend on the length: the pass would see the first digit with those of the last.
-    """
-    verdicts = [None] * len(keys)
-    if not generation and not depends_on_length(model.config.rope):
-        for i, produced in enumerate(most_probable(model, prompts, answers)):
-            same = next((n for n, (a, b) in enumerate(zip(produced, answers[i])) if a != b), len(answers[i]))
-            verdicts[i] = judge_tokens(tokenizer, produced[:same + 1], keys[i])
-    for length in sorted({len(p) for p, v in zip(prompts, verdicts) if v is None}):
-        rows = [i for i, v in enumerate(verdicts) if v is None and len(prompts[i]) == length]
-        prompt = torch.from_numpy(np.stack([prompts[i] for i in rows])).to(model.device)
-        said = [[] for _ in rows]
-        for new in stream(model, prompt, len(answers[rows[0]]) + 4, stop=(tokenizer.eos_id,)):
-            for i, tokens, token in zip(rows, said, new.tolist()):
-                tokens.append(token)
-                verdicts[i] = judge_tokens(tokenizer, tokens, keys[i]) if verdicts[i] is None else verdicts[i]
-            if all(verdicts[i] is not None for i in rows):  # every further token of a length-dependent method costs a pass over the whole text
-                break
-        for i, tokens in zip(rows, said):
-            verdicts[i] = judge_tokens(tokenizer, tokens, keys[i], ended=True) if verdicts[i] is None else verdicts[i]
-    return verdicts
-
-
-def most_probable(model, prompts, answers):
-    """What one pass over prompts and answers finds most probable at each token of the answer and at the one after it: lists of ids."""
-    x = torch.from_numpy(np.stack([np.concatenate(pair) for pair in zip(prompts, answers)])).to(model.device)
-    longest = max(map(len, answers))
-    greedy = model(x, last=longest + 1).argmax(dim=-1).cpu()                                 # [B, longest + 1]
-    return [row[longest - len(answer):].tolist() for row, answer in zip(greedy, answers)]
-
-
-@torch.inference_mode()
-def recall(model, prompts, answers):
-    """Share of each answer's tokens that are the most probable ones after those before them, in one pass: a list of numbers from 0 to 1."""
-    return [float(np.mean(np.equal(produced[:-1], answer))) for produced, answer in zip(most_probable(model, prompts, answers), answers)]
-
-
-def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress=True, generating=False):
-    """Measure `trials` prompts at every length and depth: what passkey and needle return beside their own numbers.
-
-    build(rng, length, depth) -> (a tuple that describes one prompt, the distance of what is hidden from the prompt's end);
-    measure(list of such tuples) -> a number a prompt, from 0 to 1.
-    """
-    lengths = sorted(set(lengths or [model.config.max_seq_len]))
-    if depths < 1 or trials < 1:
-        raise UserError(f"depths {depths}, trials {trials}: both have to be at least 1")
-    if seed < 0:
-        raise UserError(f"seed {seed}: give 0 or more")
-    if lengths[0] < 1:
-        raise UserError(f"a {name} prompt of {lengths[0]} tokens is too short: lengths are numbers of tokens")
-    places, jobs, distances, started = [0.5] if depths == 1 else [i / (depths - 1) for i in range(depths)], {}, {}, time.perf_counter()
-    for length in lengths:
-        rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length, generating)
-        built = [build(rng, length, places[i // trials]) for i in range(depths * trials)]
-        distances[length] = [distance for _, distance in built[::trials]]
-        for i in range(0, len(built), size):
-            cases = [case for case, _ in built[i:i + size]]
-            text = hashlib.sha256(b"".join(array.tobytes() for prompt, answer, *_ in cases for array in (prompt, answer))).hexdigest()
-            jobs[length, i, text] = (cases,)
-    found, keep = {length: [] for length in lengths}, store(keep, model, name)
-    with tqdm(total=len(lengths) * depths * trials, desc=name, unit="prompt", leave=False, disable=None if progress else True) as bar:
-        for (length, *_), numbers in zip(jobs, in_turn(measure, jobs, model, keep, size * row_bytes(model, lengths[-1], generating))):
-            found[length] += numbers
-            bar.update(len(numbers))
-    by_depth = {n: np.reshape(v, (depths, trials)).mean(axis=1).tolist() for n, v in found.items()}
-    return {"accuracy": {n: float(np.mean(a)) for n, a in by_depth.items()}, "lengths": lengths, "depths": places, "trials": trials,
-            "accuracy_by_depth": by_depth, "distances": distances, "seconds": time.perf_counter() - started}
-
-
-def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progress=True, generation=False, keep=None):
-    """Accuracy of greedy passkey retrieval at each length (tokens, the answer counted) over `depths` places of the key, `trials` keys each.
-
-    k_max is the PI paper's effective window at the longest length: the greatest distance k of the key from the end such that at every
-    distance tried up to k at least 20 % of the trials succeed (0 if none does). keep: a cli.Kept. Returns the dict of the JSON file.
-    """
-    builder = PasskeyPrompts(tokenizer)
-
-    def build(rng, length, depth):
-        key = random_key(rng)
-        prompt, answer = builder.build(key, length, depth=depth)
-        return (prompt, answer, key), len(prompt) - builder.position(prompt, key)
-
-    def measure(cases):
-        return list(map(bool, retrieve(model, tokenizer, *zip(*cases), generation)))
-
-    name = "passkey by generation" if generation else "passkey"
-    found = grid(model, build, measure, lengths, depths, trials, seed, keep, name, progress, generating=True)  # some answers are generated
-    longest = found["lengths"][-1]
-    return result(model, seed, k_max=k_max(found["distances"][longest], found["accuracy_by_depth"][longest]), **found)
-
-
-def needle(model, tokenizer, documents, lengths=None, depths=10, trials=10, seed=0, progress=True, keep=None):
-    """A sentence hidden in text, begun again at the end: share of the tokens of its second half that the model finds most probable, each
-    after the right ones before it. documents: the haystack, arrays of token ids with BOS in front. `floor` is the same share at each
-    length where the sentence is hidden nowhere: what grammar alone tells. keep: a cli.Kept. Returns the dict of the JSON file.
-    """
-    builder = NeedlePrompts(tokenizer, documents)
-
-    def build(rng, length, depth):
-        prompt, answer, place = builder.build(rng, length, depth)
-        return (prompt, answer), len(prompt) - place
-
-    def measure(cases):
-        return recall(model, *zip(*cases))
-
-    found = grid(model, build, measure, lengths, depths, trials, seed, keep, "needle", progress)
-    floor = grid(model, lambda rng, length, _: build(rng, length, None), measure, found["lengths"], 1, trials, seed, keep, "floor", progress)
-    return result(model, seed, floor=floor["accuracy"], **found)
-
-
-def k_max(distances, accuracy, threshold=0.2):
-    """The largest distance up to which every tried one has at least `threshold` accuracy; 0 if the nearest fails. (PI paper, 3.3)"""
-    best = 0
-    for distance, value in sorted(zip(distances, accuracy)):
-        if value < threshold:
-            break
-        best = distance
-    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------

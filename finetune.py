@@ -24,7 +24,8 @@ import torch
 from cli import Kept, UserError, choose_device, field, parse, read_json, run, write_json
 from data.batches import Batches, TokenFile
 from data.prepare import corpus_for, ensure_corpus
-from eval import measure, result, table, validation_documents
+from eval import measure, table, validation_documents
+from passes import result
 from plot import plot_finetune
 from positions import training_positions
 from rope import METHODS, RopeConfig, rope_argument

@@ -212,7 +212,7 @@ def plot_sweep(result, path):
     def dims(r):
         return r["rope"].get("interpolated_dims")
 
-    by_dims, scratch = any(dims(r) is not None for r in rows), factors == [1]
+    by_dims, scratch = len({dims(r) for r in rows} - {None}) > 1, factors == [1]
     columns = 1 if by_dims else 2 if scratch else 3
     figure, axes = plt.subplots(len(factors), columns, figsize=(5 * columns, 3.7 * len(factors) + 0.6), layout="constrained", squeeze=False)
     for factor, panels in zip(factors, axes):

@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from cli import Kept, UserError, field, parse, run, write_json
-from eval import Common, load, result, rows_at_once, sliding_windows, store, window_and_stride
+from eval import Common, load, sliding_windows, window_and_stride
 from model import LOSS_CHUNK, stream
+from passes import result, rows_at_once, store
 from rope import depends_on_length
 
 try:

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from cli import Kept, UserError, field, parse, run, write_json
 from data.passkey import GARBAGE
 from data.prepare import ensure_corpus, read_text
-from eval import Common, load, result, rows_at_once, store, validation_documents
+from eval import Common, load, validation_documents
 from model import generate
+from passes import result, rows_at_once, store
 from weights import original_window
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

@@ -34,11 +34,12 @@ from cli import (Kept, UserError, choose_device, choose_dtype, command_line, des
 from data.batches import Batches, TokenFile
 from data.passkey import PasskeyPrompts
 from data.prepare import corpus_for, ensure_corpus, read_text
-from eval import needs_settings, passkey, perplexity, texts, validation_documents
+from eval import needs_settings, perplexity, texts, validation_documents
 from finetune import FinetuneConfig
 from model import LLaMA
 from plot import plot_sweep
 from positions import training_positions
+from retrieval import passkey
 from rope import METHODS, RopeConfig, inv_freq, rope_argument
 from theory import disturbance
 from train import fit, resumable
@@ -80,9 +81,10 @@ class SweepConfig:
 # Every method that stretches RoPE by a factor alone; what needs more to differ from these (longrope, proportional, resonance) has to be named.
 EVERY = ["default", *(name for name, m in METHODS.items() if m.rotary and m.train_on == "target" and not needs_settings(m) and not m.whole_head
                       and name != "default")]
-PAPERS = ["default", "linear", "ntk", "yarn", json.dumps({"rope_type": "dprope", "interpolated_dims": 40})]  # 40 of 64: DPRoPE's own share
+DPROPE = json.dumps({"rope_type": "dprope", "interpolated_dims": 40})  # of 64, the paper's share; the method alone goes by its threshold
+PAPERS = ["default", "linear", "ntk", "yarn", DPROPE]
 PLANS = {
-    "methods": dict(model="data/tiny", methods=EVERY, curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1], steps=[25, 50, 100, 200],
+    "methods": dict(model="data/tiny", methods=[*EVERY, DPROPE], curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1], steps=[25, 50, 100, 200],
                     step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
     "dprope": dict(model="data/tiny", methods=[json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (0, 16, 32, 48, 64)],
                    zero_shot=[*(json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (8, 24, 40, 56)), "dprope",

@@ -17,13 +17,15 @@ import torch
 
 import eval as evaluation
 import reference
+import retrieval
 from cli import Kept, UserError, run
 from data.needle import NeedlePrompts
 from data.passkey import PasskeyPrompts, inside, random_key
 from data.tokenizer import Tokenizer
-from eval import (bits_per_byte, in_turn, judge, k_max, main, needle, passkey, perplexity, recall, retrieve, rows_at_once,
-                  sliding_windows, validation_documents)
+from eval import bits_per_byte, main, needle, passkey, perplexity, sliding_windows, validation_documents
 from model import LLaMA, ModelConfig
+from passes import in_turn, rows_at_once
+from retrieval import judge, k_max, recall, retrieve
 from rope import RopeConfig
 from weights import load_model, load_tokenizer, save_model
 
@@ -409,8 +411,8 @@ def test_accuracy_counts_the_trials_of_its_own_depth(tokenizer, builder, monkeyp
         assert all(builder.position(p, k) > 0 and len(p) + len(a) == 100 for p, a, k in zip(prompts, answers, keys))
         return [k < "50000" for k in keys]
 
-    monkeypatch.setattr(evaluation, "retrieve", fake)
-    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length, generating=False: 7)  # batches end within a depth
+    monkeypatch.setattr(retrieval, "retrieve", fake)
+    monkeypatch.setattr(retrieval, "rows_at_once", lambda model, length, generating=False: 7)  # batches end within a depth
     measured = passkey(make(), tokenizer, [100], depths=4, trials=5, progress=False)
     rows = np.array([k < "50000" for k in asked]).reshape(4, 5)
     assert measured["accuracy_by_depth"][100] == rows.mean(axis=1).tolist()
@@ -420,7 +422,7 @@ def test_accuracy_counts_the_trials_of_its_own_depth(tokenizer, builder, monkeyp
 
 def test_keys_follow_from_the_seed_and_the_length(tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "retrieve", lambda _0, _1, _2, _3, keys, _4: asked.extend(keys) or [True] * len(keys))
+    monkeypatch.setattr(retrieval, "retrieve", lambda _0, _1, _2, _3, keys, _4: asked.extend(keys) or [True] * len(keys))
 
     def keys(lengths, seed):
         asked.clear()
@@ -570,31 +572,31 @@ class Countdown:
         return self.function(*args)
 
 
-@pytest.mark.parametrize("name, measure", [
-    ("window_nll", lambda model, tokenizer, haystack, keep: perplexity(model, documents(90, 41), 16, 8, progress=False, bins=2, keep=keep)),
-    ("retrieve", lambda model, tokenizer, haystack, keep: passkey(model, tokenizer, [90, 100], 3, 4, progress=False, keep=keep)),
-    ("recall", lambda model, tokenizer, haystack, keep: needle(model, tokenizer, haystack, [110, 100], 2, 3, progress=False, keep=keep))])
-def test_what_was_measured_before_an_interruption_is_not_measured_again(name, measure, tokenizer, haystack, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "rows_at_once", lambda model, length, generating=False: 2)
-    model, function, out = make(vocab_size=tokenizer.vocab_size), getattr(evaluation, name), tmp_path / "out.json"
+@pytest.mark.parametrize("module, name, measure", [
+    (evaluation, "window_nll", lambda model, tokenizer, haystack, keep: perplexity(model, documents(90, 41), 16, 8, progress=False, bins=2, keep=keep)),
+    (retrieval, "retrieve", lambda model, tokenizer, haystack, keep: passkey(model, tokenizer, [90, 100], 3, 4, progress=False, keep=keep)),
+    (retrieval, "recall", lambda model, tokenizer, haystack, keep: needle(model, tokenizer, haystack, [110, 100], 2, 3, progress=False, keep=keep))])
+def test_what_was_measured_before_an_interruption_is_not_measured_again(module, name, measure, tokenizer, haystack, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "rows_at_once", lambda model, length, generating=False: 2)
+    model, function, out = make(vocab_size=tokenizer.vocab_size), getattr(module, name), tmp_path / "out.json"
     torch.set_num_threads(1)
     expected = measure(model, tokenizer, haystack, None)
     everything = Countdown(function, 10**6)
-    monkeypatch.setattr(evaluation, name, everything)
+    monkeypatch.setattr(module, name, everything)
     measure(model, tokenizer, haystack, None)
     assert everything.made > 5
-    monkeypatch.setattr(evaluation, name, broken := Countdown(function, 4))
+    monkeypatch.setattr(module, name, broken := Countdown(function, 4))
     with pytest.raises(KeyboardInterrupt):
         measure(model, tokenizer, haystack, Kept(out))
     with open(f"{out}.partial", "ab") as file:
         file.write(b'{"key": "cut by a ki')
-    monkeypatch.setattr(evaluation, name, rest := Countdown(function, 10**6))
+    monkeypatch.setattr(module, name, rest := Countdown(function, 10**6))
     resumed = measure(model, tokenizer, haystack, keep := Kept(out))
     assert broken.made == 4 and rest.made == everything.made - 4
     assert {k: v for k, v in resumed.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
     with torch.no_grad():
         model.norm.weight[0] = 2.0  # another model: nothing that was kept is its
-    monkeypatch.setattr(evaluation, name, other := Countdown(function, 10**6))
+    monkeypatch.setattr(module, name, other := Countdown(function, 10**6))
     measure(model, tokenizer, haystack, Kept(out))
     assert other.made == everything.made
     keep.done()
@@ -603,7 +605,7 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(name, me
 
 def test_what_was_measured_in_another_haystack_is_not_kept_for_this_one(tokenizer, haystack, tmp_path, monkeypatch):
     model, made = make(vocab_size=tokenizer.vocab_size), []
-    monkeypatch.setattr(evaluation, "recall", lambda model, prompts, answers: made.append(len(prompts)) or [0.5] * len(prompts))
+    monkeypatch.setattr(retrieval, "recall", lambda model, prompts, answers: made.append(len(prompts)) or [0.5] * len(prompts))
     for text, new in ((haystack, 9), (haystack, 0), ([haystack[0][::-1].copy()], 9), (haystack, 0)):
         made.clear()
         needle(model, tokenizer, text, [110], 2, 3, progress=False, keep=Kept(tmp_path / "out.json"))
@@ -751,7 +753,7 @@ def test_rope_flags_replace_the_folders_positions(cli, folder):
     assert linear["window"] == 128 and "window 64 -> 128" in printed  # the window follows the factor
     model, tokenizer = load_model(folder / "model"), load_tokenizer(folder / "model")
     hidden = model.hidden
-    model.hidden = lambda tokens: hidden(tokens, torch.arange(tokens.shape[1]) / 2)
+    model.hidden = lambda tokens, last: hidden(tokens, torch.arange(tokens.shape[1]) / 2, last=last)
     text = tokenizer.encode((folder / "text.py").read_text(encoding="utf-8"), bos=True)
     assert perplexity(model, [text], 128, progress=False)["perplexity"] == pytest.approx(linear["perplexity"], rel=1e-6)
     assert abs(linear["perplexity"] / plain["perplexity"] - 1) > 1e-3

@@ -76,6 +76,18 @@ def test_rotation_is_the_oracles_at_any_integer_positions(config, positions):
     np.testing.assert_allclose(rotated(x, positions, RopeConfig.from_dict(config), int(length)), expected, atol=5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_compiled_rotates_as_what_is_not(monkeypatch, dtype):
+    """torch.compile gets the products spelled out, as it knows no complex numbers: the same values and gradients."""
+    x, found = torch.randn(2, 8, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2).requires_grad_(), []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        y = rotated(x, range(8))
+        found += [(y, *torch.autograd.grad(y.square().cos().sum(), x))]
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
 def test_position_zero_is_the_identity_and_norms_are_preserved():
     x = torch.randn(2, 3, 5, 32)
     assert torch.equal(rotated(x, torch.zeros(5, dtype=torch.long)), x)
