@@ -53,7 +53,7 @@ class SweepConfig:
     model: str | None = field(None, "pretrained model [data/tiny]")
     methods: list[str] = field([], "names or JSON objects, to be measured and trained [by the plan]; default is direct fine-tuning")
     zero_shot: list[str] = field([], "methods that are measured without training only")
-    curves: list[str] = field([], "methods whose passkey retrieval is measured after every number of steps, not only at the end")
+    curves: list[str] = field([], "methods whose passkey retrieval at L' is measured after every number of steps, with twice the keys")
     factors: list[float] = field([], "s = L'/L")
     seeds: list[int] = field([], "of the data's order and of the keys: a training each")
     steps: list[int] = field([], "after how many steps to measure; the largest is trained")
@@ -213,7 +213,8 @@ def row(c, run, steps, folder, device, tokenizer, keep):
         for n in (c.lengths if last else []):
             few = passkey(model, tokenizer, [n], 10, max(1, c.trials), run.seed, progress=False, keep=keep)
             measured["passkey"][n], measured["accuracy_by_depth"][n] = few["accuracy"][n], few["accuracy_by_depth"][n]
-        found = passkey(model, tokenizer, [window], c.distances, c.trials, run.seed, progress=False, keep=keep)
+        trials = 2 * c.trials if run.method in c.curves else c.trials  # the PI paper has ten at each of 32 distances
+        found = passkey(model, tokenizer, [window], c.distances, trials, run.seed, progress=False, keep=keep)
         measured |= {"k_max": found["k_max"], "accuracy_at_target": found["accuracy"][window]}
     rope = model.config.rope
     plain, _ = inv_freq(RopeConfig(rope_theta=rope.base), model.config.head_dim)
@@ -365,8 +366,9 @@ def estimate(c, runs, tokenizer, device):
         step, token = min(s for s, _ in speeds[1:]), min(t for _, t in speeds[1:])
         for r in (r for r in runs if r.factor == factor):
             strides = [n / (c.stride or n / 4) for n in c.lengths]
-            whole = 2 * c.eval_tokens * sum(strides) + c.trials * (10 * sum(c.lengths) + c.distances * window) * bool(c.trials)
-            between = c.eval_tokens * window / (c.stride or window / 4) + (c.trials * c.distances * window if r.method in c.curves else 0)
+            keys = c.trials * c.distances * (2 if r.method in c.curves else 1)
+            whole = 2 * c.eval_tokens * sum(strides) + c.trials * 10 * sum(c.lengths) + keys * window
+            between = c.eval_tokens * window / (c.stride or window / 4) + (keys * window if r.method in c.curves else 0)
             total += max(r.steps) * step + token * (whole + between * (len(r.steps) - 1))
     return total
 
@@ -472,7 +474,7 @@ def main(argv=None):
     for title, header, body in tables(result):
         print(markdown(title, header, body))
     print(f"\n(mean of {len(c.seeds)} seed{'s' if len(c.seeds) > 1 else ''}, ± half the range between them; {c.eval_tokens:,} tokens of each kind "
-          f"of text; passkey: {c.distances} distances x {c.trials} keys)\nwrote {c.out} and {plot_sweep(result, Path(c.out).with_suffix('.png'))}")
+          f"of text; passkey: {c.distances} distances x {c.trials} keys, twice as many for methods measured after every number of steps)\nwrote {c.out} and {plot_sweep(result, Path(c.out).with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

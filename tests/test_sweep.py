@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -84,9 +85,10 @@ def test_rows_are_what_the_folders_give(whole, command, base, place, corpus_fold
     for kind in documents:
         for n in (L, 2 * L):
             assert row["perplexity"][kind][str(n)] == perplexity(model, documents[kind], n, progress=False)["perplexity"]
-    found = passkey(model, tokenizer, [2 * L], 3, 1, 1, progress=False)
+    found = passkey(model, tokenizer, [2 * L], 3, 2, 1, progress=False)  # one key, twice as many where it is followed from step to step
     assert (row["k_max"], row["accuracy_at_target"]) == (found["k_max"], found["accuracy"][2 * L])
     between = next(r for r in result["rows"] if (r["method"], r["seed"], r["steps"]) == ("linear", 1, 2))
+    assert "k_max" in between and between["passkey"] == {}
     assert list(between["perplexity"]) == [corpus_folder.name] and list(between["perplexity"][corpus_folder.name]) == [str(2 * L)]
     assert between["perplexity"][corpus_folder.name][str(2 * L)] != row["perplexity"][corpus_folder.name][str(2 * L)]
     before = next(r for r in result["rows"] if (r["method"], r["steps"]) == ("linear", 0))
@@ -188,6 +190,15 @@ def test_tables_have_the_form_of_the_papers(tmp_path):
     assert k_max[2] == [["2", "plain RoPE", "0", "20 ±0", "50 ±10"], ["2", "PI", "0", "180 ±0", "200 ±0"]]
     assert "| 2 | PI | 0 | 17.00 |" in sweep.markdown(*windows)
     assert plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_only_several_numbers_of_dimensions_make_a_figure_of_them(tmp_path):
+    def width(*dims):
+        rows = [made_up(f"dprope {n}", 2.0, 0, steps, 10.0 - steps, 100) | {"rope": {"rope_type": "dprope", "interpolated_dims": n}}
+                for n in dims for steps in (0, 5)] + [made_up("linear", 2.0, 0, steps, 17.0 - steps, 0) for steps in (0, 5)]
+        result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "plan": "methods"}
+        return plt.imread(plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png")).shape[1]
+    assert width() == width(40) == 3 * width(8, 40)
 
 
 def test_a_blow_up_is_shown_as_such():
