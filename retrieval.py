@@ -91,7 +91,7 @@ def grid(model, build, measure, lengths, depths, trials, seed, keep, name, progr
     for length in lengths:
         rng, size = np.random.default_rng((seed, length)), rows_at_once(model, length, generating)
         built = [build(rng, length, places[i // trials]) for i in range(depths * trials)]
-        distances[length] = [distance for _, distance in built[::trials]]
+        distances[length] = [round(float(np.mean([distance for _, distance in built[i:i + trials]]))) for i in range(0, len(built), trials)]
         for i in range(0, len(built), size):
             cases = [case for case, _ in built[i:i + size]]
             text = hashlib.sha256(b"".join(array.tobytes() for prompt, answer, *_ in cases for array in (prompt, answer))).hexdigest()

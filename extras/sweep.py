@@ -389,10 +389,12 @@ def in_child(c, run):
 
 def fill_in(c):
     """The plan's flags where none are given, and mistakes refused before any work."""
-    plan = PLANS[c.plan]
+    plan, lr = PLANS[c.plan], c.lr
     c = dataclasses.replace(c, **{k: v for k, v in plan.items() if getattr(c, k) in (None, [])}, out=c.out or f"results/sweep-{c.plan}.json")
     base = load_config(c.model)
     L = original_window(base)
+    if lr is None and c.model != plan["model"] and base.parameters() > 5e7:
+        raise UserError(f"--lr is needed for a model of this size: the plan's {c.lr:g} is for {plan['model']}; the PI paper has 2e-5 for 7B and 13B")
     if not all(map(math.isfinite, c.factors)):
         raise UserError("--factors: give numbers above 1")
     c = dataclasses.replace(c, methods=list(dict.fromkeys(c.methods)), factors=list(dict.fromkeys(c.factors)), seeds=list(dict.fromkeys(c.seeds)))

@@ -142,6 +142,15 @@ def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
         command(*flags, folder="mistake")
 
 
+def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command, monkeypatch):
+    monkeypatch.setattr(ModelConfig, "parameters", lambda self: 10**8)
+    with pytest.raises(UserError, match="--lr is needed"):
+        command("--methods", "linear", folder="mistake")
+    monkeypatch.setattr(sweep, "fit", None)
+    with pytest.raises(UserError, match="--lengths 20"):
+        command("--methods", "linear", "--lr", "2e-5", "--lengths", "20", folder="mistake")
+
+
 def test_from_scratch_every_way_of_telling_positions(command, L):
     result = command("--plan", "scratch", "--steps", "3", folder="scratch")
     assert [r["rope"]["rope_type"] for r in result["rows"]] == ["default", "alibi", "xpos", "nope", "default"]
