@@ -119,15 +119,18 @@ def bench_generation(c, model, peer, device, dtype, new=64):
              **beside(found, name)} for name, m in found.items()]
 
 
-def bench_perplexity(c, model, peer, device, dtype):
-    """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation."""
+def held_out(c, model):
+    """The documents of bench_perplexity, its window and stride."""
     tokenizer = load_tokenizer(c.model, model.config.vocab_size)
     window, stride = window_and_stride(model, c.window, c.stride)
     if c.text:
-        documents = texts(c.text, tokenizer, c.tokens + 1 if c.tokens else 0, window)
-    else:
-        documents = validation_documents(ensure_corpus(corpus_for("data/corpora/python", tokenizer), tokenizer.path), 2 * window,
-                                         c.tokens or 2**62, tokenizer)
+        return texts(c.text, tokenizer, c.tokens + 1 if c.tokens else 0, window), window, stride
+    corpus = ensure_corpus(corpus_for("data/corpora/python", tokenizer), tokenizer.path)
+    return validation_documents(corpus, 2 * window, c.tokens or 2**62, tokenizer), window, stride
+
+
+def bench_perplexity(c, model, peer, device, dtype, documents, window, stride):
+    """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation."""
     ours = perplexity(model, documents, window, stride)
     rows = [{"name": f"perplexity, window {window}, stride {stride}, {ours['tokens']} tokens, ours", "perplexity": ours["perplexity"],
              "tokens_per_second": ours["tokens"] / ours["seconds"], "seconds": ours["seconds"], "bytes": None}]
@@ -187,13 +190,14 @@ def main(argv=None):
     model = load_model(c.model, device=device, dtype=dtype)
     print(f"device     {describe_device(device)}, {str(dtype).removeprefix('torch.')}\n"
           f"model      {c.model}, {model.config.parameters():,} parameters", flush=True)
+    scored = held_out(c, model) if "perplexity" in c.what else ()  # a mistake in it is told before the peer is made
     with tempfile.TemporaryDirectory() as folder:
         peer = peer_of(c.model, folder) if set(c.what) != {"attention"} else None
         for what in c.what:
             started = {"attention": lambda: bench_attention(c, model, device, dtype),
                        "training": lambda: bench_training(c, model, peer, device, dtype),
                        "generation": lambda: bench_generation(c, model, peer, device, dtype),
-                       "perplexity": lambda: bench_perplexity(c, model, peer, device, dtype)}[what]()
+                       "perplexity": lambda: bench_perplexity(c, model, peer, device, dtype, *scored)}[what]()
             for r in started:
                 rate = f"{r['gflops']:.0f} GFLOP/s" if "gflops" in r else f"{r['tokens_per_second']:,.0f} tok/s"
                 print(f"{r['name']:<72}{1e3 * r['seconds']:>10,.1f} ms   {rate:>16}"

@@ -1,7 +1,8 @@
-"""What a window is worth: sliding-window perplexity, passkey retrieval, all methods side by side; and a model's own words.
+"""What a window is worth: sliding-window perplexity, passkeys and needles, all methods side by side; and a model's own words.
 
     python eval.py ppl     --model data/tiny --window 1024 --rope linear --factor 4
     python eval.py passkey --model data/tiny --lengths 256 512 1024 --depths 10 --trials 10
+    python eval.py needle  --model data/tiny                  # a sentence hidden in text, begun again at the end
     python eval.py compare --model data/tiny                  # every method of rope.py, untrained -> a table, a JSON file and a figure
     python eval.py generate --model data/tiny --prompt "def main("          # the proof that the weights are right
 
@@ -50,6 +51,9 @@ def sliding_windows(n, window, stride):
         scored = end
         if end == n - 1:
             return
+
+
+CONVENTIONS = {"bos": "once, at the start of each document", "mean": "over all scored tokens of all documents"}  # said with each result
 
 
 def bits_per_byte(nll, documents, tokenizer):
@@ -104,7 +108,8 @@ def perplexity(model, documents, window=None, stride=None, seed=0, progress=True
         raise UserError("no document has two tokens: there is nothing to predict")
     pieces = [(n, d, *w) for n, d in enumerate(documents) for w in sliding_windows(len(d), window, stride)]
     pieces.sort(key=lambda p: (p[3] - p[2], p[4]))  # windows of one length together; the sort is stable, so the sum is reproducible
-    jobs, started, text = {}, time.perf_counter(), hashlib.sha256(b"".join(d.astype(np.int64).tobytes() for d in documents)).hexdigest()
+    jobs, started = {}, time.perf_counter()
+    text = [hashlib.sha256(d.astype(np.int64).tobytes()).hexdigest() for d in documents]
     keep = store(keep, model, "perplexity", text, window, stride, bins)
     for length, equal in groupby(pieces, lambda p: p[3] - p[2]):
         rows, equal = rows_at_once(model, length), list(equal)
@@ -121,7 +126,7 @@ def perplexity(model, documents, window=None, stride=None, seed=0, progress=True
         edges = [-(-i * window // bins) + 1 for i in range(bins)]  # tokens of context, BOS counted, from which on a prediction is in bin i
         more = {"context": edges, "nll_by_context": [t / n if n else math.nan for t, n in zip(total, count)], "tokens_by_context": count.tolist()}
     return result(model, seed, perplexity=math.inf if mean > 700 else math.exp(mean), nll=float(mean), tokens=int(count.sum()),
-                  documents=len(documents), window=window, stride=stride, bos="once, at the start of each document", **more,
+                  documents=len(documents), window=window, stride=stride, **CONVENTIONS, **more,
                   seconds=time.perf_counter() - started)
 
 
@@ -380,8 +385,8 @@ def compare_command(config, keep):
     for _, rope in plan:  # a mistake in the last of them should not show after the others' minutes
         with_rope(base, rope)
     lengths = sorted(set(config.lengths or four_lengths(base)))
-    if lengths[0] < 1:
-        raise UserError(f"--lengths {lengths[0]}: a window has at least 1 token")
+    if lengths[0] < 1 or config.eval_tokens < 1:
+        raise UserError(f"--lengths {lengths[0]}, --eval-tokens {config.eval_tokens}: both have to be at least 1")
     tokenizer = load_tokenizer(config.model, base.vocab_size)
     if config.text:
         documents = texts(config.text, tokenizer, config.eval_tokens + 1, lengths[-1])
@@ -393,12 +398,14 @@ def compare_command(config, keep):
     if not config.methods and METHODS[base.rope.rope_type].rotary:
         left = [name for name, m in METHODS.items() if not m.rotary or needs_settings(m)]
         print(f"left out: {', '.join(left)} (no stretching of RoPE, or in need of settings: --methods takes JSON objects)")
+    model = None
     for name, rope in plan:
+        del model  # one at a time: the next may need the memory
         model = load(dataclasses.replace(config, rope=json.dumps(rope), factor=None), quiet=bool(rows))[0]
         rows.append({"name": name, "rope": model.config.rope.to_dict(),
                      **measure(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed, keep)})
         print("\n".join(table(rows, lengths, {"L": L}).splitlines()[0 if len(rows) == 1 else -1:]), flush=True)
-    return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4",
+    return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4", **CONVENTIONS,
                   depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
 
 

@@ -24,7 +24,7 @@ import torch
 from cli import Kept, UserError, choose_device, field, parse, read_json, run, write_json
 from data.batches import Batches, TokenFile
 from data.prepare import corpus_for, ensure_corpus
-from eval import measure, table, validation_documents
+from eval import CONVENTIONS, measure, table, validation_documents
 from passes import result
 from plot import plot_finetune
 from positions import training_positions
@@ -158,7 +158,7 @@ def main(argv=None):
     if rank == 0:
         measured = result(model, config.seed, rows=report, original_window=L, window=window, lengths=lengths,
                           settings=dataclasses.asdict(config), documents=len(documents),
-                          tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4", parameters=target.parameters())
+                          tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4", **CONVENTIONS, parameters=target.parameters())
         measured |= {"model": config.model, "rope": target.rope.to_dict()}
         write_json(config.results, measured)
         keep.done()

@@ -14,9 +14,7 @@ order, each with its own number of heads, and leaves Meta's own weights alone. E
 taken as they are; whoever loads the file into a Hugging Face model has to permute them once more, as transformers does. With this the
 logits are those of transformers reading the same file, and permuted they are not.
 """
-import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import mmap
@@ -29,7 +27,6 @@ import numpy as np
 import torch
 
 from cli import UserError
-from data.tokenizer import Tokenizer
 from model import ModelConfig
 from rope import RopeConfig, inv_freq, plain_frequencies
 

@@ -120,7 +120,9 @@ def relative(bias, T, S):
 
 def sdpa_attention(q, k, v, bias=None):
     """PyTorch's fused kernels. In training (T = S, no bias) there is no mask tensor, which would rule the flash kernel out."""
-    T, S = q.shape[2], k.shape[2]
+    T, S, groups = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if groups and q.is_cuda and q.dtype == torch.float32:                          # flash takes no float32 and the memory-efficient kernel
+        k, v, groups = *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)), False  # no groups: all scores would be stored
     mask, causal = None, T == S
     if bias is not None:
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
@@ -128,7 +130,7 @@ def sdpa_attention(q, k, v, bias=None):
     elif T != S and T > 1:                                                         # is_causal would align the diagonal with key 0
         from torch.nn.attention.bias import causal_lower_right                     # here, as it imports the compiler: 2 s and 70 MB
         mask = causal_lower_right(T, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -392,6 +394,7 @@ class LLaMA(nn.Module):
         cos and sin are made anew at every call: a table that is never kept is never stale, cast or uninitialised.
         """
         T, start = tokens.shape[1], cache.length if cache is not None else 0
+        assert last is None or 1 <= last <= T, "last: ask for at least one token, and for no more than there are"
         redrawn = start and positions is None and self.config.rope.random_positions is not None
         text_positions = position_ids(self.config.rope, start + T, tokens.device) if positions is None else positions
         if cache is not None:

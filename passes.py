@@ -1,4 +1,5 @@
 """Forward passes of an evaluation: how many rows at a time, on which cores, what of it is kept, and what every result says."""
+import dataclasses
 import functools
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -53,10 +54,11 @@ def in_turn(function, jobs, model, keep, size):
 
 
 def store(keep, model, *conditions):
-    """The cli.Kept of a measurement: what it depends on stands in front of its keys, weights (four numbers of each tensor), positions and
-    arithmetic first."""
+    """The cli.Kept of a measurement: what it depends on stands in front of its keys, weights (four numbers of each tensor), shape, positions
+    and arithmetic first."""
     if keep is None or keep.path is None:
         return Kept()
     weights = hashlib.sha256(some_weights(model).numpy().tobytes()).hexdigest()
-    return keep.within(weights, model.config.rope.to_dict(), str(model.tok_embeddings.weight.dtype), model.attention,
+    shape = dataclasses.asdict(model.config) | {"rope": model.config.rope.to_dict()}
+    return keep.within(weights, shape, str(model.tok_embeddings.weight.dtype), model.attention,
                        describe_device(model.device), versions(), *conditions)

@@ -156,7 +156,7 @@ def plot_passkey(result, path):
     means = axis.secondary_yaxis("right")
     means.set_yticks(range(len(lengths)), [f"mean {result['accuracy'][n]:.2f}" for n in lengths])
     means.tick_params(length=0)
-    axis.set_title(f"passkey accuracy, {whose(result)}, k_max {result['k_max']}" if key else
+    axis.set_title(f"passkey accuracy, {whose(result)}, k_max {result['k_max']} at {lengths[-1]}" if key else
                    f"needle: share of the answer's tokens, {whose(result)}", fontsize=10)
     return save(figure, path)
 

@@ -131,7 +131,8 @@ def passkey(model, tokenizer, lengths=None, depths=10, trials=10, seed=0, progre
 def needle(model, tokenizer, documents, lengths=None, depths=10, trials=10, seed=0, progress=True, keep=None):
     """A sentence hidden in text, begun again at the end: share of the tokens of its second half that the model finds most probable, each
     after the right ones before it. documents: the haystack, arrays of token ids with BOS in front. `floor` is the same share at each
-    length where the sentence is hidden nowhere: what grammar alone tells. keep: a cli.Kept. Returns the dict of the JSON file.
+    length where the sentence is hidden nowhere: what grammar alone tells. Methods that follow the length have the frequencies of the whole
+    prompt throughout. keep: a cli.Kept. Returns the dict of the JSON file.
     """
     builder = NeedlePrompts(tokenizer, documents)
 

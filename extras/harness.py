@@ -125,7 +125,8 @@ class Harness(LM):
         apart = what != "answers" and depends_on_length(self.model.config.rope)  # the longest row would change the angles of the others
         while order:
             first = items[order[0]]
-            batch = [i for i in order[:rows_at_once(self.model, len(first[0]), generating=what == "answers")]
+            longest = len(first[0]) + (kind(first)[0] if what == "answers" else 0)            # the cache has room for what is generated
+            batch = [i for i in order[:rows_at_once(self.model, longest, generating=what == "answers")]
                      if kind(items[i]) == kind(first) and (not apart or len(items[i][0]) == len(first[0]))]
             order = order[len(batch):]
             rows = [items[i] for i in batch]
@@ -156,7 +157,7 @@ class Harness(LM):
         size, logprob, greedy = max(1, LOSS_CHUNK // self.model.config.vocab_size), [], []
         for h, t in zip(hidden.split(size), targets.split(size)):
             logits = self.model.logits(h)
-            logprob.append(logits.log_softmax(dim=-1).gather(-1, t[:, None])[:, 0].double())
+            logprob.append(logits.log_softmax(dim=-1).gather(-1, t[:, None])[:, 0].cpu().double())
             greedy.append(logits.argmax(dim=-1) == t)
         parts = [n for _, n in rows]
         return [[l.sum().item(), g.all().item()] for l, g in zip(torch.cat(logprob).split(parts), torch.cat(greedy).split(parts))]
@@ -222,6 +223,9 @@ def task_manager(config):
 
 def grouped(samples, name, edges):
     """Mean of each metric of a task by groups of a number in its documents: {"0-4000": {"documents": n, metric: mean}, ...}."""
+    if not all(isinstance(sample["doc"].get(name), (int, float)) for sample in samples):
+        return {}
+    samples = [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]  # each of several filters has all documents
     edges, table = [0, *sorted(edges)], {}
     for low, high in zip(edges, [*edges[1:], float("inf")]):
         group = [sample for sample in samples if low <= sample["doc"][name] < high]
@@ -238,6 +242,8 @@ def main(argv=None):
         raise UserError("the evaluation harness is not installed: pip install lm-eval")
     if not config.tasks:
         raise UserError("--tasks is empty: name some, such as hellaswag arc_challenge")
+    if config.limit is not None and config.limit < 1 or config.fewshot is not None and config.fewshot < 0:
+        raise UserError("--limit has to be at least 1, --fewshot at least 0")
     import lm_eval
     from lm_eval.utils import make_table
     started, manager = time.perf_counter(), task_manager(config)
@@ -251,6 +257,9 @@ def main(argv=None):
     print(make_table(said) + (make_table(said, "groups") if said.get("groups") else ""))
     by = {task: grouped(samples, config.by, config.edges) for task, samples in said.get("samples", {}).items()}
     for task, table in by.items():
+        if not table:
+            print(f"{task}: its documents have no number {config.by}, so there are no groups")
+            continue
         print("\n".join(f"{task}, {config.by} {group}: " + ", ".join(f"{k} {v:.4g}" for k, v in row.items()) for group, row in table.items()))
     if harness.truncated:
         print(f"cut: {harness.truncated} contexts did not fit the window of {harness.max_length} tokens")

@@ -140,7 +140,7 @@ def tracking(rng, size, length, essay, letters=5, hops=4):
     context = "\n".join(scatter(rng, [GARBAGE] * size, chain))
     task, prefix = TRACKED[0].format(context=context, query=value), TRACKED[1].format(num_v=hops + 1, query=value)
     if letters == 5:
-        *example, answer = tracking(rng, 5, length, essay, letters=3)
+        *example, answer = tracking(rng, 10, length, essay, letters=3)
         task = "".join(example) + " " + " ".join(answer) + "\n\n" + task
     return task, prefix, names
 
@@ -224,8 +224,9 @@ class Prompts:
         """Sample `index` with as much haystack as sample 0 has room for, or a little less."""
         if self.size is None:
             low, high = self.least, 2 * self.least
-            while self.fits(0, high):
-                low, high = high, 2 * high
+            most = len(PAIRS) if self.make is common_words else math.inf  # where the words end
+            while high < most and self.fits(0, high):
+                low, high = high, min(2 * high, most)
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if self.fits(0, middle) else (low, middle)

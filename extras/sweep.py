@@ -6,7 +6,8 @@
     python extras/sweep.py --plan smollm2 --text book.txt     # the real model on one GPU, 8192 -> 16384; --factors 4 for 32768
 
 It says beforehand how long it will take. Every measurement is kept as soon as it is made and every training saves itself: the same command
-takes up what an interruption left. All methods see the same rows in the same order at constant learning rate, as in the PI paper, so that
+takes up what an interruption left. (Asked for other measurements, by --text or --lengths, it keeps the trainings' ends, not their stages between:
+to measure those it trains again.) All methods see the same rows in the same order at constant learning rate, as in the PI paper, so that
 one training gives the model after every number of steps. Runs are shared among processes, one core each.
 """
 import dataclasses
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +36,13 @@ from cli import (Kept, UserError, choose_device, choose_dtype, command_line, des
 from data.batches import Batches, TokenFile
 from data.passkey import PasskeyPrompts
 from data.prepare import corpus_for, ensure_corpus, read_text
-from eval import needs_settings, perplexity, texts, validation_documents
+from eval import CONVENTIONS, needs_settings, perplexity, texts, validation_documents
 from finetune import FinetuneConfig
 from model import LLaMA
 from plot import plot_sweep
 from positions import training_positions
 from retrieval import passkey
-from rope import METHODS, RopeConfig, inv_freq, rope_argument
+from rope import ALIASES, METHODS, RopeConfig, depends_on_length, inv_freq, rope_argument
 from theory import disturbance
 from train import fit, resumable
 from weights import load_config, load_model, load_tokenizer, original_window, some_weights, with_rope
@@ -91,10 +93,10 @@ PLANS = {
                               *(json.dumps({"rope_type": "dprope", "bins": n}) for n in (4, 8, 16, 32, 64, 128, 256))],
                    factors=[2.0, 4.0], seeds=[0], steps=[200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
     "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope", json.dumps({"rope_type": "default", "random_positions": 2048})],
-                    factors=[1.0], seeds=[0], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
+                    factors=[1.0], seeds=[0, 1], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
     # About 10^16 operations a training and half as many a measurement at all windows: minutes on an H100. --factors 4 is the second half.
     "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS, factors=[2.0], seeds=[0], steps=[50, 100, 200],
-                    step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=1)}
+                    step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=5)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,21 +174,22 @@ def one_run(c, run):
     keep, rows = Kept(folder / f"{run.name}.json", quiet=True), []
     for steps in run.steps:
         how = resumable(settings(c, run, steps, folder)) | {"steps": steps}
-        rows.append(keep(["row", how, conditions(c, device)], lambda: row(c, run, steps, folder, device, tokenizer, keep)))
+        rows.append(keep(["row", how, conditions(c, run, device)], lambda: row(c, run, steps, folder, device, tokenizer, keep)))
     return rows
 
 
-def conditions(c, device):
+def conditions(c, run, device):
     """What a row depends on beside its training's settings: the model's weights, the texts themselves, the measurement, the arithmetic."""
     return [weights_of(c.model), read_json(Path(c.corpus) / "meta.json"), [hashlib.sha256(Path(t).read_bytes()).hexdigest() for t in c.text],
-            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, c.curves, device.type, str(choose_dtype(c.dtype, device)), c.compile,
+            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, run.method in c.curves, device.type, str(choose_dtype(c.dtype, device)), c.compile,
             c.recompute, versions()]
 
 
 @functools.cache
 def weights_of(path):
-    """A model's weights as a short word, by four numbers of each tensor."""
-    return hashlib.sha256(some_weights(load_model(path)).numpy().tobytes()).hexdigest()
+    """A model's weights, by four numbers of each tensor, and its shape as a short word."""
+    model = load_model(path)
+    return hashlib.sha256(some_weights(model).numpy().tobytes() + repr(model.config).encode()).hexdigest()
 
 
 def row(c, run, steps, folder, device, tokenizer, keep):
@@ -246,11 +249,15 @@ def documents(c, tokenizer):
     """{kind of text: documents}, none of it in the training text, each longer than the longest window, twice as long if the tokens allow."""
     longest = max(c.lengths)
     length = max(longest + 1, min(2 * longest, c.eval_tokens))
-    source = read_json(Path(c.corpus) / "meta.json")["source"]
-    kinds = {{"python": "Python"}.get(source, Path(c.corpus).name): validation_documents(c.corpus, length, c.eval_tokens, tokenizer)}
+    kinds = {kind_of(c.corpus): validation_documents(c.corpus, length, c.eval_tokens, tokenizer)}
     if c.text:
         return kinds | {Path(t).stem: document(tokenizer, t, c.eval_tokens, longest) for t in c.text}
     return kinds | {"C++ headers": headers(tokenizer, length, c.eval_tokens)}
+
+
+def kind_of(corpus):
+    """The name of a corpus in the tables."""
+    return {"python": "Python"}.get(read_json(Path(corpus) / "meta.json")["source"], Path(corpus).name)
 
 
 @functools.cache
@@ -366,8 +373,10 @@ def estimate(c, runs, tokenizer, device):
         step, token = min(s for s, _ in speeds[1:]), min(t for _, t in speeds[1:])
         for r in (r for r in runs if r.factor == factor):
             strides = [n / (c.stride or n / 4) for n in c.lengths]
-            keys = c.trials * c.distances * (2 if r.method in c.curves else 1)
-            whole = 2 * c.eval_tokens * sum(strides) + c.trials * 10 * sum(c.lengths) + keys * window
+            rope = RopeConfig.from_dict(rope_of(c, r.method, factor))
+            passes = len(PasskeyPrompts(tokenizer).answer("12345")) + 1 if depends_on_length(rope) else 1  # such answers are generated
+            keys = passes * c.trials * c.distances * (2 if r.method in c.curves else 1)
+            whole = 2 * c.eval_tokens * sum(strides) + passes * c.trials * 10 * sum(c.lengths) + keys * window
             between = c.eval_tokens * window / (c.stride or window / 4) + (keys * window if r.method in c.curves else 0)
             total += max(r.steps) * step + token * (whole + between * (len(r.steps) - 1))
     return total
@@ -390,6 +399,9 @@ def in_child(c, run):
 def fill_in(c):
     """The plan's flags where none are given, and mistakes refused before any work."""
     plan, lr = PLANS[c.plan], c.lr
+    c = dataclasses.replace(c, **{name: [ALIASES.get(m, m) for m in getattr(c, name)] for name in ("methods", "zero_shot", "curves")})
+    if c.curves and c.methods and (strange := set(c.curves) - set(c.methods)):
+        raise UserError(f"--curves {' '.join(sorted(strange))}: not among the --methods")
     c = dataclasses.replace(c, **{k: v for k, v in plan.items() if getattr(c, k) in (None, [])}, out=c.out or f"results/sweep-{c.plan}.json")
     base = load_config(c.model)
     L = original_window(base)
@@ -428,6 +440,8 @@ def main(argv=None):
     c = dataclasses.replace(c, corpus=str(corpus_for(c.corpus, tokenizer)))
     jobs = c.jobs or (1 if device.type != "cpu" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb)
+    if kind_of(c.corpus) in (Path(t).stem for t in c.text):
+        raise UserError(f"--text: the name {kind_of(c.corpus)} is that of the corpus in the tables: rename the file")
     runs, threads = plan_runs(c), torch.get_num_threads()
     torch.set_num_threads(1 if jobs > 1 else threads)
     seconds = estimate(c, runs, tokenizer, device) / min(jobs, len(runs))
@@ -458,6 +472,8 @@ def main(argv=None):
                     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                         rows[waiting.pop(future)] = future.result()
                         bar.update()
+            except BrokenProcessPool:
+                raise UserError("a process was killed, for want of memory most likely: the same command goes on; give it fewer --jobs") from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in multiprocessing.active_children():
@@ -467,7 +483,7 @@ def main(argv=None):
             pool.shutdown()
     torch.set_num_threads(threads)
     result = {"model": c.model, "rope": load_config(c.model).rope.to_dict(), "plan": c.plan, "rows": [row for r in runs for row in rows[r]],
-              "original_window": original_window(load_config(c.model)), "lengths": c.lengths, "stride": c.stride or "window / 4",
+              "original_window": original_window(load_config(c.model)), "lengths": c.lengths, "stride": c.stride or "window / 4", **CONVENTIONS,
               "documents": {k: len(d) for k, d in kinds.items()}, "tokens_scored": {k: sum(len(d) - 1 for d in docs) for k, docs in kinds.items()},
               "settings": dataclasses.asdict(c), "seed": c.seeds[0], "seconds": time.perf_counter() - started,
               "device": describe_device(device), "versions": versions(), "command": command_line()}
@@ -475,8 +491,10 @@ def main(argv=None):
     result = read_json(c.out)
     for title, header, body in tables(result):
         print(markdown(title, header, body))
+    figure = plot_sweep(result, Path(c.out).with_suffix(".png"))
     print(f"\n(mean of {len(c.seeds)} seed{'s' if len(c.seeds) > 1 else ''}, ± half the range between them; {c.eval_tokens:,} tokens of each kind "
-          f"of text; passkey: {c.distances} distances x {c.trials} keys, twice as many for methods measured after every number of steps)\nwrote {c.out} and {plot_sweep(result, Path(c.out).with_suffix('.png'))}")
+          f"of text; passkey: {c.distances} distances x {c.trials} keys, twice as many for methods measured after every number of steps)\n"
+          f"wrote {c.out} and {figure}")
 
 
 if __name__ == "__main__":

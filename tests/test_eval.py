@@ -603,6 +603,19 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(module, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_measured_of_another_shape_or_of_texts_cut_elsewhere_is_not_kept(tmp_path):
+    model, (text,) = make(), documents(30)
+    def measured(texts):
+        return perplexity(model, texts, 8, 4, progress=False, keep=Kept(tmp_path / "out.json"))["nll"]
+    first = measured([text[:15], text[15:]])
+    assert measured([text[:16], text[16:]]) != first == measured([text[:15], text[15:]])
+    model.config.norm_eps = 0.1
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.1  # the same weights, another model
+    assert measured([text[:15], text[15:]]) != first
+
+
 def test_what_was_measured_in_another_haystack_is_not_kept_for_this_one(tokenizer, haystack, tmp_path, monkeypatch):
     model, made = make(vocab_size=tokenizer.vocab_size), []
     monkeypatch.setattr(retrieval, "recall", lambda model, prompts, answers: made.append(len(prompts)) or [0.5] * len(prompts))

@@ -206,6 +206,9 @@ def test_scores_by_a_number_in_the_documents():
                ((10, 1.0), (3999, 0.0), (4000, 1.0), (9000, 0.0), (8000, 0.5))]
     assert grouped(samples, "length", [8000, 4000]) == {
         "0-4000": {"documents": 2, "acc": 0.5}, "4000-8000": {"documents": 1, "acc": 1.0}, "8000+": {"documents": 2, "acc": 0.25}}
+    twice = [sample | {"filter": name, "acc": sample["acc"] * (name == "strict")} for name in ("strict", "loose") for sample in samples]
+    assert grouped(twice, "length", [8000, 4000]) == grouped(samples, "length", [8000, 4000]), "a filter has all documents of its own"
+    assert grouped(samples, "lenght", [4000]) == {} and grouped([], "length", [4000]) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

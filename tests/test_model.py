@@ -146,6 +146,12 @@ def test_the_last_logits_are_those_of_the_whole(implementation, name):
     torch.testing.assert_close(both, model(tokens)[:, [4, 5, 7, 8]])
 
 
+@pytest.mark.parametrize("last", [0, -2, 10])
+def test_no_token_and_more_than_there_are_cannot_be_the_last(last):
+    with pytest.raises(AssertionError, match="last"):
+        build()(draw(2, 9), last=last)
+
+
 def test_the_last_layer_computes_only_what_is_wanted():
     model, widths = build(), []
     for layer in model.layers:

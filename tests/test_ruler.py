@@ -62,14 +62,23 @@ def test_several_answers_are_asked_for_in_the_plural():
 def test_variable_tracking_word_for_word():
     _, names, text = prompts("vt", 0).sample(3, 5)
     example, shown, task = re.fullmatch("(.*?they are:  )(.*?)\n\n(Memorize.*)", text, re.S).groups()
-    for part, names, letters in ((example[:-1], shown.split(), 3), (task, names, 5)):
+    for part, names, letters, noise in ((example[:-1], shown.split(), 3, 10), (task, names, 5, 5)):
         value = re.search("VAR [A-Z]+ = ([0-9]{5})\n", part)[1]
         assert len(set(names)) == 5 and all(re.fullmatch(f"[A-Z]{{{letters}}}", n) for n in names)
         chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in zip(names, names[1:]))]
-        context = "\n".join(line for assignment in chain for line in (assignment, GARBAGE))  # five places between five lines: all
+        context = part.split("following text.\n\n")[1].split("\nQuestion:")[0]
+        lines = context.split("\n")
+        assert [line for line in lines if line != GARBAGE] == chain and lines.count(GARBAGE) == noise and lines[-1] == GARBAGE
         assert part == ("Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n" + context +
                         f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
                         f"chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they are: ")
+
+
+def test_common_words_are_fitted_up_to_the_last_word_there_is(monkeypatch):
+    monkeypatch.setattr(ruler, "PAIRS", ruler.PAIRS[:300])
+    room = len(prompts("cwe", 4096).sample(0, 290)[0]) + 120
+    built = prompts("cwe", room)
+    assert len(built.build(0)[0]) + 120 <= room and 280 <= built.size <= 300, "320, the next power, are more than there are"
 
 
 @pytest.mark.parametrize("length, often, seldom, example", [(4095, 6, 1, (20, 3, 1)), (4096, 30, 3, (40, 10, 3))])

@@ -134,12 +134,26 @@ def test_other_conditions_are_measured_anew(command):
     (["--methods", "linear", "--factors", "1"], "--factors above 1"), (["--methods", "lnear"], "lnear"), (["--steps", "0"], "--steps"),
     (["--methods", "longrope"], "longrope"), (["--plan", "scratch", "--steps", "2", "4"], "one number"), (["--trials", "-1"], "--trials"),
     (["--jobs", "0"], "--jobs"), (["--factors", "nan"], "--factors"), (["--lengths", "-5"], "--lengths"), (["--lengths", "20"], "passkey prompt"),
-    (["--stride", "100000"], "--stride"), (["--seeds", "-1"], "--seeds"), (["--lr", "0"], "--lr"),
+    (["--methods", "linear", "--curves", "lineer"], "--curves lineer"), (["--stride", "100000"], "--stride"), (["--seeds", "-1"], "--seeds"), (["--lr", "0"], "--lr"),
     (["--methods", '{"rope_type": "yarn", "factor": 8}'], "contradicts")])
 def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
     monkeypatch.setattr(sweep, "fit", None)
     with pytest.raises(UserError, match=words):
         command(*flags, folder="mistake")
+
+
+def test_a_text_does_not_take_the_place_of_the_corpus(command, corpus_folder, place):
+    (place / f"{corpus_folder.name}.txt").write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
+    with pytest.raises(UserError, match="name tokens is that of the corpus"):
+        command("--methods", "linear", "--text", place / f"{corpus_folder.name}.txt", folder="mistake")
+
+
+def test_methods_have_one_name(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "one_run", lambda c, run: seen.append((run.method, run.method in c.curves)) or [])
+    with pytest.raises(IndexError):  # no rows, no tables
+        command("--methods", "pi", "--factors", "2", folder="names")
+    assert set(seen) == {("linear", True)}
 
 
 def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command, monkeypatch):
