@@ -405,8 +405,8 @@ def compare_command(config, keep):
         rows.append({"name": name, "rope": model.config.rope.to_dict(),
                      **measure(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed, keep)})
         print("\n".join(table(rows, lengths, {"L": L}).splitlines()[0 if len(rows) == 1 else -1:]), flush=True)
-    return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4", **CONVENTIONS,
-                  depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
+    return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4",
+                  **CONVENTIONS, depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
 
 
 def generate_command(config, _):

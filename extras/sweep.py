@@ -181,8 +181,8 @@ def one_run(c, run):
 def conditions(c, run, device):
     """What a row depends on beside its training's settings: the model's weights, the texts themselves, the measurement, the arithmetic."""
     return [weights_of(c.model), read_json(Path(c.corpus) / "meta.json"), [hashlib.sha256(Path(t).read_bytes()).hexdigest() for t in c.text],
-            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, run.method in c.curves, device.type, str(choose_dtype(c.dtype, device)), c.compile,
-            c.recompute, versions()]
+            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, run.method in c.curves, device.type, str(choose_dtype(c.dtype, device)),
+            c.compile, c.recompute, versions()]
 
 
 @functools.cache
@@ -406,7 +406,8 @@ def fill_in(c):
     base = load_config(c.model)
     L = original_window(base)
     if lr is None and c.model != plan["model"] and base.parameters() > 5e7:
-        raise UserError(f"--lr is needed for a model of this size: the plan's {c.lr:g} is for {plan['model']}; the PI paper has 2e-5 for 7B and 13B")
+        raise UserError(f"--lr is needed for a model of this size: the plan's {c.lr:g} is for {plan['model']}; the PI paper has 2e-5 for 7B and "
+                        "13B")
     if not all(map(math.isfinite, c.factors)):
         raise UserError("--factors: give numbers above 1")
     c = dataclasses.replace(c, methods=list(dict.fromkeys(c.methods)), factors=list(dict.fromkeys(c.factors)), seeds=list(dict.fromkeys(c.seeds)))
