@@ -94,7 +94,7 @@ PLANS = {
                    factors=[2.0, 4.0], seeds=[0], steps=[200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
     "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope", json.dumps({"rope_type": "default", "random_positions": 2048})],
                     factors=[1.0], seeds=[0, 1], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
-    # About 10^16 operations a training and half as many a measurement at all windows: minutes on an H100. --factors 4 is the second half.
+    # About 10^16 operations a training, and 10^17 for all the keys: some twenty minutes on an H100. --factors 4 is the second half.
     "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS, factors=[2.0], seeds=[0], steps=[50, 100, 200],
                     step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=5)}
 
