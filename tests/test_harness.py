@@ -201,6 +201,13 @@ def test_what_was_kept_is_not_computed_again(tokenizer):
     assert everything(Harness(make(tokenizer), tokenizer)) == first
 
 
+def test_a_batch_of_answers_has_room_for_what_is_generated(tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr("extras.harness.rows_at_once", lambda model, length, generating=False: seen.append((length, generating)) or 4)
+    Harness(make(tokenizer), tokenizer).generate_until(asked(("def f", {"max_gen_toks": 7})))
+    assert seen == [(len(tokenizer.encode("def f", bos=True)) + 7, True)]
+
+
 def test_scores_by_a_number_in_the_documents():
     samples = [{"doc": {"length": n}, "metrics": ["acc", "words"], "acc": a, "words": (1, 2)} for n, a in
                ((10, 1.0), (3999, 0.0), (4000, 1.0), (9000, 0.0), (8000, 0.5))]
