@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(comm
     assert numbers(command(*SMALL, "--jobs", "2", folder="two")) == numbers(whole)
 
 
-@pytest.mark.parametrize("name, calls", [("fit", 2), ("perplexity", 5), ("passkey", 4)])
+@pytest.mark.parametrize("name, calls", [("fit", 2), ("passkey", 4)])
 def test_an_interruption_costs_only_what_was_in_hand(command, whole, monkeypatch, name, calls):
     expected, function, made = numbers(whole), getattr(sweep, name), []
 
@@ -166,7 +166,7 @@ def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command,
 
 
 def test_from_scratch_every_way_of_telling_positions(command, L):
-    result = command("--plan", "scratch", "--steps", "3", folder="scratch")
+    result = command("--plan", "scratch", "--steps", "3", "--seeds", "0", folder="scratch")
     assert [r["rope"]["rope_type"] for r in result["rows"]] == ["default", "alibi", "xpos", "nope", "default"]
     assert result["rows"][-1]["rope"]["random_positions"] == 2048 and all(r["steps"] == 3 for r in result["rows"])
     assert len({r["perplexity"]["prose"][str(L)] for r in result["rows"]}) == 5

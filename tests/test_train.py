@@ -749,6 +749,7 @@ def test_two_processes_are_one_run(tmp_path):
 ACTIONS = {"crash": crash, "kills": kills, "rank": rank}
 
 if __name__ == "__main__":
+    import torch._dynamo  # noqa: F401  the optimizer does at its first step, for seconds: once here instead of in every forked child
     torch.set_num_threads(1)
     os.fsync = lambda file: None  # for power failures: what a killed process has written stays written, and these tests save often
     ACTIONS[sys.argv[1]](Path(sys.argv[2]))
