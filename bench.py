@@ -1,7 +1,7 @@
 """Speed and memory of what this project does, beside what one would use instead, measured in the same run.
 
     python bench.py                                                        # attention, training, generation; two minutes on a laptop
-    python bench.py --what perplexity --model M --text book.txt --window 2048 --stride 256 --tokens 16384
+    python bench.py --what perplexity --model M --text book.txt --window 2048 --stride 256 --tokens 16384 --matmul highest medium
 
 The peer is the same model in Hugging Face transformers (pip install transformers safetensors), made from our weights by `weights.py export`;
 without it our numbers stand alone. Times are medians of alternating repetitions, so that a slow moment of the machine meets both sides (of
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, choose_device, choose_dtype, describe_device, field, parse, run, write_json
+from cli import UserError, choose_device, choose_dtype, describe_device, field, matmul_precision, parse, run, write_json
 from data.prepare import corpus_for, ensure_corpus
 from eval import perplexity, texts, validation_documents, window_and_stride
 from huggingface import export
@@ -39,6 +39,8 @@ class BenchConfig:
     window: int | None = field(None, "training and perplexity: tokens [the model's window]")
     stride: int | None = field(None, "perplexity: tokens by which the window moves on [window / 4]")
     tokens: int = field(4096, "perplexity: tokens of each document that are scored")
+    matmul: list[str] = field(["highest"], "perplexity: how we multiply float32 matrices, see eval.py ppl -h; the peer at PyTorch's highest",
+                              choices=["highest", "high", "medium"])
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("float32", "of weights and arithmetic; training has autocast over float32", choices=["auto", "float32", "bfloat16"])
     seed: int = field(0, "of random inputs")
@@ -130,18 +132,19 @@ def held_out(c, model):
 
 
 def bench_perplexity(c, model, peer, device, dtype, documents, window, stride):
-    """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation."""
-    ours = perplexity(model, documents, window, stride)
-    rows = [{"name": f"perplexity, window {window}, stride {stride}, {ours['tokens']} tokens, ours", "perplexity": ours["perplexity"],
-             "tokens_per_second": ours["tokens"] / ours["seconds"], "seconds": ours["seconds"], "bytes": None}]
+    """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation, at PyTorch's default
+    precision. difference: of ours from theirs, relative."""
+    def row(side, measured):
+        return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, {side}", "perplexity": measured["perplexity"],
+                "tokens_per_second": measured["tokens"] / measured["seconds"], "seconds": measured["seconds"], "bytes": None}
+    rows = []
+    for precision in c.matmul:
+        with matmul_precision(precision):
+            rows.append(row("ours" if precision == "highest" else f"ours, matmul {precision}", perplexity(model, documents, window, stride)))
     if peer is not None:
-        theirs = peer().to(device, dtype).eval()
-        measured = straightforward(theirs, documents, window, stride, device)
-        ratio = measured["seconds"] / ours["seconds"]
-        rows[0] |= {"ratio": ratio, "peer": "transformers"}
-        rows.append({"name": rows[0]["name"].replace("ours", "transformers"), "perplexity": measured["perplexity"],
-                     "tokens_per_second": measured["tokens"] / measured["seconds"], "seconds": measured["seconds"], "bytes": None,
-                     "difference": ours["perplexity"] / measured["perplexity"] - 1})
+        theirs = row("transformers", straightforward(peer().to(device, dtype).eval(), documents, window, stride, device))
+        rows = [r | {"ratio": theirs["seconds"] / r["seconds"], "peer": "transformers",
+                     "difference": r["perplexity"] / theirs["perplexity"] - 1} for r in rows] + [theirs]
     return rows
 
 

@@ -135,6 +135,19 @@ def choose_dtype(name, device):
     return names[name]
 
 
+@contextlib.contextmanager
+def matmul_precision(name):
+    """torch.set_float32_matmul_precision for the block: highest, high or medium; whatever happens in it, what follows is computed as what
+    came before."""
+    import torch
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def describe_device(device):
     """The device in words, for headers and results: 'cuda (NVIDIA H100 80GB HBM3)' or 'cpu (2 threads)'."""
     import torch

@@ -233,6 +233,8 @@ class Common:
     out: str = field("", "JSON file to write")
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("float32", "of the weights", choices=["auto", "float32", "bfloat16", "float16"])
+    matmul: str = field("highest", "factors of float32 matrix products, whose sums stay float32: highest float32; high TF32, on a GPU that has "
+                        "it; medium bfloat16, on a GPU or a CPU that has it (AMX)", choices=["highest", "high", "medium"])
     attention: str = field("auto", "auto takes sdpa", choices=["auto", "naive", "tiled", "sdpa"])
 
 
@@ -304,12 +306,14 @@ def rope_flags(config):
 def load(config, quiet=False):
     """The model and tokenizer that the flags name, and the header that every evaluation prints first."""
     device, rope = choose_device(config.device), rope_flags(config)
+    torch.set_float32_matmul_precision(config.matmul)
     model = load_model(config.model, rope=rope, device=device, dtype=choose_dtype(config.dtype, device), attention=config.attention)
     tokenizer = load_tokenizer(config.model, model.config.vocab_size)
     if quiet:
         return model, tokenizer
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-    print(f"device     {describe_device(device)}, {dtype}, attention {config.attention}{' (sdpa)' if config.attention == 'auto' else ''}")
+    products = "" if dtype != "float32" or config.matmul == "highest" else f" (matmul {config.matmul})"
+    print(f"device     {describe_device(device)}, {dtype}{products}, attention {config.attention}{' (sdpa)' if config.attention == 'auto' else ''}")
     print(f"model      {config.model}, {model.config.parameters():,} parameters, "
           f"window {original_window(model.config)} -> {model.config.max_seq_len}, rope {model.config.rope.to_dict()}\n"
           f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")

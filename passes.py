@@ -14,7 +14,8 @@ def result(model, seed, **measured):
     """What every result says: which model with which positions, measured where and by what; then what came out."""
     return {"model": str(getattr(model, "path", "")), "rope": model.config.rope.to_dict(),
             "original_window": original_window(model.config), **measured,
-            "seed": seed, "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."), "attention": model.attention,
+            "seed": seed, "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
+            "matmul": torch.get_float32_matmul_precision(), "attention": model.attention,
             "device": describe_device(model.device), "versions": versions(), "command": command_line()}
 
 
@@ -60,5 +61,5 @@ def store(keep, model, *conditions):
         return Kept()
     weights = hashlib.sha256(some_weights(model).numpy().tobytes()).hexdigest()
     shape = dataclasses.asdict(model.config) | {"rope": model.config.rope.to_dict()}
-    return keep.within(weights, shape, str(model.tok_embeddings.weight.dtype), model.attention,
+    return keep.within(weights, shape, str(model.tok_embeddings.weight.dtype), torch.get_float32_matmul_precision(), model.attention,
                        describe_device(model.device), versions(), *conditions)

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import (Stopped, UserError, choose_device, choose_dtype, command_line, describe_device, field, parse, run, versions, whole_file,
-                 write_json)
+from cli import (Stopped, UserError, choose_device, choose_dtype, command_line, describe_device, field, matmul_precision, parse, run, versions,
+                 whole_file, write_json)
 from data.batches import Batches, TokenFile
 from data.prepare import corpus_for, ensure_corpus
 from data.tokenizer import open_tokenizer
@@ -120,9 +120,7 @@ def fit(model, config, batches, evaluate=None, tokenizer=None, progress=True):
     first, seconds = resume(model, optimizer, config, origin)
     if first >= config.steps:
         return seconds
-    precision = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    precision = "high" if device.type == "cuda" else torch.get_float32_matmul_precision()  # TF32 for what autocast leaves in float32
     if config.compile:
         for layer in model.layers:
             layer.compile()  # one graph serves all blocks
@@ -197,15 +195,6 @@ def fit(model, config, batches, evaluate=None, tokenizer=None, progress=True):
     if world > 1:
         dist.barrier()  # every rank may now read the folder that rank 0 wrote
     return seconds
-
-
-@contextlib.contextmanager
-def matmul_precision(afterwards):
-    """Whatever happens in between: what is measured next is measured in the precision that was set before training."""
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(afterwards)
 
 
 def diverged(out, step):

@@ -18,11 +18,11 @@ import torch
 import eval as evaluation
 import reference
 import retrieval
-from cli import Kept, UserError, run
+from cli import Kept, UserError, matmul_precision, run
 from data.needle import NeedlePrompts
 from data.passkey import PasskeyPrompts, inside, random_key
 from data.tokenizer import Tokenizer
-from eval import bits_per_byte, main, needle, passkey, perplexity, sliding_windows, validation_documents
+from eval import bits_per_byte, main, needle, passkey, perplexity, sliding_windows, validation_documents, window_nll
 from model import LLaMA, ModelConfig
 from passes import in_turn, rows_at_once
 from retrieval import judge, k_max, recall, retrieve
@@ -603,7 +603,7 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(module, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_measured_of_another_shape_or_of_texts_cut_elsewhere_is_not_kept(tmp_path):
+def test_what_was_measured_of_another_shape_of_texts_cut_elsewhere_or_multiplied_otherwise_is_not_kept(tmp_path, monkeypatch):
     model, (text,) = make(), documents(30)
     def measured(texts):
         return perplexity(model, texts, 8, 4, progress=False, keep=Kept(tmp_path / "out.json"))["nll"]
@@ -614,6 +614,12 @@ def test_what_was_measured_of_another_shape_or_of_texts_cut_elsewhere_is_not_kep
         if hasattr(module, "eps"):
             module.eps = 0.1  # the same weights, another model
     assert measured([text[:15], text[15:]]) != first
+    monkeypatch.setattr(evaluation, "window_nll", made := Countdown(window_nll, 10**6))
+    for precision, new in (("highest", False), ("medium", True), ("highest", False), ("medium", False)):
+        made.made = 0
+        with matmul_precision(precision):
+            measured([text[:15], text[15:]])
+        assert (made.made > 0) == new
 
 
 def test_what_was_measured_in_another_haystack_is_not_kept_for_this_one(tokenizer, haystack, tmp_path, monkeypatch):
@@ -756,6 +762,17 @@ def test_max_tokens_cuts_the_text_and_zero_does_not(cli, folder, tokenizer):
     text = len(tokenizer.encode((folder / "text.py").read_text(encoding="utf-8"), bos=True))
     for limit, tokens in ((100, 99), (0, text - 1), (10**6, text - 1)):
         assert cli("ppl", "--model", "@model", "--text", "@text.py", "--max-tokens", limit)[0]["tokens"] == tokens
+
+
+def test_how_float32_is_multiplied_is_asked_for_said_and_not_kept_for_the_next_command(cli, folder):
+    """On a CPU without units for bfloat16 PyTorch multiplies in float32 all the same."""
+    exact, printed = cli("ppl", "--model", "@model", "--text", "@text.py")
+    assert exact["matmul"] == "highest" and "matmul" not in printed
+    medium, printed = cli("ppl", "--model", "@model", "--text", "@text.py", "--matmul", "medium")
+    assert medium["matmul"] == torch.get_float32_matmul_precision() == "medium" and "float32 (matmul medium)" in printed
+    assert medium["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-2)
+    again, _ = cli("ppl", "--model", "@model", "--text", "@text.py")
+    assert again["perplexity"] == exact["perplexity"] and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_rope_flags_replace_the_folders_positions(cli, folder):
