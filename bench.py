@@ -135,8 +135,9 @@ def bench_perplexity(c, model, peer, device, dtype, documents, window, stride):
     """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation, at PyTorch's default
     precision. difference: of ours from theirs, relative."""
     def row(side, measured):
-        return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, {side}", "perplexity": measured["perplexity"],
-                "tokens_per_second": measured["tokens"] / measured["seconds"], "seconds": measured["seconds"], "bytes": None}
+        return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, {side}",
+                "perplexity": measured["perplexity"], "tokens_per_second": measured["tokens"] / measured["seconds"],
+                "seconds": measured["seconds"], "bytes": None}
     rows = []
     for precision in c.matmul:
         with matmul_precision(precision):

@@ -124,7 +124,8 @@ def perplexity(model, documents, window=None, stride=None, seed=0, progress=True
     mean, more = total.sum() / count.sum(), {}
     if bins > 1:
         edges = [-(-i * window // bins) + 1 for i in range(bins)]  # tokens of context, BOS counted, from which on a prediction is in bin i
-        more = {"context": edges, "nll_by_context": [t / n if n else math.nan for t, n in zip(total, count)], "tokens_by_context": count.tolist()}
+        more = {"context": edges, "nll_by_context": [t / n if n else math.nan for t, n in zip(total, count)],
+                "tokens_by_context": count.tolist()}
     return result(model, seed, perplexity=math.inf if mean > 700 else math.exp(mean), nll=float(mean), tokens=int(count.sum()),
                   documents=len(documents), window=window, stride=stride, **CONVENTIONS, **more,
                   seconds=time.perf_counter() - started)
@@ -312,8 +313,8 @@ def load(config, quiet=False):
     if quiet:
         return model, tokenizer
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-    products = "" if dtype != "float32" or config.matmul == "highest" else f" (matmul {config.matmul})"
-    print(f"device     {describe_device(device)}, {dtype}{products}, attention {config.attention}{' (sdpa)' if config.attention == 'auto' else ''}")
+    dtype += "" if dtype != "float32" or config.matmul == "highest" else f" (matmul {config.matmul})"
+    print(f"device     {describe_device(device)}, {dtype}, attention {config.attention}{' (sdpa)' if config.attention == 'auto' else ''}")
     print(f"model      {config.model}, {model.config.parameters():,} parameters, "
           f"window {original_window(model.config)} -> {model.config.max_seq_len}, rope {model.config.rope.to_dict()}\n"
           f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")
@@ -410,7 +411,8 @@ def compare_command(config, keep):
                      **measure(model, tokenizer, documents, lengths, config.depths, config.trials, config.seed, keep)})
         print("\n".join(table(rows, lengths, {"L": L}).splitlines()[0 if len(rows) == 1 else -1:]), flush=True)
     return result(model, config.seed, methods=rows, lengths=lengths, documents=len(documents), tokens_scored=scored, stride="window / 4",
-                  **CONVENTIONS, depths=config.depths, trials=config.trials, seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
+                  **CONVENTIONS, depths=config.depths, trials=config.trials,
+                  seconds=time.perf_counter() - started) | {"rope": base.rope.to_dict()}
 
 
 def generate_command(config, _):

@@ -126,7 +126,8 @@ def plot_context(results, path):
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for i, result in enumerate(results):
         edges = [*result["context"], result["window"] + 1]
-        middles = {math.sqrt(a * (b - 1)): nll for a, b, nll, n in zip(edges, edges[1:], result["nll_by_context"], result["tokens_by_context"]) if n}
+        bins = zip(edges, edges[1:], result["nll_by_context"], result["tokens_by_context"])
+        middles = {math.sqrt(a * (b - 1)): nll for a, b, nll, n in bins if n}
         line(axis, middles, f"{whose(result)}, window {result['window']}", i)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda n, _: f"{n:.0f}")
@@ -232,7 +233,8 @@ def plot_sweep(result, path):
             for i, (label, trained) in enumerate((("untrained", False), ("fine-tuned", True))):
                 group = [r for r in rows if r["method"] in chosen and r["factor"] == factor and bool(r["steps"]) == trained]
                 last = max((r["steps"] for r in group), default=0)
-                line(panels[0], {d: mean([r for r in group if (dims(r), r["steps"]) == (d, last)], at_target) for d in map(dims, group)}, label, i)
+                middle = {d: mean([r for r in group if (dims(r), r["steps"]) == (d, last)], at_target) for d in map(dims, group)}
+                line(panels[0], middle, label, i)
             panels[0].set_xlabel("interpolated dimensions")
         else:
             panel(panels[0], factor, lambda r: r["steps"], at_target)

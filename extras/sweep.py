@@ -2,7 +2,7 @@
 
     python extras/sweep.py                                    # data/tiny: all methods, s = 2 and 4, two seeds, up to 200 steps
     python extras/sweep.py --plan dprope                      # DPRoPE: how many dimensions to interpolate, and by how many bins
-    python extras/sweep.py --plan scratch --steps 3000        # RoPE, ALiBi, xPos, NoPE, random positions, from scratch
+    python extras/sweep.py --plan scratch                     # RoPE, ALiBi, xPos, NoPE, random positions, from scratch
     python extras/sweep.py --plan smollm2 --text book.txt     # the real model on one GPU, 8192 -> 16384; --factors 4 for 32768
 
 It says beforehand how long it will take. Every measurement is kept as soon as it is made and every training saves itself: the same command
@@ -51,7 +51,8 @@ from weights import load_config, load_model, load_tokenizer, original_window, so
 @dataclass
 class SweepConfig:
     """None and [] are filled in by the plan."""
-    plan: str = field("methods", "which experiment; it fills in the flags that are not given", choices=["methods", "dprope", "scratch", "smollm2"])
+    plan: str = field("methods", "which experiment; it fills in the flags that are not given",
+                      choices=["methods", "dprope", "scratch", "smollm2"])
     model: str | None = field(None, "pretrained model [data/tiny]")
     methods: list[str] = field([], "names or JSON objects, to be measured and trained [by the plan]; default is direct fine-tuning")
     zero_shot: list[str] = field([], "methods that are measured without training only")
@@ -86,17 +87,19 @@ EVERY = ["default", *(name for name, m in METHODS.items() if m.rotary and m.trai
 DPROPE = json.dumps({"rope_type": "dprope", "interpolated_dims": 40})  # of 64, the paper's share; the method alone goes by its threshold
 PAPERS = ["default", "linear", "ntk", "yarn", DPROPE]
 PLANS = {
-    "methods": dict(model="data/tiny", methods=[*EVERY, DPROPE], curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1], steps=[25, 50, 100, 200],
-                    step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
+    "methods": dict(model="data/tiny", methods=[*EVERY, DPROPE], curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1],
+                    steps=[25, 50, 100, 200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
     "dprope": dict(model="data/tiny", methods=[json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (0, 16, 32, 48, 64)],
                    zero_shot=[*(json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (8, 24, 40, 56)), "dprope",
                               *(json.dumps({"rope_type": "dprope", "bins": n}) for n in (4, 8, 16, 32, 64, 128, 256))],
                    factors=[2.0, 4.0], seeds=[0], steps=[200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
-    "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope", json.dumps({"rope_type": "default", "random_positions": 2048})],
-                    factors=[1.0], seeds=[0, 1], steps=[3000], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
+    "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope",
+                                                json.dumps({"rope_type": "default", "random_positions": 2048})],
+                    factors=[1.0], seeds=[0, 1], steps=[2500], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
     # About 10^16 operations a training, and 10^17 for all the keys: some twenty minutes on an H100. --factors 4 is the second half.
-    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS, factors=[2.0], seeds=[0], steps=[50, 100, 200],
-                    step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256, eval_tokens=34816, trials=5)}
+    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS, factors=[2.0], seeds=[0],
+                    steps=[50, 100, 200], step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768],
+                    stride=256, eval_tokens=34816, trials=5)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +413,7 @@ def fill_in(c):
                         "13B")
     if not all(map(math.isfinite, c.factors)):
         raise UserError("--factors: give numbers above 1")
-    c = dataclasses.replace(c, methods=list(dict.fromkeys(c.methods)), factors=list(dict.fromkeys(c.factors)), seeds=list(dict.fromkeys(c.seeds)))
+    c = dataclasses.replace(c, **{name: list(dict.fromkeys(getattr(c, name))) for name in ("methods", "factors", "seeds")})
     c = dataclasses.replace(c, lengths=sorted({*(c.lengths or [max(L // 2, 1), L, 2 * L, 4 * L]), *(round(L * f) for f in c.factors)}),
                             steps=sorted(set(c.steps)))
     if c.plan == "scratch" and len(c.steps) > 1:
@@ -485,7 +488,8 @@ def main(argv=None):
     torch.set_num_threads(threads)
     result = {"model": c.model, "rope": load_config(c.model).rope.to_dict(), "plan": c.plan, "rows": [row for r in runs for row in rows[r]],
               "original_window": original_window(load_config(c.model)), "lengths": c.lengths, "stride": c.stride or "window / 4", **CONVENTIONS,
-              "documents": {k: len(d) for k, d in kinds.items()}, "tokens_scored": {k: sum(len(d) - 1 for d in docs) for k, docs in kinds.items()},
+              "documents": {k: len(d) for k, d in kinds.items()},
+              "tokens_scored": {k: sum(len(d) - 1 for d in docs) for k, docs in kinds.items()},
               "settings": dataclasses.asdict(c), "seed": c.seeds[0], "seconds": time.perf_counter() - started,
               "device": describe_device(device), "versions": versions(), "command": command_line()}
     write_json(c.out, result)
