@@ -72,7 +72,7 @@ class TrainConfig(FitConfig):
     max_seq_len: int = field(256, "window L in tokens")
     rope: str = field("default", "how the model knows positions: default (RoPE), alibi, xpos, nope, ..., or a JSON object")
     rope_theta: float = field(10000.0, "RoPE's base")
-    tokenizer: str = field("data/tiny/tokenizer.model", "SentencePiece model")
+    tokenizer: str = field("data/tiny/tokenizer.model", "SentencePiece model, tokenizer.json or GGUF file")
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is made if it is not there")
     corpus_mb: float = field(96.0, "megabytes of Python source in the default corpus")
     passkey_share: float = field(0.5, "share of the rows that are passkey prompts of all lengths up to the window")

@@ -55,7 +55,8 @@ class PrepareConfig:
     source: str = field("python", "where documents come from, unless --text names them", choices=["python", "gutenberg", "pg19"])
     text: list[str] = field([], "your own UTF-8 files, and folders of them")
     books: list[int] = field([], "numbers of Project Gutenberg books, for --source gutenberg")
-    tokenizer: str = field("", f"SentencePiece model [{TOKENIZER.relative_to(ROOT)}, trained on the documents if it is not there]")
+    tokenizer: str = field("", "SentencePiece model, tokenizer.json or GGUF file "
+                          f"[{TOKENIZER.relative_to(ROOT)}, trained on the documents if it is not there]")
     train_tokenizer: int = field(0, "first train a tokenizer of this many pieces on the documents, and write it to --tokenizer")
     out: str = field("", "token folder to write [data/corpora/SOURCE]")
     val_fraction: float = field(0.02, "share of the documents that is for validation (pg19 has its own)")
