@@ -39,7 +39,7 @@ class BenchConfig:
     window: int | None = field(None, "training and perplexity: tokens [the model's window]")
     stride: int | None = field(None, "perplexity: tokens by which the window moves on [window / 4]")
     tokens: int = field(4096, "perplexity: tokens of each document that are scored")
-    matmul: list[str] = field(["highest"], "perplexity: how we multiply float32 matrices, see eval.py ppl -h; the peer at PyTorch's highest",
+    matmul: list[str] = field(["highest"], "perplexity: how both sides multiply float32 matrices, see eval.py ppl -h",
                               choices=["highest", "high", "medium"])
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("float32", "of weights and arithmetic; training has autocast over float32", choices=["auto", "float32", "bfloat16"])
@@ -132,20 +132,21 @@ def held_out(c, model):
 
 
 def bench_perplexity(c, model, peer, device, dtype, documents, window, stride):
-    """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation, at PyTorch's default
-    precision. difference: of ours from theirs, relative."""
-    def row(side, measured):
-        return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, {side}",
-                "perplexity": measured["perplexity"], "tokens_per_second": measured["tokens"] / measured["seconds"],
-                "seconds": measured["seconds"], "bytes": None}
-    rows = []
+    """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation, both at each precision.
+    ratio and difference: of ours to theirs at the same precision."""
+    theirs, rows = None if peer is None else peer().to(device, dtype).eval(), []
     for precision in c.matmul:
+        def row(side, measured):
+            return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, "
+                            + side + ("" if precision == "highest" else f", matmul {precision}"),
+                    "perplexity": measured["perplexity"], "tokens_per_second": measured["tokens"] / measured["seconds"],
+                    "seconds": measured["seconds"], "bytes": None, "matmul": precision}
         with matmul_precision(precision):
-            rows.append(row("ours" if precision == "highest" else f"ours, matmul {precision}", perplexity(model, documents, window, stride)))
-    if peer is not None:
-        theirs = row("transformers", straightforward(peer().to(device, dtype).eval(), documents, window, stride, device))
-        rows = [r | {"ratio": theirs["seconds"] / r["seconds"], "peer": "transformers",
-                     "difference": r["perplexity"] / theirs["perplexity"] - 1} for r in rows] + [theirs]
+            rows.append(row("ours", perplexity(model, documents, window, stride)))
+            if theirs is not None:
+                rows.append(row("transformers", straightforward(theirs, documents, window, stride, device)))
+                rows[-2] |= {"ratio": rows[-1]["seconds"] / rows[-2]["seconds"], "peer": "transformers",
+                             "difference": rows[-2]["perplexity"] / rows[-1]["perplexity"] - 1}
     return rows
 
 
@@ -209,7 +210,7 @@ def main(argv=None):
                       + (f"   {r['ratio']:.2f} x {r['peer']}" if "ratio" in r else "")
                       + (f"   perplexity {r['perplexity']:.5f}" if "perplexity" in r else ""), flush=True)
             rows += started
-    write_json(c.out, result(model, c.seed, bench=rows, settings=dataclasses.asdict(c)))
+    write_json(c.out, result(model, c.seed, bench=rows, settings=dataclasses.asdict(c)) | {"matmul": c.matmul})
     print(f"wrote {c.out}")
 
 

@@ -234,8 +234,8 @@ class Common:
     out: str = field("", "JSON file to write")
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("float32", "of the weights", choices=["auto", "float32", "bfloat16", "float16"])
-    matmul: str = field("highest", "factors of float32 matrix products, whose sums stay float32: highest float32; high TF32, on a GPU that has "
-                        "it; medium bfloat16, on a GPU or a CPU that has it (AMX)", choices=["highest", "high", "medium"])
+    matmul: str = field("highest", "how float32 matrices are multiplied, sums in float32: highest in float32; high in TF32, on a GPU that has it; "
+                        "medium the same, and in bfloat16 on a CPU that has it (AMX)", choices=["highest", "high", "medium"])
     attention: str = field("auto", "auto takes sdpa", choices=["auto", "naive", "tiled", "sdpa"])
 
 
@@ -305,7 +305,8 @@ def rope_flags(config):
 
 
 def load(config, quiet=False):
-    """The model and tokenizer that the flags name, and the header that every evaluation prints first."""
+    """The model and tokenizer that the flags name, and the header that every evaluation prints first. How float32 is multiplied is set for
+    the whole process."""
     device, rope = choose_device(config.device), rope_flags(config)
     torch.set_float32_matmul_precision(config.matmul)
     model = load_model(config.model, rope=rope, device=device, dtype=choose_dtype(config.dtype, device), attention=config.attention)

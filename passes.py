@@ -15,8 +15,18 @@ def result(model, seed, **measured):
     return {"model": str(getattr(model, "path", "")), "rope": model.config.rope.to_dict(),
             "original_window": original_window(model.config), **measured,
             "seed": seed, "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."),
-            "matmul": torch.get_float32_matmul_precision(), "attention": model.attention,
+            "matmul": matmul(model), "attention": model.attention,
             "device": describe_device(model.device), "versions": versions(), "command": command_line()}
+
+
+def matmul(model):
+    """How the matrices of a float32 model are multiplied: PyTorch's highest, high or medium. None for other weights."""
+    if model.tok_embeddings.weight.dtype != torch.float32:
+        return None
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # PyTorch does not tell where its newer switches, one for each backend, were used
+        return "by backend"
 
 
 def row_bytes(model, length, generating=False):
@@ -61,5 +71,5 @@ def store(keep, model, *conditions):
         return Kept()
     weights = hashlib.sha256(some_weights(model).numpy().tobytes()).hexdigest()
     shape = dataclasses.asdict(model.config) | {"rope": model.config.rope.to_dict()}
-    return keep.within(weights, shape, str(model.tok_embeddings.weight.dtype), torch.get_float32_matmul_precision(), model.attention,
+    return keep.within(weights, shape, str(model.tok_embeddings.weight.dtype), matmul(model), model.attention,
                        describe_device(model.device), versions(), *conditions)

@@ -13,9 +13,10 @@ torch.set_num_threads(1)  # tensors here are tiny: handing them to a second thre
 
 @pytest.fixture(autouse=True, scope="function")
 def one_thread():
-    """Another number of threads, which some tests want, changes the last digits of what later ones compute."""
+    """Another number of threads, or how float32 is multiplied, which some tests want, changes the last digits of what later ones compute."""
     yield
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cli
-from cli import UserError, choose_device, choose_dtype, field, parse, read_json, run, whole_file, write_json
+from cli import UserError, choose_device, choose_dtype, field, matmul_precision, parse, read_json, run, whole_file, write_json
 from data.tokenizer import train_tokenizer
 from model import LLaMA, ModelConfig
 from weights import save_model
@@ -406,3 +406,11 @@ def test_results_can_be_read_back(script, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     contract = "model rope seed device versions command perplexity tokens documents window stride seconds"
     assert set(contract.split()) <= set(result) and result["model"].endswith("/model")
+
+
+def test_how_float32_is_multiplied_is_put_back_whatever_happens():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), matmul_precision("medium"):
+        assert torch.get_float32_matmul_precision() == "medium" != before
+        1 // 0
+    assert torch.get_float32_matmul_precision() == before

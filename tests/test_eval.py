@@ -31,7 +31,7 @@ from weights import load_model, load_tokenizer, save_model
 
 ROOT = Path(evaluation.__file__).parent
 TINY = ROOT / "data" / "tiny"
-COMMON = {"model", "rope", "seed", "device", "versions", "command"}  # what every result says
+COMMON = {"model", "rope", "seed", "dtype", "matmul", "attention", "device", "versions", "command"}  # what every result says
 
 
 def make(seed=0, std=0.3, **changes):
@@ -773,6 +773,20 @@ def test_how_float32_is_multiplied_is_asked_for_said_and_not_kept_for_the_next_c
     assert medium["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-2)
     again, _ = cli("ppl", "--model", "@model", "--text", "@text.py")
     assert again["perplexity"] == exact["perplexity"] and torch.get_float32_matmul_precision() == "highest"
+    half, printed = cli("ppl", "--model", "@model", "--text", "@text.py", "--matmul", "medium", "--dtype", "bfloat16")
+    assert half["matmul"] is None and "matmul" not in printed  # there is no float32 matrix
+
+
+def test_pytorchs_newer_switches_do_no_harm():
+    """get_float32_matmul_precision raises where they and the older one were mixed."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert perplexity(make(), documents(30), 8, progress=False)["matmul"] == "by backend"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_rope_flags_replace_the_folders_positions(cli, folder):

@@ -697,13 +697,24 @@ def kills(folder):
     print(f"{killed} kills")
 
 
-def test_killed_at_every_operation_of_a_save_and_at_any_time(tmp_path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Both kinds of killing side by side: half the time on two cores."""
+    both = {action: start(action, tmp_path_factory.mktemp(action)) for action in ("crash", "kills")}
+    yield both
+    for process in both.values():
+        process.kill()
+
+
+def test_killed_at_every_operation_of_a_save(killed):
     """Weights, optimiser and metrics end as those of the uninterrupted run; a model is always there; one interval at most is lost."""
-    every, any_time = start("crash", tmp_path / "every"), start("kills", tmp_path / "any")  # side by side: half the time on two cores
-    said = finish(every).splitlines()
+    said = finish(killed["crash"]).splitlines()
     assert int(said[-1].split()[0]) > 40, "too few points: are the operations of a save still seen?"
     assert sum(line.startswith("write") for line in said) == 4, "two checkpoints of two files"
-    assert finish(any_time).splitlines()[-1] == "20 kills"
+
+
+def test_killed_at_any_time(killed):
+    assert finish(killed["kills"]).splitlines()[-1] == "20 kills"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
