@@ -134,19 +134,21 @@ def held_out(c, model):
 def bench_perplexity(c, model, peer, device, dtype, documents, window, stride):
     """Sliding-window perplexity once over all windows: eval.perplexity, and the loop of transformers' documentation, both at each precision.
     ratio and difference: of ours to theirs at the same precision."""
-    theirs, rows = None if peer is None else peer().to(device, dtype).eval(), []
+    def row(side, precision, measured):
+        return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, "
+                        + side + ("" if precision == "highest" else f", matmul {precision}"),
+                "perplexity": measured["perplexity"], "tokens_per_second": measured["tokens"] / measured["seconds"],
+                "seconds": measured["seconds"], "bytes": None, "matmul": precision}
+    rows, theirs = [], None if peer is None else peer().to(device, dtype).eval()
     for precision in c.matmul:
-        def row(side, measured):
-            return {"name": f"perplexity, window {window}, stride {stride}, {measured['tokens']} tokens, "
-                            + side + ("" if precision == "highest" else f", matmul {precision}"),
-                    "perplexity": measured["perplexity"], "tokens_per_second": measured["tokens"] / measured["seconds"],
-                    "seconds": measured["seconds"], "bytes": None, "matmul": precision}
         with matmul_precision(precision):
-            rows.append(row("ours", perplexity(model, documents, window, stride)))
+            ours = row("ours", precision, perplexity(model, documents, window, stride))
+            rows.append(ours)
             if theirs is not None:
-                rows.append(row("transformers", straightforward(theirs, documents, window, stride, device)))
-                rows[-2] |= {"ratio": rows[-1]["seconds"] / rows[-2]["seconds"], "peer": "transformers",
-                             "difference": rows[-2]["perplexity"] / rows[-1]["perplexity"] - 1}
+                other = row("transformers", precision, straightforward(theirs, documents, window, stride, device))
+                ours |= {"ratio": other["seconds"] / ours["seconds"], "peer": "transformers",
+                         "difference": ours["perplexity"] / other["perplexity"] - 1}
+                rows.append(other)
     return rows
 
 

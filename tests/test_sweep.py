@@ -101,7 +101,7 @@ def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(comm
     assert numbers(command(*SMALL, "--jobs", "2", folder="two")) == numbers(whole)
 
 
-@pytest.mark.parametrize("name, calls", [("fit", 2), ("passkey", 4)])
+@pytest.mark.parametrize("name, calls", [("fit", 2), ("perplexity", 5), ("passkey", 4)])
 def test_an_interruption_costs_only_what_was_in_hand(command, whole, monkeypatch, name, calls):
     expected, function, made = numbers(whole), getattr(sweep, name), []
 
