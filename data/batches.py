@@ -1,101 +1,119 @@
-"""Token files -> training rows, as a pure function of (seed, step, row): resuming needs no state, and the number of ranks changes nothing.
+"""Token files -> training rows. A row is a pure function of (seed, step, row): resuming needs no
+state of the loader, and the number of ranks changes nothing.
 
-A batch is a share of rows of text, cut from the corpus at random, and a share of rows with passkey prompts in them.
+A batch is rows of text, cut from the corpus at random, and a share of rows with passkey prompts.
 """
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from cli import UserError, read_json
+from common.errors import UserError
+from data.corpus import TokenFile, require_same_tokenizer
 from data.passkey import PasskeyPrompts
-
-
-class TokenFile:
-    """One split of a token folder, memory-mapped. tokens: all ids; offsets: where each document begins, and the end."""
-
-    def __init__(self, folder, split):
-        folder = Path(folder)
-        meta = read_json(folder / "meta.json")
-        try:
-            self.offsets = np.load(folder / f"{split}.docs.npy")
-            if len(self.offsets) == 1:
-                raise UserError(f"{folder}: no document is in the {split} split: prepare it from at least two files (cut a single book in two)")
-            self.tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
-            self.tokenizer_sha256, self.vocab_size, written = meta["tokenizer_sha256"], meta["vocab_size"], self.offsets[-1]
-        except UserError:
-            raise
-        except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
-            raise UserError(f"{folder}: the {split} split cannot be read ({error}): prepare it again with data/prepare.py") from None
-        if written != len(self.tokens):
-            raise UserError(f"{folder}: {split}.bin holds {len(self.tokens)} tokens, {written} were written: "
-                            "prepare it again with data/prepare.py")
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def documents(self, at_least=1):
-        """The documents of at least that many tokens, in order: arrays of ids, BOS first and EOS last."""
-        for start, end in zip(self.offsets[:-1], self.offsets[1:]):
-            if end - start >= at_least:
-                yield self.tokens[start:end].astype(np.int64)
+from data.tokenizer import Tokenizer
 
 
 class Batches:
-    """batches(step) -> (tokens [rows, T], targets [rows, T]), int64.
+    """batches(step) -> (tokens [B, T], targets [B, T]), int64: the targets are the next tokens.
 
-    corpus: TokenFile; rows: of the whole step, over all ranks; passkey_share: share of the rows with passkey prompts, none of which is
-    longer than passkey_longest, however long the row: so retrieval over more than L is never trained at L', and what a test finds there
-    is the method's doing. packed: such a row is full of prompts, one after another, else it is text with one prompt somewhere in it.
-    When L' > L packing has a side effect: keys of earlier prompts, farther away than L, are there in training and never the answer, so
-    that a model learns to overlook just what the test asks for.
-
-    positions: None for 0 .. T-1, or a function (rng of the step, rng of the row, T) -> [T], and then a batch has them as its third tensor,
-    [rows, T] (positions.training_positions).
+    rows             B, of the whole step, over all ranks
+    seq_len          T
+    passkey_share    share of the rows that hold passkey prompts
+    passkey_longest  no prompt is longer, however long the row. With L here and rows of L', training
+                     never shows retrieval over more than L: if the model can do it, that is the
+                     method's work.
+    packed           True: such a row is full of prompts. False: it is text with one prompt in it.
+                     Packing has a side effect when L' > L: keys farther away than L are there in
+                     training and never the answer, so a model learns to overlook just these.
+    positions        None for 0 .. T-1, or a function (rng of the step, rng of the row, T) -> [T]:
+                     a batch then has a third tensor, positions [B, T]
     """
 
-    def __init__(self, corpus, tokenizer, rows, seq_len, passkey_share=0.0, passkey_longest=None, packed=True, seed=0, positions=None):
+    def __init__(self, corpus: TokenFile, tokenizer: Tokenizer, rows: int, seq_len: int,
+                 passkey_share: float = 0.0, passkey_longest: int | None = None,
+                 packed: bool = True, seed: int = 0, positions: Callable | None = None):
         if len(corpus) < seq_len + 1:
-            raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of {seq_len + 1}: "
-                            "give more text or a shorter window")
-        if corpus.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: "
-                            f"prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
+            raise UserError(f"the corpus holds {len(corpus)} tokens, fewer than one row of "
+                            f"{seq_len + 1}: give more text or a shorter window")
+        require_same_tokenizer(corpus, tokenizer)
         if not 0 <= passkey_share <= 1:
-            raise UserError(f"a passkey share of {passkey_share}: give a share of the rows, from 0 to 1")
-        self.corpus, self.rows, self.seq_len, self.seed, self.positions = corpus, rows, seq_len, seed, positions
-        self.passkey_share, self.prompts = passkey_share, PasskeyPrompts(tokenizer)
-        self.passkey_longest, self.packed = min(passkey_longest or seq_len, seq_len), packed
+            raise UserError(f"a passkey share of {passkey_share}: give a share of rows from 0 to 1")
+        self.corpus = corpus
+        self.rows = rows
+        self.seq_len = seq_len
+        self.passkey_share = passkey_share
+        self.passkey_longest = min(passkey_longest or seq_len, seq_len)
+        self.packed = packed
+        self.seed = seed
+        self.positions = positions
+        self.prompts = PasskeyPrompts(tokenizer)
         if passkey_share and self.passkey_longest < self.prompts.shortest:
-            raise UserError(f"a passkey prompt needs {self.prompts.shortest} tokens, the window has {self.passkey_longest}: "
-                            "use a longer window or a passkey share of 0")
+            raise UserError(f"a passkey prompt needs {self.prompts.shortest} tokens, the window "
+                            f"has {self.passkey_longest}: use a longer one or a passkey share of 0")
 
-    def row(self, step, index):
-        """Row `index` of a step: T + 1 ids."""
+    def row(self, step: int, index: int) -> np.ndarray:
+        """Row `index` of a step: T + 1 ids, the T inputs and one more for the last target."""
         rng = np.random.default_rng((self.seed, step, index))
-        start = int(rng.integers(0, len(self.corpus) - self.seq_len))
+        start = rng.integers(0, len(self.corpus) - self.seq_len)
         text = self.corpus.tokens[start:start + self.seq_len + 1].astype(np.int64)
-        # The first rows are prompts. A fractional count is made up over the steps: 0.3 of one row is three steps in ten.
-        prompts = int((step + 1) * self.rows * self.passkey_share) - int(step * self.rows * self.passkey_share)
-        if index >= prompts:
+        if index >= self.passkey_rows(step):
             return text
-        if not self.packed:
-            prompt = self.prompts.document(rng, self.passkey_longest)
-            place = int(rng.integers(0, len(text) - len(prompt) + 1))
-            return np.concatenate([text[:place], prompt, text[place + len(prompt):]])
-        parts, room = [], self.seq_len + 1
-        while room > self.prompts.shortest:
-            parts.append(self.prompts.document(rng, min(self.passkey_longest, room - 1)))
-            room -= len(parts[-1])
-        return np.concatenate([*parts, text[:room]])
+        if self.packed:
+            return self.full_of_prompts(rng, text)
+        return self.with_one_prompt(rng, text)
 
-    def __call__(self, step, first=0, last=None):
-        """Rows first..last of a step (a rank's or a micro-batch's share; all by default)."""
+    def passkey_rows(self, step: int) -> int:
+        """The number of rows with prompts, the first ones of a step. A fraction is exact over many
+        steps: 0.3 of a row is one row in three of ten steps."""
+        before = int(step * self.rows * self.passkey_share)
+        with_this_step = int((step + 1) * self.rows * self.passkey_share)
+        return with_this_step - before
+
+    def full_of_prompts(self, rng: np.random.Generator, text: np.ndarray) -> np.ndarray:
+        """One prompt after another, as long as another fits, then `text` to the end of the row."""
+        documents = []
+        room = len(text)
+        while room > self.prompts.shortest:
+            longest = min(self.passkey_longest, room - 1)  # - 1: room for EOS
+            document = self.prompts.document(rng, longest)
+            documents.append(document)
+            room -= len(document)
+        return np.concatenate([*documents, text[:room]])
+
+    def with_one_prompt(self, rng: np.random.Generator, text: np.ndarray) -> np.ndarray:
+        """`text` with one prompt over a random piece of it."""
+        document = self.prompts.document(rng, self.passkey_longest)
+        start = rng.integers(0, len(text) - len(document) + 1)
+        return np.concatenate([text[:start], document, text[start + len(document):]])
+
+    def __call__(self, step: int, first: int = 0,
+                 last: int | None = None) -> tuple[torch.Tensor, ...]:
+        """Rows first .. last - 1 of a step, the share of a rank or micro-batch; all by default."""
         wanted = range(first, self.rows if last is None else last)
         rows = torch.from_numpy(np.stack([self.row(step, i) for i in wanted]))
+        tokens = rows[:, :-1]
+        targets = rows[:, 1:]
         if self.positions is None:
-            return rows[:, :-1], rows[:, 1:]
-        # Streams of their own (a fourth number in the seed): the text is the same whatever the positions are.
-        positions = [self.positions(np.random.default_rng((self.seed, step, 0, 1)), np.random.default_rng((self.seed, step, i, 2)), self.seq_len)
-                     for i in wanted]
-        return rows[:, :-1], rows[:, 1:], torch.from_numpy(np.stack(positions))
+            return tokens, targets
+        positions = []
+        for i in wanted:
+            # Random streams of their own: the text is the same whatever the positions are.
+            step_rng = np.random.default_rng((self.seed, step, 0, 1))
+            row_rng = np.random.default_rng((self.seed, step, i, 2))
+            positions.append(self.positions(step_rng, row_rng, self.seq_len))
+        return tokens, targets, torch.from_numpy(np.stack(positions))
+
+
+def prefetch(batches: Batches, first_step: int, last_step: int, first_row: int, rows: int
+             ) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Yield (step, batch) with `rows` rows of each step, a rank's share. The next batch is cut
+    while this one is computed."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(batches, first_step, first_row, first_row + rows)
+        for step in range(first_step, last_step):
+            batch = following.result()
+            if step + 1 < last_step:
+                following = pool.submit(batches, step + 1, first_row, first_row + rows)
+            yield step, batch

@@ -1,282 +1,330 @@
-"""Text <-> token ids: Meta's SentencePiece file exactly as it is, small ones of our own that lose no character, and tokenizer.json.
+"""Text <-> token ids: a SentencePiece tokenizer.model (Meta's or ours), tokenizer.json, or .gguf.
 
-No BOS and no EOS is ever added unless asked for: encode(text, bos=True, eos=True). Evaluation and training put BOS in front of every
-document, training EOS behind it.
+BOS and EOS are added on request only: encode(text, bos=True, eos=True). Training and evaluation
+put BOS in front of every document; training puts EOS behind it.
 
-A SentencePiece model writes a space as '▁' (U+2581) and everything it has no piece for as bytes, <0x00> ... <0xFF>. Meta's puts one more
-space in front of every text and takes it off again when decoding. Ours does not, so that pieces of one document can be encoded apart.
+SentencePiece writes a space as '▁' (U+2581), and a character that has no piece as its bytes,
+<0x00> ... <0xFF>. Meta's model puts a space in front of every text, the dummy prefix, and drops
+it in decoding. Ours has no dummy prefix, so the parts of a document can be encoded separately.
 """
 import hashlib
 import io
 import json
-import os
 import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-from cli import UserError, read_json, whole_file
+from common.environment import usable_cores
+from common.errors import UserError, one_line
+from common.files import read_json_object, whole_file
+from data.gguf_tokenizer import gguf_tokenizer_files
 
 SPACE = "\u2581"
 SINGLE_SPACE = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
-PART = 1 << 16  # characters encoded at a time: bounds the memory of a long text and lets its parts run in parallel
-REMEDY = "name a SentencePiece tokenizer.model, or train one with python data/prepare.py --train-tokenizer 1024 --tokenizer PATH"
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-          "generation_config.json")
+PART = 1 << 16  # characters encoded at a time: bounds the memory, and the parts run in parallel
+REMEDY = ("name a SentencePiece tokenizer.model, or train one with "
+          "python data/prepare.py --train-tokenizer 1024 --tokenizer PATH")
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "chat_template.jinja", "generation_config.json")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Tokenizer:
     """A SentencePiece model file.
 
-    Attributes: vocab_size, bos_id, eos_id, path, sha256 (of the file's bytes: token files name their tokenizer by it), dummy_prefix.
-    Without a dummy prefix (ours) decode(encode(x)) == x for every text. With one (Meta's) the ids are those of SentencePiece itself,
-    which reads a literal '▁' as a space.
+    vocab_size    number of pieces
+    padded_size   size of the model's vocabulary, which may be rounded up
+    sha256        of the file's bytes: token folders name their tokenizer by it
+    dummy_prefix  whether encode puts a space in front of a text
+
+    Without a dummy prefix (ours), decode(encode(text)) == text for every text. With one (Meta's),
+    the ids are those of SentencePiece itself, which reads a literal '▁' as a space.
     """
 
-    def __init__(self, path):
+    file_name = "tokenizer.model"
+    add_bos = None  # whether transformers would add BOS unasked, if a file says so
+
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
+        data = read_tokenizer_file(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         if is_tiktoken(path):
-            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's tokenizer.json there, which says the same")
+            raise UserError(f"{path}: a tiktoken file, as LLaMA 3 has: copy the model's "
+                            "tokenizer.json there, which says the same")
         try:
             if not data:
                 raise RuntimeError("empty file")
             self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
-            self.vocab_size = self.model.get_piece_size()
+            self.vocab_size = self.padded_size = self.model.get_piece_size()
             pieces = [self.model.id_to_piece(i) for i in range(self.vocab_size)]
             self.dummy_prefix = self.model.encode("a", out_type=str)[0].startswith(SPACE)
         except (RuntimeError, IndexError, OSError, UnicodeError):
-            raise UserError(f"{path}: not a SentencePiece model, or not a whole one: {REMEDY}") from None
-        self.padded_size = self.vocab_size
-        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+            raise UserError(f"{path}: not a SentencePiece model, or not a whole one: "
+                            f"{REMEDY}") from None
+        self.bos_id = self.model.bos_id()
+        self.eos_id = self.model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"{path}: this SentencePiece model has no BOS or no EOS piece, which LLaMA needs: {REMEDY}")
-        # SentencePiece cannot tell a literal '▁' from a space: ours goes in as its three bytes, which come out as themselves.
-        as_bytes = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode("utf-8")]
-        self.literal_space = as_bytes if not self.dummy_prefix and all(map(self.model.is_byte, as_bytes)) else []
-        # No piece of ours or Meta's goes on past a space, so a text may be cut in front of one without changing its ids.
-        apart = self.model.encode("a") + self.model.encode("b" if self.dummy_prefix else " b")
-        self.cuttable = not any(SPACE in piece.lstrip(SPACE) for piece in pieces) and self.model.encode("a b") == apart
+            raise UserError(f"{path}: this SentencePiece model has no BOS or no EOS piece, "
+                            f"which LLaMA needs: {REMEDY}")
 
-    def encode(self, text, bos=False, eos=False):
-        """The ids of `text`, a list of ints, with BOS in front and EOS behind if asked."""
+        # SentencePiece takes a literal '▁' for a space. Ours encodes it as its three bytes instead.
+        as_bytes = [self.model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode("utf-8")]
+        has_bytes = all(self.model.is_byte(i) for i in as_bytes)
+        self.literal_space = as_bytes if has_bytes and not self.dummy_prefix else []
+
+        # If no piece goes on past a space, a text cut in front of one keeps its ids.
+        crosses_space = any(SPACE in piece.lstrip(SPACE) for piece in pieces)
+        second = "b" if self.dummy_prefix else " b"
+        separately = self.model.encode("a") + self.model.encode(second)
+        self.cuttable = not crosses_space and self.model.encode("a b") == separately
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of `text`, with BOS in front and EOS behind on request."""
         return self.encode_batch([text], bos, eos)[0]
 
-    def encode_batch(self, texts, bos=False, eos=False):
-        """The ids of each text: a list of lists. All texts, and the parts of long ones, are encoded together on all cores."""
-        cut = [list(self.parts(characters(text))) for text in texts]
-        flat = [part for parts in cut for part in parts]
-        threads = min(cores(), 1 + sum(map(len, flat)) // PART)  # a second one pays from about there
-        ids = iter(self.model.encode(flat, num_threads=threads))
-        batch = []
-        for parts in cut:
-            tokens = [self.bos_id] * bos
-            for part in parts:
-                encoded = next(ids)
-                tokens += self.literal_space if self.literal_space and part == SPACE else encoded
-            batch.append(tokens + [self.eos_id] * eos)
+    def encode_batch(self, texts: Iterable[str], bos: bool = False,
+                     eos: bool = False) -> list[list[int]]:
+        """The ids of each text. Together they are encoded faster than one after another."""
+        begin = [self.bos_id] if bos else []
+        end = [self.eos_id] if eos else []
+        texts = [check_characters(text) for text in texts]
+        return [begin + ids + end for ids in self.encode_plain(texts)]
+
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text. All texts, and the parts of long ones, share the cores."""
+        parts = [(n, part) for n, text in enumerate(texts) for part in self.parts(text)]
+        characters = sum(len(text) for text in texts)
+        threads = min(usable_cores(), 1 + characters // PART)  # a second one pays from about there
+        encoded = self.model.encode([part for _, part in parts], num_threads=threads)
+        batch = [[] for _ in texts]
+        for (n, part), ids in zip(parts, encoded):
+            batch[n] += self.literal_space if self.literal_space and part == SPACE else ids
         return batch
 
-    def parts(self, text):
-        """Cut `text` where that does not change its ids: around each literal '▁' that is to be kept, and about every PART characters."""
-        if self.literal_space and SPACE in text:
-            for piece in re.split(f"({SPACE})", text):
-                yield from [SPACE] if piece == SPACE else self.parts(piece)
-            return
-        start = 0
-        while self.cuttable and len(text) - start > PART and (cut := SINGLE_SPACE.search(text, start + PART)):
-            yield text[start:cut.start()]
-            start = cut.end() if self.dummy_prefix else cut.start()  # the dummy prefix of the next part stands for the space
-        yield text[start:]
+    def parts(self, text: str) -> Iterator[str]:
+        """Cut `text` where its ids allow: around a literal '▁', and about every PART characters."""
+        pieces = re.split(f"({SPACE})", text) if self.literal_space else [text]
+        for piece in pieces:
+            start = 0
+            while self.cuttable and len(piece) - start > PART:
+                space = SINGLE_SPACE.search(piece, start + PART)
+                if space is None:
+                    break
+                yield piece[start:space.start()]
+                # The dummy prefix of the next part, if there is one, stands for the space.
+                start = space.end() if self.dummy_prefix else space.start()
+            yield piece[start:]
 
-    def decode(self, ids):
-        """The text of a list of ids. BOS and EOS are silent; bytes that are no UTF-8 become U+FFFD."""
-        return self.model.decode(known(self, ids))
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. BOS and EOS are silent; bytes that are no UTF-8 become U+FFFD."""
+        return self.model.decode(drop_padding_ids(self, ids))
 
     @property
-    def policy(self):
-        return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for"
+    def policy(self) -> str:
+        """The use of BOS and EOS, for headers."""
+        unasked = {None: "", True: "; transformers adds BOS unasked",
+                   False: "; transformers adds no BOS"}
+        return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for{unasked[self.add_bos]}"
 
-    def files(self):
-        """{name: bytes} of what a model folder needs to have this tokenizer, and of what lay beside it."""
-        return {**(beside(self.path.parent) if self.path.name == "tokenizer.model" else {}), "tokenizer.model": self.path.read_bytes()}
+    def files(self) -> dict[str, bytes]:
+        """{name: bytes} of the files that give a model folder this tokenizer."""
+        files = companion_files(self.path.parent) if self.path.name == self.file_name else {}
+        files[self.file_name] = self.path.read_bytes()
+        return files
 
 
-class JsonTokenizer:
-    """A tokenizer.json, by the `tokenizers` package. Interface and attributes are Tokenizer's, and ids are those of transformers.
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, read by the `tokenizers` package. The ids are those of transformers.
 
-    The file does not say which tokens are BOS and EOS: tokenizer_config.json beside it does, else special_tokens_map.json, else
-    config.json. The post-processor, by which many files add BOS by themselves, is not used. The name of a special token inside a text
-    stands for that token, as in transformers.
+    BOS and EOS are named by the first of tokenizer_config.json, special_tokens_map.json and
+    config.json beside it that does. The post-processor, by which many files add BOS unasked, is
+    not used. A special token's name inside a text stands for that token.
     """
 
-    def __init__(self, path):
-        self.path, folder = Path(path), Path(path).parent
+    file_name = "tokenizer.json"
+
+    def __init__(self, path: str | Path):
         try:
-            from tokenizers import Tokenizer as Model
+            from tokenizers import Tokenizer as TokenizersModel
         except ImportError:
             raise UserError(f"{path}: reading it needs a package: pip install tokenizers") from None
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
+        self.path = Path(path)
+        data = read_tokenizer_file(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
-            self.model = Model.from_str(data.decode("utf-8"))
-            self.model.no_truncation(), self.model.no_padding()
+            self.model = TokenizersModel.from_str(data.decode("utf-8"))
+            self.model.no_truncation()
+            self.model.no_padding()
             self.pieces = self.model.get_vocab(with_added_tokens=True)
             first = self.model.encode("a", add_special_tokens=False).tokens
         except (KeyboardInterrupt, MemoryError):
             raise
-        except BaseException as error:  # the package has no class of its own for what it finds wrong, and a panic in Rust is no Exception
-            raise UserError(f"{path}: not a tokenizer.json, or not a whole one ({one_line(error)}): copy it again") from None
+        except BaseException as error:  # the package's errors share no class; Rust panics are here
+            raise UserError(f"{path}: not a tokenizer.json, or not a whole one "
+                            f"({one_line(error)}): copy it again") from None
         if not self.pieces:
             raise UserError(f"{path}: has no pieces: copy it again")
-        self.padded_size = self.vocab_size = max(self.pieces.values()) + 1
-        self.dummy_prefix = bool(first) and first[0].startswith((SPACE, "\u0120"))  # "Ġ" is the space of byte-level BPE
-        self.said = {name: settings(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")}
-        self.bos_id, self.eos_id = self.special("bos"), self.special("eos")
-        added = self.said["tokenizer_config.json"].get("add_bos_token")
-        self.add_bos = added if isinstance(added, bool) else None  # what transformers does unasked; nothing here depends on it
+        self.vocab_size = self.padded_size = max(self.pieces.values()) + 1
+        # Byte-level BPE writes a space as "Ġ" (U+0120).
+        self.dummy_prefix = bool(first) and first[0].startswith((SPACE, "\u0120"))
+        names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+        self.configs = {name: read_json_object(self.path.parent / name) for name in names}
+        self.bos_id = self.special_id("bos")
+        self.eos_id = self.special_id("eos")
+        add_bos = self.configs["tokenizer_config.json"].get("add_bos_token")
+        self.add_bos = add_bos if isinstance(add_bos, bool) else None
 
-    def special(self, kind):
-        """The id of BOS or EOS."""
-        for name, given in self.said.items():
-            token = given.get(f"{kind}_token_id" if name == "config.json" else f"{kind}_token")
-            token = token.get("content") if isinstance(token, dict) else token[0] if isinstance(token, list) and token else token
-            if type(token) is int and token not in self.pieces.values() or isinstance(token, str) and token not in self.pieces:
-                raise UserError(f"{self.path.parent / name}: {kind.upper()} is {token!r:.60}, which tokenizer.json does not have: do "
-                                "the two belong together?")
-            if type(token) is int or isinstance(token, str):
-                return self.pieces.get(token, token)
-        raise UserError(f"{self.path}: which token is {kind.upper()}? Say so in a tokenizer_config.json beside it: "
-                        f"{{\"bos_token\": \"<s>\", \"eos_token\": \"</s>\"}}")
+    def special_id(self, kind: str) -> int:
+        """The id of the token `kind`, "bos" or "eos"."""
+        for name, config in self.configs.items():
+            token = config.get(f"{kind}_token_id" if name == "config.json" else f"{kind}_token")
+            if isinstance(token, dict):
+                token = token.get("content")
+            elif isinstance(token, list) and token:
+                token = token[0]
+            if isinstance(token, str) and token in self.pieces:
+                return self.pieces[token]
+            if type(token) is int and token in self.pieces.values():
+                return token
+            if isinstance(token, str) or type(token) is int:
+                raise UserError(f"{self.path.parent / name}: {kind.upper()} is {token!r:.60}, "
+                                "which tokenizer.json does not have: do the two belong together?")
+        raise UserError(f"{self.path}: which token is {kind.upper()}? Say so in a tokenizer_config"
+                        '.json beside it: {"bos_token": "<s>", "eos_token": "</s>"}')
 
-    @property
-    def policy(self):
-        alone = {None: "", True: "; transformers adds BOS unasked", False: "; transformers adds no BOS"}[self.add_bos]
-        return f"BOS {self.bos_id} and EOS {self.eos_id} where asked for{alone}"
-
-    def encode(self, text, bos=False, eos=False):
-        """The ids of `text`, a list of ints, with BOS in front and EOS behind if asked."""
-        return self.encode_batch([text], bos, eos)[0]
-
-    def encode_batch(self, texts, bos=False, eos=False):
-        """The ids of each text: a list of lists."""
-        texts = [characters(text) for text in texts]
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
         try:
             encoded = self.model.encode_batch(texts, add_special_tokens=False)
         except Exception as error:  # a word without any token
-            raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): copy the tokenizer again") from None
-        return [[self.bos_id] * bos + one.ids + [self.eos_id] * eos for one in encoded]
+            raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): "
+                            "copy the tokenizer again") from None
+        return [encoding.ids for encoding in encoded]
 
-    def decode(self, ids):
-        """The text of a list of ids. Special tokens are silent; bytes that are no UTF-8 become U+FFFD."""
-        return self.model.decode(known(self, ids), skip_special_tokens=True)
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Special tokens are silent; bytes that are no UTF-8 become U+FFFD."""
+        return self.model.decode(drop_padding_ids(self, ids), skip_special_tokens=True)
 
-    def files(self):
-        """{name: bytes} of what a model folder needs to have this tokenizer, with what says BOS and EOS, and of what lay beside it."""
-        files = {**(beside(self.path.parent) if self.path.name == "tokenizer.json" else {}), "tokenizer.json": self.path.read_bytes()}
-        said, names = self.said["tokenizer_config.json"], {token_id: token for token, token_id in self.pieces.items()}
-        if not ("tokenizer_config.json" in files and said.get("bos_token") and said.get("eos_token")):
-            config = {**said, "bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
-            files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
+    def files(self) -> dict[str, bytes]:
+        files = super().files()
+        config = self.configs["tokenizer_config.json"]
+        names_both = config.get("bos_token") and config.get("eos_token")
+        if not names_both or "tokenizer_config.json" not in files:
+            piece_of = {i: piece for piece, i in self.pieces.items()}
+            special = {"bos_token": piece_of[self.bos_id], "eos_token": piece_of[self.eos_id]}
+            files["tokenizer_config.json"] = json.dumps(config | special, indent=1).encode()
         return files
 
 
-def open_tokenizer(path):
-    """The Tokenizer of a tokenizer.model, the JsonTokenizer of a tokenizer.json, or what is inside a .gguf file."""
-    if Path(path).suffix == ".gguf":
-        import gguf_model
-        return gguf_model.read_tokenizer(path)
-    return JsonTokenizer(path) if Path(path).suffix == ".json" else Tokenizer(path)
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, of a tokenizer.json, or inside a .gguf file."""
+    suffix = Path(path).suffix
+    if suffix == ".gguf":
+        return read_gguf_tokenizer(path)
+    return JsonTokenizer(path) if suffix == ".json" else Tokenizer(path)
 
 
-def is_tiktoken(path):
-    """Whether a file is a list of base64 pieces and their ranks, as LLaMA 3's tokenizer.model."""
+def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer inside a .gguf file, opened as the tokenizer.model or tokenizer.json that says
+    the same. sha256 is that file's: quantisations of one model share their tokenizer."""
+    files = gguf_tokenizer_files(path)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        try:
+            tokenizer = open_tokenizer(Path(folder) / next(iter(files)))
+        except UserError as error:
+            problem = str(error).replace(f"{folder}/", "its tokenizer, as ")
+            raise UserError(f"{path}: {problem}") from None
+    tokenizer.path = Path(path)
+    tokenizer.files = files.copy
+    return tokenizer
+
+
+def read_tokenizer_file(path: str | Path) -> bytes:
+    """The bytes of a tokenizer file."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: {REMEDY}") from None
+
+
+def is_tiktoken(path: str | Path) -> bool:
+    """Whether a file lists base64 pieces and their ranks, as LLaMA 3's tokenizer.model does."""
     with open(path, "rb") as file:
         return re.match(rb"[A-Za-z0-9+/]+=* \d+\n", file.read(4096)) is not None
 
 
-def beside(folder):
-    """{name: bytes} of what has no use here but goes where the tokenizer goes: transformers' other form of it, its words for a chat, and
-    generation_config.json, the ids that end an answer, of which chat models have several. Where only config.json says them, a
-    generation_config.json is made of it, as transformers would."""
-    files = {name: (folder / name).read_bytes() for name in BESIDE if (folder / name).is_file()}
-    ids = {key: value for key, value in settings(folder / "config.json").items() if key in IDS and value is not None}
-    if not settings(folder / "generation_config.json") and ids:
+def companion_files(folder: Path) -> dict[str, bytes]:
+    """{name: bytes} of the files that go where the tokenizer goes, though nothing here reads them:
+    transformers' form of it, its chat template, and generation_config.json, the ids that end an
+    answer. If only config.json has these ids, a generation_config.json is made of them."""
+    files = {}
+    for name in COMPANIONS:
+        if (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
+    config = read_json_object(folder / "config.json")
+    ids = {key: config[key] for key in config if key in IDS and config[key] is not None}
+    if ids and not read_json_object(folder / "generation_config.json"):
         files["generation_config.json"] = json.dumps(ids).encode()
     return files
 
 
-def one_line(error):
-    """What an exception of another package says, short and printable."""
-    return "".join(filter(str.isprintable, " ".join(str(error).split())))[:100] or type(error).__name__
-
-
-def settings(file):
-    """The object in a JSON file; {} where there is none."""
-    given = read_json(file) if file.is_file() else {}
-    if not isinstance(given, dict):
-        raise UserError(f"{file}: holds no object {{...}}: copy it again")
-    return given
-
-
-def known(tokenizer, ids):
-    """`ids` without those by which the model's vocabulary was rounded up (padded_size); others that are no token are refused."""
+def drop_padding_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
+    """`ids` without those from vocab_size on, which only round a model's vocabulary up. An id that
+    is not in 0 .. padded_size - 1 is a UserError."""
     ids = [int(i) for i in ids]
-    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.padded_size:
-        wrong = max(ids) if min(ids) >= 0 else min(ids)
-        raise UserError(f"token {wrong} is not in the vocabulary of {tokenizer.path} (0 to {tokenizer.vocab_size - 1}): "
-                        "take the tokenizer that was made with this model or token file")
+    for i in ids:
+        if not 0 <= i < tokenizer.padded_size:
+            raise UserError(f"token {i} is not in the vocabulary of {tokenizer.path} (0 to "
+                            f"{tokenizer.vocab_size - 1}): take the tokenizer that was made with "
+                            "this model or token file")
     return [i for i in ids if i < tokenizer.vocab_size]
 
 
-def cores():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def characters(text):
-    """`text` itself, if UTF-8 can hold it: half of a surrogate pair (as file names and broken JSON may have) is no character."""
+def check_characters(text: str) -> str:
+    """`text` itself. Half of a surrogate pair, as in broken JSON, is no character: a UserError."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"the text holds half of a surrogate pair, U+{ord(text[error.start]):04X}, at {error.start}: "
-                        "read it as UTF-8") from None
+        raise UserError(f"the text holds half of a surrogate pair, U+{ord(text[error.start]):04X}, "
+                        f"at {error.start}: read it as UTF-8") from None
     return text
 
 
-def train_tokenizer(texts, path, vocab_size=1024):
-    """Train a SentencePiece BPE model on an iterable of texts and write it to `path`; returns its Tokenizer.
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 1024) -> Tokenizer:
+    """Train a SentencePiece BPE model on `texts`, write it to `path`, and return its Tokenizer.
 
-    The layout is LLaMA's: unk 0, BOS 1, EOS 2, the 256 bytes, then pieces. Digits are always single tokens. White space is kept exactly
-    (no normalisation, no dummy prefix; runs of spaces and newlines are pieces). The same texts give the same bytes: one thread, no shuffle.
+    The layout is LLaMA's: unk 0, BOS 1, EOS 2, the 256 bytes, then pieces. Digits are single
+    tokens. White space is kept exactly: no normalisation; runs of spaces and newlines are pieces.
+    The same texts give the same bytes: one thread, no shuffle.
     """
     if vocab_size < 360:
-        raise UserError(f"--train-tokenizer {vocab_size}: 3 control pieces, 256 bytes and the visible ASCII characters need 360; "
-                        "1024 is a good small number")
-    # SentencePiece skips long "sentences". It keeps tabs and NUL out of its pieces: they are bytes.
-    sentences = [text[i:i + 4096] for text in map(characters, texts) for i in range(0, len(text), 4096)]
-    if not any(map(str.strip, sentences)):
+        raise UserError(f"--train-tokenizer {vocab_size}: 3 control pieces, 256 bytes and the "
+                        "visible ASCII characters need 360; 1024 is a good small number")
+    sentences = []
+    for text in texts:
+        check_characters(text)
+        for start in range(0, len(text), 4096):  # SentencePiece skips long "sentences"
+            sentences.append(text[start:start + 4096])
+    if not any(sentence.strip() for sentence in sentences):
         raise UserError("there is no text to train a tokenizer on: name files with --text")
     model = io.BytesIO()
     try:
+        # SentencePiece keeps tabs and NUL out of its pieces: they stay bytes.
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            character_coverage=0.9995, required_chars="".join(map(chr, range(33, 127))), max_sentence_length=1 << 20,
-            shuffle_input_sentence=False, num_threads=1, minloglevel=2)
-    except RuntimeError as error:  # "... Vocabulary size too high (1024). Please set it to a value <= 387."
+            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe",
+            vocab_size=vocab_size, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, byte_fallback=True,
+            split_digits=True, allow_whitespace_only_pieces=True, add_dummy_prefix=False,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            character_coverage=0.9995, required_chars="".join(map(chr, range(33, 127))),
+            max_sentence_length=1 << 20, shuffle_input_sentence=False, num_threads=1, minloglevel=2)
+    except RuntimeError as error:  # "... Vocabulary size too high (1024). Please set it to ..."
         reason = str(error).split("] ")[-1].strip(" .")
-        raise UserError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: {reason}: "
-                        "give more text, or another number") from None
+        raise UserError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: "
+                        f"{reason}: give more text, or another number") from None
     with whole_file(path) as file:
         file.write(model.getvalue())
     return Tokenizer(path)

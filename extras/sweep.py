@@ -1,14 +1,17 @@
-"""The papers' experiments in miniature: every method, by factor, seed and number of steps, on two kinds of text. Tables and a figure.
+"""The papers' experiments in miniature: every method, by factor, seed and number of steps.
 
-    python extras/sweep.py                                    # data/tiny: all methods, s = 2 and 4, two seeds, up to 200 steps
-    python extras/sweep.py --plan dprope                      # DPRoPE: how many dimensions to interpolate, and by how many bins
-    python extras/sweep.py --plan scratch                     # RoPE, ALiBi, xPos, NoPE, random positions, from scratch
-    python extras/sweep.py --plan smollm2 --text book.txt     # the real model on one GPU, 8192 -> 16384; --factors 4 for 32768
+    python extras/sweep.py                    # data/tiny: all methods, s = 2 and 4, two seeds
+    python extras/sweep.py --plan dprope      # DPRoPE: how many dimensions, and how many bins
+    python extras/sweep.py --plan scratch     # RoPE, ALiBi, xPos, NoPE, random positions
+    python extras/sweep.py --plan smollm2 --text book.txt    # on one GPU, 8192 -> 16384 tokens
 
-It says beforehand how long it will take. Every measurement is kept as soon as it is made and every training saves itself: the same command
-takes up what an interruption left. (Asked for other measurements, by --text or --lengths, it keeps the trainings' ends, not their stages between:
-to measure those it trains again.) All methods see the same rows in the same order at constant learning rate, as in the PI paper, so that
-one training gives the model after every number of steps. Runs are shared among processes, one core each.
+It measures on two kinds of text, says beforehand how long it will take, and ends with tables and a
+figure. All methods see the same rows in the same order at constant learning rate, as in the PI
+paper, so that one training gives the model after every number of steps.
+
+Every measurement is kept as soon as it is made, and every training saves itself: after an
+interruption the same command goes on. With other measurements (--text, --lengths) it needs the
+models in the middle of the trainings, which are not kept, and trains again.
 """
 import dataclasses
 import functools
@@ -20,6 +23,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -31,78 +35,106 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import (Kept, UserError, choose_device, choose_dtype, command_line, describe_device, field, parse, read_json, run, versions,
-                 write_json)
-from data.batches import Batches, TokenFile
+from common.cache import ResultCache, weight_sample
+from common.cli import field, parse, run_command
+from common.device import choose_device, choose_dtype, describe_device
+from common.environment import command_line, usable_cores, versions
+from common.errors import UserError
+from common.files import read_json, write_json
+from data.batches import Batches
+from data.corpus import TokenFile, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts
-from data.prepare import corpus_for, ensure_corpus, read_text
-from eval import CONVENTIONS, needs_settings, perplexity, texts, validation_documents
+from data.sources import read_text
+from data.tokenizer import Tokenizer
+from eval import CONVENTIONS, four_lengths, passkey, perplexity
+from extras.sweep_tables import markdown, sweep_tables
 from finetune import FinetuneConfig
-from model import LLaMA
+from methods import (ALIASES, METHODS, RopeConfig, depends_on_length, inv_freq, parse_rope_flag,
+                     training_positions)
+from model import LLaMA, ModelConfig
 from plot import plot_sweep
-from positions import training_positions
-from retrieval import passkey
-from rope import ALIASES, METHODS, RopeConfig, depends_on_length, inv_freq, rope_argument
-from theory import disturbance
-from train import fit, resumable
-from weights import load_config, load_model, load_tokenizer, original_window, some_weights, with_rope
+from rope import angle_disturbance
+from train import fit
+from weights import load_config, load_model, load_tokenizer, with_rope
+from weights.size import parameter_count
+from weights.training_state import resumable_settings
 
 
 @dataclass
 class SweepConfig:
-    """None and [] are filled in by the plan."""
+    """The plan fills in None and []."""
     plan: str = field("methods", "which experiment; it fills in the flags that are not given",
                       choices=["methods", "dprope", "scratch", "smollm2"])
     model: str | None = field(None, "pretrained model [data/tiny]")
-    methods: list[str] = field([], "names or JSON objects, to be measured and trained [by the plan]; default is direct fine-tuning")
+    methods: list[str] = field([], "names or JSON objects, to be measured and trained [by the "
+                               "plan]; default is direct fine-tuning")
     zero_shot: list[str] = field([], "methods that are measured without training only")
-    curves: list[str] = field([], "methods whose passkey retrieval at L' is measured after every number of steps, with twice the keys")
+    curves: list[str] = field([], "methods whose passkey retrieval at L' is measured after every "
+                              "number of steps, with twice the keys")
     factors: list[float] = field([], "s = L'/L")
     seeds: list[int] = field([], "of the data's order and of the keys: a training each")
     steps: list[int] = field([], "after how many steps to measure; the largest is trained")
-    step_tokens: int | None = field(None, "tokens of an optimiser step: rows = step tokens / L', at least one")
+    step_tokens: int | None = field(None, "tokens of a step: rows = step tokens / L', at least one")
     lr: float | None = field(None, "learning rate, constant after 20 steps of warm-up")
-    lengths: list[int] = field([], "windows and prompt lengths [half, one, two and four original windows]")
+    lengths: list[int] = field([], "windows and prompt lengths [half, one, two and four times L]")
     stride: int | None = field(None, "of the perplexity [a quarter of each window]")
-    eval_tokens: int | None = field(None, "tokens of each kind of text that a perplexity is measured on")
-    text: list[str] = field([], "UTF-8 files, each a kind of text beside the corpus [C++ headers of the PyTorch installation]")
+    eval_tokens: int | None = field(None, "tokens of each kind of text to measure perplexity on")
+    text: list[str] = field([], "UTF-8 files, each a kind of text beside the corpus [C++ headers "
+                            "of the PyTorch installation]")
     distances: int = field(32, "passkey at L': distances of the key, evenly spaced")
     trials: int | None = field(None, "passkey: keys at each distance; 0 measures no passkey")
-    passkey_share: float | None = field(None, "share of training rows with a passkey prompt, never longer than L, in them")
-    corpus: str = field("data/corpora/python", "token folder; the default one is made if it is not there")
-    corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if it has to be made")
+    passkey_share: float | None = field(None, "share of training rows that hold a passkey prompt, "
+                                        "which is never longer than L")
+    corpus: str = field("data/corpora/python", "token folder; the default one is made if missing")
+    corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if made")
     jobs: int | None = field(None, "processes [one a core; one on a GPU]")
     device: str = field("auto", "auto, cpu, cuda or mps")
-    dtype: str = field("auto", "of the training's matrix products, and of evaluation on a GPU", choices=["auto", "float32", "bfloat16"])
+    dtype: str = field("auto", "of the training's matrix products, and of evaluation on a GPU",
+                       choices=["auto", "float32", "bfloat16"])
     compile: bool = field(False, "torch.compile every block in training")
     recompute: bool = field(False, "keep only each block's input in training")
     folder: str = field("out/sweep", "where the runs' models and measurements lie")
-    out: str = field("", "tables, as JSON; a figure of the same name is drawn beside it [results/sweep-PLAN.json]")
+    out: str = field("", "tables, as JSON, with a figure beside it [results/sweep-PLAN.json]")
     dry_run: bool = field(False, "only say what would be run and for how long")
 
 
-# Every method that stretches RoPE by a factor alone; what needs more to differ from these (longrope, proportional, resonance) has to be named.
-EVERY = ["default", *(name for name, m in METHODS.items() if m.rotary and m.train_on == "target" and not needs_settings(m) and not m.whole_head
-                      and name != "default")]
-DPROPE = json.dumps({"rope_type": "dprope", "interpolated_dims": 40})  # of 64, the paper's share; the method alone goes by its threshold
+def dprope_flag(**settings: int) -> str:
+    """DPRoPE with settings of its own, as --methods takes it."""
+    return json.dumps({"rope_type": "dprope", **settings})
+
+
+# Every method that stretches RoPE by a factor alone. Others (longrope, proportional, resonance)
+# need settings, or they are one of these: --methods names them.
+BY_FACTOR = ["default"] + [
+    name for name, method in METHODS.items()
+    if name != "default" and method.extends_rope and method.trained_on == "target"
+    and not method.needs_settings and not method.full_head]
+DPROPE = dprope_flag(interpolated_dims=40)  # of 64, the paper's share; alone it goes by a threshold
 PAPERS = ["default", "linear", "ntk", "yarn", DPROPE]
+TINY = dict(model="data/tiny", step_tokens=2048, eval_tokens=8192, trials=5)
 PLANS = {
-    "methods": dict(model="data/tiny", methods=[*EVERY, DPROPE], curves=["default", "linear"], factors=[2.0, 4.0], seeds=[0, 1],
-                    steps=[25, 50, 100, 200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
-    "dprope": dict(model="data/tiny", methods=[json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (0, 16, 32, 48, 64)],
-                   zero_shot=[*(json.dumps({"rope_type": "dprope", "interpolated_dims": n}) for n in (8, 24, 40, 56)), "dprope",
-                              *(json.dumps({"rope_type": "dprope", "bins": n}) for n in (4, 8, 16, 32, 64, 128, 256))],
-                   factors=[2.0, 4.0], seeds=[0], steps=[200], step_tokens=2048, lr=5e-4, passkey_share=1.0, eval_tokens=8192, trials=5),
-    "scratch": dict(model="data/tiny", methods=["default", "alibi", "xpos", "nope",
-                                                json.dumps({"rope_type": "default", "random_positions": 2048})],
-                    factors=[1.0], seeds=[0, 1], steps=[2500], step_tokens=2048, lr=3e-3, passkey_share=0.5, eval_tokens=8192, trials=5),
-    # About 10^16 operations a training, and 10^17 for all the keys: some twenty minutes on an H100. --factors 4 is the second half.
-    "smollm2": dict(model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS, factors=[2.0], seeds=[0],
-                    steps=[50, 100, 200], step_tokens=16384, lr=2e-5, passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768],
-                    stride=256, eval_tokens=34816, trials=5)}
+    "methods": dict(
+        TINY, methods=[*BY_FACTOR, DPROPE], curves=["default", "linear"], factors=[2.0, 4.0],
+        seeds=[0, 1], steps=[25, 50, 100, 200], lr=5e-4, passkey_share=1.0),
+    "dprope": dict(
+        TINY, methods=[dprope_flag(interpolated_dims=n) for n in (0, 16, 32, 48, 64)],
+        zero_shot=[*(dprope_flag(interpolated_dims=n) for n in (8, 24, 40, 56)), "dprope",
+                   *(dprope_flag(bins=n) for n in (4, 8, 16, 32, 64, 128, 256))],
+        factors=[2.0, 4.0], seeds=[0], steps=[200], lr=5e-4, passkey_share=1.0),
+    "scratch": dict(
+        TINY, methods=["default", "alibi", "xpos", "nope",
+                       json.dumps({"rope_type": "default", "random_positions": 2048})],
+        factors=[1.0], seeds=[0, 1], steps=[2500], lr=3e-3, passkey_share=0.5),
+    # About 10^16 operations a training, and 10^17 for all the keys: some twenty minutes on an H100.
+    # --factors 4 is the second half.
+    "smollm2": dict(
+        model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS,
+        factors=[2.0], seeds=[0], steps=[50, 100, 200], step_tokens=16384, lr=2e-5,
+        passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256,
+        eval_tokens=34816, trials=5)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The runs
 
 
@@ -112,395 +144,449 @@ class Run:
     method: str
     factor: float
     seed: int
-    steps: tuple
+    steps: tuple[int, ...]
 
     @property
-    def name(self):
-        words = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.method.replace('"', "").replace("rope_type: ", "")).strip("-")
+    def name(self) -> str:
+        method = self.method.replace('"', "").replace("rope_type: ", "")
+        words = "".join(c if c.isalnum() or c in "-_." else "-" for c in method).strip("-")
         if len(words) > 60:
             words = f"{words[:40]}-{hashlib.sha256(self.method.encode()).hexdigest()[:8]}"
-        return f"{words}-x{self.factor:g}-seed{self.seed}" + ("" if self.steps != (0,) else "-untrained")
+        untrained = "-untrained" if self.steps == (0,) else ""
+        return f"{words}-x{self.factor:g}-seed{self.seed}{untrained}"
 
 
-def plan_runs(c):
-    """Every method without training (only the keys depend on the seed there), and every method with each seed."""
+def plan_runs(c: SweepConfig) -> list[Run]:
+    """Every method without training (where the seed changes only the keys), and with each seed."""
     runs = []
     for factor in c.factors:
         if c.plan != "scratch":
-            runs += [Run(method, factor, c.seeds[0], (0,)) for method in [*c.methods, *c.zero_shot]]
-        runs += [Run(method, factor, seed, tuple(c.steps)) for method in c.methods for seed in c.seeds]
+            runs += [Run(name, factor, c.seeds[0], (0,)) for name in [*c.methods, *c.zero_shot]]
+        runs += [Run(name, factor, seed, tuple(c.steps)) for name in c.methods for seed in c.seeds]
     return list(dict.fromkeys(runs))
 
 
-def windows(c, factor):
-    L = original_window(load_config(c.model))
+def original_and_target(c: SweepConfig, factor: float) -> tuple[int, int]:
+    """The windows L and L' = s L."""
+    L = load_config(c.model).original_window
     return L, round(L * factor)
 
 
-def rope_of(c, method, factor):
-    """The whole RoPE dict of a method at a factor, counted from the model's original window."""
-    L, rope = windows(c, factor)[0], rope_argument(method)
-    plain = rope["rope_type"] == "default"
-    return {"original_max_position_embeddings": L, "factor": 1.0 if plain else factor} | rope
+def scaled_rope(c: SweepConfig, method: str, factor: float) -> dict:
+    """The whole rope dict of a method at a factor, counted from the model's original window."""
+    rope = parse_rope_flag(method)
+    L, _ = original_and_target(c, factor)
+    if rope["rope_type"] == "default":
+        factor = 1.0
+    return {"original_max_position_embeddings": L, "factor": factor} | rope
 
 
-def settings(c, run, steps, folder):
-    """The training of a run as FinetuneConfig, which tells it from others in the same folder."""
-    window = windows(c, run.factor)[1]
-    return FinetuneConfig(model=c.model, rope=run.method, factor=run.factor, out=str(folder / run.name), steps=steps,
-                          batch_size=max(1, c.step_tokens // window), lr=c.lr, schedule="cosine" if c.plan == "scratch" else "constant",
-                          warmup=100 if c.plan == "scratch" else 20,
-                          weight_decay=0.1 if c.plan == "scratch" else 0.0, seed=run.seed, passkey_share=c.passkey_share,
-                          passkey_packed=c.plan == "scratch", corpus=c.corpus, device=c.device, dtype=c.dtype, compile=c.compile,
-                          recompute=c.recompute, save_every=10**6 if steps < 200 else 200, eval_every=10**6, log_every=25)
+def run_folder(c: SweepConfig, run: Run) -> Path:
+    return Path(c.folder) / c.plan / run.name
 
 
-def begin(c, run, device, dtype=torch.float32):
+def training_settings(c: SweepConfig, run: Run, steps: int) -> FinetuneConfig:
+    """The settings of a run's training, which tell it from others in the same folder."""
+    _, window = original_and_target(c, run.factor)
+    scratch = c.plan == "scratch"
+    return FinetuneConfig(
+        model=c.model, rope=run.method, factor=run.factor, out=str(run_folder(c, run)),
+        steps=steps, batch_size=max(1, c.step_tokens // window), lr=c.lr,
+        schedule="cosine" if scratch else "constant", warmup=100 if scratch else 20,
+        weight_decay=0.1 if scratch else 0.0, seed=run.seed, passkey_share=c.passkey_share,
+        passkey_packed=scratch, corpus=c.corpus, device=c.device, dtype=c.dtype,
+        compile=c.compile, recompute=c.recompute, save_every=10**6 if steps < 200 else 200,
+        eval_every=10**6, log_every=25)
+
+
+def starting_model(c: SweepConfig, run: Run, device: torch.device,
+                   dtype: torch.dtype = torch.float32) -> LLaMA:
     """The model of a run before its first step."""
-    L, window = windows(c, run.factor)
+    L, window = original_and_target(c, run.factor)
     if c.plan == "scratch":
         torch.manual_seed(run.seed)
         shape = load_config(c.model)
-        rope = RopeConfig.from_dict({"original_max_position_embeddings": L, "rope_theta": shape.rope.base} | rope_argument(run.method))
+        rope = RopeConfig.from_dict({"original_max_position_embeddings": L,
+                                     "rope_theta": shape.rope.base} | parse_rope_flag(run.method))
         return LLaMA(dataclasses.replace(shape, rope=rope)).to(device)
-    model = load_model(c.model, rope=rope_of(c, run.method, run.factor), device=device, dtype=dtype)
+    rope = scaled_rope(c, run.method, run.factor)
+    model = load_model(c.model, rope=rope, device=device, dtype=dtype)
     model.config.max_seq_len = window
     return model
 
 
-tokenizer_of = functools.cache(load_tokenizer)
+load_tokenizer_once = functools.cache(load_tokenizer)
 
 
-def one_run(c, run):
-    """Train and measure a run; nothing that is kept in its folder is done again. Returns its rows, one for each number of steps."""
-    folder, device, tokenizer = Path(c.folder) / c.plan, choose_device(c.device), tokenizer_of(c.model)
-    keep, rows = Kept(folder / f"{run.name}.json", quiet=True), []
+def one_run(c: SweepConfig, run: Run) -> list:
+    """Train and measure a run, as far as its folder does not hold it: a row a number of steps."""
+    cache = ResultCache(f"{run_folder(c, run)}.json", quiet=True)
+    rows = []
     for steps in run.steps:
-        how = resumable(settings(c, run, steps, folder)) | {"steps": steps}
-        rows.append(keep(["row", how, conditions(c, run, device)], lambda: row(c, run, steps, folder, device, tokenizer, keep)))
+        settings = resumable_settings(training_settings(c, run, steps)) | {"steps": steps}
+        measure = functools.partial(measure_run, c, run, steps, cache)
+        rows.append(cache.get(["row", settings, row_conditions(c, run)], measure))
     return rows
 
 
-def conditions(c, run, device):
-    """What a row depends on beside its training's settings: the model's weights, the texts themselves, the measurement, the arithmetic."""
-    return [weights_of(c.model), read_json(Path(c.corpus) / "meta.json"), [hashlib.sha256(Path(t).read_bytes()).hexdigest() for t in c.text],
-            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, run.method in c.curves, device.type, str(choose_dtype(c.dtype, device)),
-            c.compile, c.recompute, versions()]
+def row_conditions(c: SweepConfig, run: Run) -> list:
+    """Everything that a row depends on, but for the settings of the training."""
+    device = choose_device(c.device)
+    return [weight_digest(c.model), read_json(Path(c.corpus) / "meta.json"),
+            [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in c.text],
+            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, run.method in c.curves,
+            device.type, str(choose_dtype(c.dtype, device)), c.compile, c.recompute, versions()]
 
 
 @functools.cache
-def weights_of(path):
-    """A model's weights, by four numbers of each tensor, and its shape as a short word."""
+def weight_digest(path: str) -> str:
+    """A sample of a model's weights, and its shape, as a short word."""
     model = load_model(path)
-    return hashlib.sha256(some_weights(model).numpy().tobytes() + repr(model.config).encode()).hexdigest()
+    content = weight_sample(model).numpy().tobytes() + repr(model.config).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
-def row(c, run, steps, folder, device, tokenizer, keep):
-    """What is measured of a run after so many steps: all windows and kinds of text at the beginning and at the end, L' between."""
-    L, window = windows(c, run.factor)
-    seconds, dtype = 0.0, choose_dtype(c.dtype, device) if device.type == "cuda" else torch.float32
-    if steps:
-        model, how = begin(c, run, device), settings(c, run, steps, folder)
-        how = dataclasses.replace(how, fresh=again(how, steps))
-        batches = Batches(TokenFile(c.corpus, "train"), tokenizer, how.batch_size, window, how.passkey_share, L, how.passkey_packed, how.seed,
-                          training_positions(model.config.rope, L, window))
-        seconds = fit(model, how, batches, None, tokenizer, progress=False)
-        model = load_model(how.out, device=device, dtype=dtype)  # what is measured is what the folder gives
-    else:
-        model = begin(c, run, device, dtype)
-    last, kinds = steps in (0, run.steps[-1]), documents(c, tokenizer)
-    if not last:
-        kinds = dict(list(kinds.items())[:1])
-    measured = {"perplexity": {}, "passkey": {}, "accuracy_by_depth": {}}
-    for kind, docs in kinds.items():
-        measured["perplexity"][kind] = {n: perplexity(model, docs, n, c.stride, progress=False, keep=keep)["perplexity"]
-                                        for n in (c.lengths if last else [window])}
-    if c.trials and (last or run.method in c.curves):
-        for n in (c.lengths if last else []):
-            few = passkey(model, tokenizer, [n], 10, max(1, c.trials), run.seed, progress=False, keep=keep)
-            measured["passkey"][n], measured["accuracy_by_depth"][n] = few["accuracy"][n], few["accuracy_by_depth"][n]
-        trials = 2 * c.trials if run.method in c.curves else c.trials  # the PI paper has ten at each of 32 distances
-        found = passkey(model, tokenizer, [window], c.distances, trials, run.seed, progress=False, keep=keep)
-        measured |= {"k_max": found["k_max"], "accuracy_at_target": found["accuracy"][window]}
-    rope = model.config.rope
-    plain, _ = inv_freq(RopeConfig(rope_theta=rope.base), model.config.head_dim)
-    if METHODS[rope.rope_type].rotary and run.factor > 1:
-        new, _ = inv_freq(rope, model.config.head_dim, window)
-        measured["disturbance"] = float(disturbance(plain.double().numpy(), new.double().numpy(), L, window,
-                                                    bins=min(360, max(4, round(L * 360 / 4096)))).mean())
-    return {"method": run.method, "factor": run.factor, "seed": run.seed, "steps": steps, "rope": rope.to_dict(), "window": window,
-            "training_seconds": seconds, **measured}
+def measure_run(c: SweepConfig, run: Run, steps: int, cache: ResultCache) -> dict:
+    """A row: at the beginning and the end all windows and texts, between L' and the corpus."""
+    L, window = original_and_target(c, run.factor)
+    model, seconds = trained_model(c, run, steps)
+    tokenizer = load_tokenizer_once(c.model)
+    kinds, lengths = documents_by_kind(c, tokenizer), c.lengths
+    at_an_end = steps in (0, run.steps[-1])
+    if not at_an_end:
+        label = corpus_label(c.corpus)
+        kinds, lengths = {label: kinds[label]}, [window]
+    row = {"method": run.method, "factor": run.factor, "seed": run.seed, "steps": steps,
+           "rope": model.config.rope.to_dict(), "window": window, "training_seconds": seconds,
+           "perplexity": {}, "passkey": {}, "accuracy_by_depth": {}}
+
+    for kind, documents in kinds.items():
+        row["perplexity"][kind] = {}
+        for n in lengths:
+            measured = perplexity(model, documents, n, c.stride, progress=False, cache=cache)
+            row["perplexity"][kind][n] = measured["perplexity"]
+    if c.trials and at_an_end:
+        for n in lengths:
+            measured = passkey(model, tokenizer, [n], 10, c.trials, run.seed, progress=False,
+                               cache=cache)
+            row["passkey"][n] = measured["accuracy"][n]
+            row["accuracy_by_depth"][n] = measured["accuracy_by_depth"][n]
+    if c.trials and (at_an_end or run.method in c.curves):
+        trials = 2 * c.trials if run.method in c.curves else c.trials  # PI: ten at each of 32
+        measured = passkey(model, tokenizer, [window], c.distances, trials, run.seed,
+                           progress=False, cache=cache)
+        row |= {"k_max": measured["k_max"], "accuracy_at_target": measured["accuracy"][window]}
+    if METHODS[model.config.rope.rope_type].extends_rope and run.factor > 1:
+        row["disturbance"] = mean_disturbance(model.config, L, window)
+    return row
 
 
-def again(how, steps):
-    """Whether a training has to begin again: it has gone further than the steps after which it is now to be measured, in another way. One
-    with other settings is not replaced without a word."""
-    path = Path(how.out) / "state.pt"
+def trained_model(c: SweepConfig, run: Run, steps: int) -> tuple[LLaMA, float]:
+    """The model of a run after so many steps, and the seconds of its training so far."""
+    device = choose_device(c.device)
+    dtype = choose_dtype(c.dtype, device) if device.type == "cuda" else torch.float32
+    if steps == 0:
+        return starting_model(c, run, device, dtype), 0.0
+    L, window = original_and_target(c, run.factor)
+    tokenizer = load_tokenizer_once(c.model)
+    model = starting_model(c, run, device)
+    settings = training_settings(c, run, steps)
+    settings.fresh = is_past(settings, steps)
+    batches = Batches(TokenFile(c.corpus, "train"), tokenizer, settings.batch_size, window,
+                      settings.passkey_share, L, settings.passkey_packed, settings.seed,
+                      training_positions(model.config.rope, L, window))
+    seconds = fit(model, settings, batches, None, tokenizer, progress=False)
+    return load_model(settings.out, device=device, dtype=dtype), seconds  # as the folder gives it
+
+
+def is_past(settings: FinetuneConfig, steps: int) -> bool:
+    """Whether the training in settings.out has gone further than `steps`, so that it has to begin
+    again. A UserError if it had other settings: nothing is replaced without a word."""
+    path = Path(settings.out) / "state.pt"
     if not path.exists():
         return False
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        there, step = state["settings"], state["step"]
+        there = state["settings"]
+        steps_done = state["step"]
     except Exception:  # damaged bytes raise anything
         return True
-    if there != resumable(how):
-        raise UserError(f"{how.out} holds a training with other settings: give another --folder, or delete {path.parent.parent}")
-    return step > steps
+    if there != resumable_settings(settings):
+        raise UserError(f"{settings.out} holds a training with other settings: give another "
+                        f"--folder, or delete {path.parent.parent}")
+    return steps_done > steps
 
 
-def documents(c, tokenizer):
-    """{kind of text: documents}, none of it in the training text, each longer than the longest window, twice as long if the tokens allow."""
-    longest = max(c.lengths)
-    length = max(longest + 1, min(2 * longest, c.eval_tokens))
-    kinds = {kind_of(c.corpus): validation_documents(c.corpus, length, c.eval_tokens, tokenizer)}
-    if c.text:
-        return kinds | {Path(t).stem: document(tokenizer, t, c.eval_tokens, longest) for t in c.text}
-    return kinds | {"C++ headers": headers(tokenizer, length, c.eval_tokens)}
+def mean_disturbance(config: ModelConfig, L: int, window: int) -> float:
+    """DPRoPE's disturbance of the angles at L' against plain RoPE's at L, in nats."""
+    plain, _ = inv_freq(RopeConfig(rope_theta=config.rope.base), config.head_dim)
+    scaled, _ = inv_freq(config.rope, config.head_dim, window)
+    bins = min(360, max(4, round(L * 360 / 4096)))
+    return float(angle_disturbance(plain.double().numpy(), scaled.double().numpy(), L, window,
+                                   bins=bins).mean())
 
 
-def kind_of(corpus):
+# --------------------------------------------------------------------------------------------------
+# The texts
+
+
+def documents_by_kind(c: SweepConfig, tokenizer: Tokenizer) -> dict[str, list[np.ndarray]]:
+    """{kind of text: documents}, none of it in the training text. Each is longer than the longest
+    window, twice as long if the tokens allow."""
+    longest, tokens = max(c.lengths), c.eval_tokens
+    length = max(longest + 1, min(2 * longest, tokens))
+    kinds = {corpus_label(c.corpus): validation_documents(c.corpus, length, tokens, tokenizer)}
+    for path in c.text:
+        kinds[Path(path).stem] = read_document_once(path, tokenizer, tokens, longest)
+    if not c.text:
+        kinds["C++ headers"] = header_documents(tokenizer, length, tokens)
+    return kinds
+
+
+@functools.cache
+def read_document_once(path: str, tokenizer: Tokenizer, tokens: int,
+                       window: int) -> list[np.ndarray]:
+    return read_documents([path], tokenizer, tokens, window)
+
+
+def corpus_label(corpus: str) -> str:
     """The name of a corpus in the tables."""
-    return {"python": "Python"}.get(read_json(Path(corpus) / "meta.json")["source"], Path(corpus).name)
+    source = read_json(Path(corpus) / "meta.json")["source"]
+    return "Python" if source == "python" else Path(corpus).name
 
 
 @functools.cache
-def document(tokenizer, path, tokens, longest):
-    return texts([path], tokenizer, tokens, longest)
-
-
-@functools.cache
-def headers(tokenizer, length, tokens):
-    """Documents of `length` tokens from the C++ headers that come with PyTorch: text of a kind on which the tiny model was not trained."""
-    found, place = [], Path(torch.__file__).parent
-    for path in sorted((place / "include").rglob("*.h"), key=lambda p: p.relative_to(place).as_posix()):
-        if path.stat().st_size > 2 * length and (text := read_text(path)):
+def header_documents(tokenizer: Tokenizer, length: int, tokens: int) -> list[np.ndarray]:
+    """Documents of `length` tokens from the C++ headers that come with PyTorch: text of a kind on
+    which the tiny model was not trained."""
+    documents = []
+    for path in sorted(Path(torch.__file__).parent.glob("include/**/*.h"), key=Path.as_posix):
+        text = read_text(path) if path.stat().st_size > 2 * length else None
+        if text:
             ids = tokenizer.encode(text[:8 * length], bos=True)
-            found += [np.array(ids[:length])] if len(ids) >= length else []
-        if len(found) * length >= tokens:
+            if len(ids) >= length:
+                documents.append(np.array(ids[:length]))
+        if len(documents) * length >= tokens:
             break
-    if not found:
-        raise UserError(f"no C++ header of the PyTorch installation has {length} tokens: name another kind of text with --text")
-    return found
+    if not documents:
+        raise UserError(f"no C++ header of the PyTorch installation has {length} tokens: name "
+                        "another kind of text with --text")
+    return documents
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-
-
-def cell(values, digits):
-    """Mean over the seeds, and half the range between them."""
-    values = [math.inf if v is None else v for v in values]
-    if not values:
-        return ""
-    mean = float(np.mean(values))
-    digits = digits if mean < 100 else 0
-    spread = f" ±{(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 and math.isfinite(mean) else ""
-    return f"{mean:,.{digits}f}{spread}"
-
-
-def tables(result):
-    """[(title, header, rows of text)]: the papers' tables, as many as the rows of the result allow."""
-    rows, lengths = result["rows"], [str(n) for n in result["lengths"]]
-    kinds = list(rows[0]["perplexity"])
-    last = {r["method"]: max(q["steps"] for q in rows if q["method"] == r["method"]) for r in rows}
-    found = []
-
-    def pick(method, factor, steps):
-        return [r for r in rows if (r["method"], r["factor"], r["steps"]) == (method, factor, steps)]
-
-    def full(group):
-        kind_cells = [cell([r["perplexity"][k][n] for r in group], 2) for k in kinds for n in lengths]
-        return [*kind_cells, cell([r["k_max"] for r in group if "k_max" in r], 0),
-                cell([r["accuracy_at_target"] for r in group if "k_max" in r], 2)]
-
-    header = ["s", "method", "steps", *(f"{k} {n}" for k in kinds for n in lengths), "k_max at L'", "passkey at L'"]
-    body, seen = [], []
-    for r in sorted(rows, key=lambda r: (r["factor"], r["steps"] > 0)):
-        key = r["method"], r["factor"], r["steps"]
-        if key not in seen and len(r["perplexity"]) == len(kinds) and r["steps"] in (0, last[r["method"]]):
-            seen.append(key)
-            body.append([f"{r['factor']:g}", short(r["method"]), str(r["steps"]), *full(pick(*key))])
-    found.append(("Perplexity by window, and passkey retrieval at L' (PI Tables 1, 2 and 5; DPRoPE Tables 1 and 4)", header, body))
-
-    steps = sorted({r["steps"] for r in rows})
-    for title, value, digits in (("Perplexity at L' after so many steps (PI Table 3)", lambda r: r["perplexity"][kinds[0]].get(str(r["window"])), 2),
-                                 ("k_max after so many steps (PI Table 4)", lambda r: r.get("k_max"), 0)):
-        body = []
-        for factor in sorted({r["factor"] for r in rows if r["steps"]}):
-            for method in dict.fromkeys(r["method"] for r in rows if r["factor"] == factor):
-                groups = [[value(r) for r in pick(method, factor, n) if value(r) is not None] for n in steps]
-                if sum(map(bool, groups)) > 2:
-                    body.append([f"{factor:g}", short(method), *(cell(g, digits) for g in groups)])
-        if body:
-            found.append((title, ["s", "method", *map(str, steps)], body))
-    return found
-
-
-def short(method):
-    """A method as a name in a table."""
-    if not method.startswith("{"):
-        return {"default": "plain RoPE", "linear": "PI"}.get(method, method)
-    rope = json.loads(method)
-    return " ".join([rope.pop("rope_type"), *(f"{k}={v}" for k, v in rope.items())])
-
-
-def markdown(title, header, body):
-    lines = [f"\n{title}\n", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in body)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
-def estimate(c, runs, tokenizer, device):
-    """Seconds that all runs would take in one process, from a timed step and a timed pass at each factor."""
-    total = 0.0
+def estimate(c: SweepConfig, runs: Sequence[Run], tokenizer: Tokenizer,
+             device: torch.device) -> float:
+    """Seconds that all runs would take in one process."""
+    seconds = 0.0
+    answer = len(PasskeyPrompts(tokenizer).answer("12345")) + 1
     for factor in c.factors:
-        run = Run(c.methods[0], factor, 0, (1,))
-        L, window = windows(c, factor)
-        model, how = begin(c, run, device), settings(c, run, 1, Path(c.folder))
-        model.recompute = c.recompute
-        x = torch.randint(0, model.config.vocab_size, (how.batch_size, window + 1), device=device)
-        speeds = []
-        for _ in range(3):  # the first is slower, and does not count
-            started = time.perf_counter()
-            with torch.autocast(device.type, choose_dtype(c.dtype, device), enabled=choose_dtype(c.dtype, device) != torch.float32):
-                loss = model.loss(x[:, :-1], x[:, 1:])
-            loss.backward()
-            loss.item()
-            middle = time.perf_counter()
-            with torch.inference_mode():
-                model.hidden(x[:, :-1]).sum().item()
-            speeds.append((middle - started, (time.perf_counter() - middle) / x[:, 1:].numel()))
-        step, token = min(s for s, _ in speeds[1:]), min(t for _, t in speeds[1:])
-        for r in (r for r in runs if r.factor == factor):
-            strides = [n / (c.stride or n / 4) for n in c.lengths]
-            rope = RopeConfig.from_dict(rope_of(c, r.method, factor))
-            passes = len(PasskeyPrompts(tokenizer).answer("12345")) + 1 if depends_on_length(rope) else 1  # such answers are generated
-            keys = passes * c.trials * c.distances * (2 if r.method in c.curves else 1)
-            whole = 2 * c.eval_tokens * sum(strides) + passes * c.trials * 10 * sum(c.lengths) + keys * window
-            between = c.eval_tokens * window / (c.stride or window / 4) + (keys * window if r.method in c.curves else 0)
-            total += max(r.steps) * step + token * (whole + between * (len(r.steps) - 1))
-    return total
+        _, window = original_and_target(c, factor)
+        step_seconds, token_seconds = timed_step(c, factor, device)
+        for run in [run for run in runs if run.factor == factor]:
+            rope = RopeConfig.from_dict(scaled_rope(c, run.method, factor))
+            passes = answer if depends_on_length(rope) else 1  # such answers are generated
+            curve = run.method in c.curves
+            keys = passes * c.trials * c.distances * window * (2 if curve else 1)
+            texts = [2 * c.eval_tokens * n / (c.stride or n / 4) for n in c.lengths]
+            whole = sum(texts) + keys + passes * c.trials * 10 * sum(c.lengths)
+            between = c.eval_tokens * window / (c.stride or window / 4) + (keys if curve else 0)
+            tokens = whole + between * (len(run.steps) - 1)
+            seconds += max(run.steps) * step_seconds + tokens * token_seconds
+    return seconds
 
 
-def one_core():
-    """What a process begins with: one thread, and Ctrl-C left to the parent, which ends its children in order."""
+def timed_step(c: SweepConfig, factor: float, device: torch.device) -> tuple[float, float]:
+    """Seconds of a training step at a factor, and of a token in evaluation."""
+    run = Run(c.methods[0], factor, 0, (1,))
+    model = starting_model(c, run, device)
+    model.recompute = c.recompute
+    dtype = choose_dtype(c.dtype, device)
+    _, window = original_and_target(c, factor)
+    rows = training_settings(c, run, 1).batch_size
+    x = torch.randint(0, model.config.vocab_size, (rows, window + 1), device=device)
+    steps, tokens = [], []
+    for _ in range(3):
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model.loss(x[:, :-1], x[:, 1:])
+        loss.backward()
+        loss.item()
+        trained = time.perf_counter()
+        with torch.inference_mode():
+            model.hidden(x[:, :-1]).sum().item()
+        steps.append(trained - started)
+        tokens.append((time.perf_counter() - trained) / (rows * window))
+    return min(steps[1:]), min(tokens[1:])  # the first is slower, and does not count
+
+
+def start_process() -> None:
+    """A process has one core, and leaves Ctrl-C to its parent, which ends its children in order."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def in_child(c, run):
-    """one_run() in a process of its own, which ends when it is stopped: what it has done is on the disk."""
+def one_run_in_process(c: SweepConfig, run: Run) -> list:
+    """one_run() in a process that ends when it is stopped. Its work is on the disk."""
     try:
         return one_run(c, run)
     except KeyboardInterrupt:
         os._exit(130)
 
 
-def fill_in(c):
-    """The plan's flags where none are given, and mistakes refused before any work."""
-    plan, lr = PLANS[c.plan], c.lr
-    c = dataclasses.replace(c, **{name: [ALIASES.get(m, m) for m in getattr(c, name)] for name in ("methods", "zero_shot", "curves")})
-    if c.curves and c.methods and (strange := set(c.curves) - set(c.methods)):
-        raise UserError(f"--curves {' '.join(sorted(strange))}: not among the --methods")
-    c = dataclasses.replace(c, **{k: v for k, v in plan.items() if getattr(c, k) in (None, [])}, out=c.out or f"results/sweep-{c.plan}.json")
-    base = load_config(c.model)
-    L = original_window(base)
-    if lr is None and c.model != plan["model"] and base.parameters() > 5e7:
-        raise UserError(f"--lr is needed for a model of this size: the plan's {c.lr:g} is for {plan['model']}; the PI paper has 2e-5 for 7B and "
-                        "13B")
-    if not all(map(math.isfinite, c.factors)):
+def run_in_processes(c: SweepConfig, runs: Sequence[Run], jobs: int, bar: tqdm
+                     ) -> dict[Run, list[dict]]:
+    """{run: its rows}"""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_process)
+    todo, running, rows = list(reversed(runs)), {}, {}
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:  # what waits in a pool cannot be called back
+                run = todo.pop()
+                running[pool.submit(one_run_in_process, c, run)] = run
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                rows[running.pop(future)] = future.result()
+                bar.update()
+    except BrokenProcessPool:
+        raise UserError("a process was killed, for want of memory most likely: the same command "
+                        "goes on; give it fewer --jobs") from None
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()  # a training then saves itself
+            child.join()
+        raise
+    pool.shutdown()
+    return rows
+
+
+def fill_in(c: SweepConfig) -> SweepConfig:
+    """The plan's flags where none are given, each value once."""
+    plan = PLANS[c.plan]
+    given = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+    for name in ("methods", "zero_shot", "curves"):
+        given[name] = [ALIASES.get(method, method) for method in given[name]]
+    unknown = sorted(set(given["curves"]) - set(given["methods"]))
+    if given["methods"] and unknown:
+        raise UserError(f"--curves {' '.join(unknown)}: not among the --methods")
+    for name, value in plan.items():
+        if given[name] in (None, []):
+            given[name] = value
+    base = load_config(given["model"])
+    if c.lr is None and given["model"] != plan["model"] and parameter_count(base) > 5e7:
+        raise UserError(f"--lr is needed for a model of this size: the plan's {plan['lr']:g} is "
+                        f"for {plan['model']}; the PI paper has 2e-5 for 7B and 13B")
+    if not all(map(math.isfinite, given["factors"])):
         raise UserError("--factors: give numbers above 1")
-    c = dataclasses.replace(c, **{name: list(dict.fromkeys(getattr(c, name))) for name in ("methods", "factors", "seeds")})
-    c = dataclasses.replace(c, lengths=sorted({*(c.lengths or [max(L // 2, 1), L, 2 * L, 4 * L]), *(round(L * f) for f in c.factors)}),
-                            steps=sorted(set(c.steps)))
-    if c.plan == "scratch" and len(c.steps) > 1:
-        raise UserError("--steps: give one number; from scratch the learning rate falls to zero at the end, so that each needs its own training")
-    if c.steps[0] < 1 or min(c.factors) < 1 or c.plan != "scratch" and min(c.factors) <= 1:
-        raise UserError("--steps have to be at least 1, and --factors above 1: what is untrained or unscaled is measured anyway")
-    if c.trials < 0 or c.distances < 1 or c.eval_tokens < 1 or c.step_tokens < 1 or c.jobs is not None and c.jobs < 1:
-        raise UserError("--trials has to be at least 0; --distances, --eval-tokens, --step-tokens and --jobs at least 1")
+    targets = [round(base.original_window * factor) for factor in given["factors"]]
+    given["lengths"] = sorted({*(given["lengths"] or four_lengths(base)), *targets})
+    given["steps"] = sorted(set(given["steps"]))
+    for name in ("methods", "factors", "seeds"):
+        given[name] = list(dict.fromkeys(given[name]))
+    given["out"] = given["out"] or f"results/sweep-{c.plan}.json"
+    return SweepConfig(**given)
+
+
+def check_sweep(c: SweepConfig) -> None:
+    """A UserError for settings that cannot work, before any work."""
+    scratch = c.plan == "scratch"
+    if scratch and len(c.steps) > 1:
+        raise UserError("--steps: give one number; from scratch the learning rate falls to zero at "
+                        "the end, so that each needs its own training")
+    if c.steps[0] < 1 or min(c.factors) < 1 or min(c.factors) == 1 and not scratch:
+        raise UserError("--steps have to be at least 1, and --factors above 1: what is untrained "
+                        "or unscaled is measured anyway")
+    jobs = 1 if c.jobs is None else c.jobs
+    if c.trials < 0 or min(c.distances, c.eval_tokens, c.step_tokens, jobs) < 1:
+        raise UserError("--trials has to be at least 0; --distances, --eval-tokens, --step-tokens "
+                        "and --jobs at least 1")
     if c.lengths[0] < 1 or min(c.seeds) < 0 or not (c.lr > 0 and math.isfinite(c.lr)):
         raise UserError("--lengths have to be at least 1, --seeds at least 0, --lr above 0")
     if c.stride is not None and not 1 <= c.stride <= c.lengths[0]:
-        raise UserError(f"--stride {c.stride}: has to be from 1 to the shortest window, {c.lengths[0]}")
-    names = [Path(t).stem for t in c.text]
-    if len(set(names)) < len(names):
-        raise UserError("--text: two files have the same name, which is that of their column: rename one of them")
+        raise UserError(f"--stride {c.stride}: has to be from 1 to the shortest window, "
+                        f"{c.lengths[0]}")
+    if len({Path(path).stem for path in c.text}) < len(c.text):
+        raise UserError("--text: two files have the same name, which is that of their column: "
+                        "rename one of them")
+    base = load_config(c.model)
     for method in [*c.methods, *c.zero_shot]:
-        if len(c.factors) > 1 and "factor" in rope_argument(method):
-            raise UserError(f"{method}: its own factor contradicts --factors {' '.join(f'{f:g}' for f in c.factors)}: give one of them")
+        if len(c.factors) > 1 and "factor" in parse_rope_flag(method):
+            raise UserError(f"{method}: its own factor contradicts --factors {listed(c.factors)}: "
+                            "give one of them")
         for factor in c.factors:
-            with_rope(base, rope_of(c, method, factor))
-    return c
+            with_rope(base, scaled_rope(c, method, factor))
 
 
-def main(argv=None):
+def check_texts(c: SweepConfig, tokenizer: Tokenizer) -> None:
+    """A UserError for texts and prompts that do not fit."""
+    label = corpus_label(c.corpus)
+    if label in [Path(path).stem for path in c.text]:
+        raise UserError(f"--text: the name {label} is that of the corpus in the tables: rename the "
+                        "file")
+    shortest = PasskeyPrompts(tokenizer).shortest
+    if c.trials and shortest > c.lengths[0]:
+        raise UserError(f"--lengths {c.lengths[0]}: a passkey prompt needs {shortest} tokens: give "
+                        "longer ones, or --trials 0")
+
+
+def listed(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     c = fill_in(parse(SweepConfig, __doc__, argv))
+    check_sweep(c)
     device = choose_device(c.device)
-    tokenizer = tokenizer_of(c.model)
-    c = dataclasses.replace(c, corpus=str(corpus_for(c.corpus, tokenizer)))
-    jobs = c.jobs or (1 if device.type != "cpu" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb)
-    if kind_of(c.corpus) in (Path(t).stem for t in c.text):
-        raise UserError(f"--text: the name {kind_of(c.corpus)} is that of the corpus in the tables: rename the file")
-    runs, threads = plan_runs(c), torch.get_num_threads()
+    tokenizer = load_tokenizer_once(c.model)
+    c.corpus = str(ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb))
+    check_texts(c, tokenizer)
+    base = load_config(c.model)
+    runs = plan_runs(c)
+    jobs = c.jobs or (usable_cores() if device.type == "cpu" else 1)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1 if jobs > 1 else threads)
     seconds = estimate(c, runs, tokenizer, device) / min(jobs, len(runs))
-    print(f"device     {describe_device(device)}, {jobs} process{'es' if jobs > 1 else ''}\n"
-          f"model      {c.model}, window {original_window(load_config(c.model))}, factors {' '.join(f'{f:g}' for f in c.factors)}\n"
-          f"runs       {len(runs)}: {len(c.methods)} methods, {len(c.seeds)} seed{'s' if len(c.seeds) > 1 else ''}, "
-          f"measured after {' '.join(map(str, c.steps))} steps of {c.step_tokens:,} tokens\n"
+    print(f"device     {describe_device(device)}, processes: {jobs}\n"
+          f"model      {c.model}, window {base.original_window}, factors {listed(c.factors)}\n"
+          f"runs       {len(runs)}: {len(c.methods)} methods, seeds {listed(c.seeds)}, measured "
+          f"after {listed(c.steps)} steps of {c.step_tokens:,} tokens\n"
           f"time       about {seconds / 60:.0f} minutes, less what is there already", flush=True)
     if c.dry_run:
         return
-    kinds, started, rows = documents(c, tokenizer), time.perf_counter(), {}
-    shortest = PasskeyPrompts(tokenizer).shortest
-    if c.trials and shortest > c.lengths[0]:
-        raise UserError(f"--lengths {c.lengths[0]}: a passkey prompt needs {shortest} tokens: give longer ones, or --trials 0")
+
+    kinds = documents_by_kind(c, tokenizer)
+    started = time.perf_counter()
     with tqdm(total=len(runs), desc="sweep", unit="run", disable=None) as bar:
-        if jobs == 1:
-            for r in runs:
-                rows[r] = one_run(c, r)
-                bar.update()
+        if jobs > 1:
+            rows = run_in_processes(c, runs, jobs, bar)
         else:
-            pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=one_core)
-            try:
-                todo, waiting = list(reversed(runs)), {}
-                while todo or waiting:
-                    while todo and len(waiting) < jobs:  # no more than are at work: what waits in the pool could not be called back
-                        r = todo.pop()
-                        waiting[pool.submit(in_child, c, r)] = r
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        rows[waiting.pop(future)] = future.result()
-                        bar.update()
-            except BrokenProcessPool:
-                raise UserError("a process was killed, for want of memory most likely: the same command goes on; give it fewer --jobs") from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in multiprocessing.active_children():
-                    child.terminate()  # a training then saves itself
-                    child.join()
-                raise
-            pool.shutdown()
+            rows = {}
+            for run in runs:
+                rows[run] = one_run(c, run)
+                bar.update()
     torch.set_num_threads(threads)
-    result = {"model": c.model, "rope": load_config(c.model).rope.to_dict(), "plan": c.plan, "rows": [row for r in runs for row in rows[r]],
-              "original_window": original_window(load_config(c.model)), "lengths": c.lengths, "stride": c.stride or "window / 4", **CONVENTIONS,
-              "documents": {k: len(d) for k, d in kinds.items()},
-              "tokens_scored": {k: sum(len(d) - 1 for d in docs) for k, docs in kinds.items()},
-              "settings": dataclasses.asdict(c), "seed": c.seeds[0], "seconds": time.perf_counter() - started,
-              "device": describe_device(device), "versions": versions(), "command": command_line()}
-    write_json(c.out, result)
+    write_json(c.out, {
+        "model": c.model, "rope": base.rope.to_dict(), "plan": c.plan,
+        "rows": [row for run in runs for row in rows[run]],
+        "original_window": base.original_window, "lengths": c.lengths,
+        "stride": c.stride or "window / 4", **CONVENTIONS,
+        "documents": {kind: len(documents) for kind, documents in kinds.items()},
+        "tokens_scored": {kind: sum(len(document) - 1 for document in documents)
+                          for kind, documents in kinds.items()},
+        "settings": dataclasses.asdict(c), "seed": c.seeds[0],
+        "seconds": time.perf_counter() - started, "device": describe_device(device),
+        "versions": versions(), "command": command_line()})
     result = read_json(c.out)
-    for title, header, body in tables(result):
-        print(markdown(title, header, body))
+    for table in sweep_tables(result):
+        print(markdown(*table))
     figure = plot_sweep(result, Path(c.out).with_suffix(".png"))
-    print(f"\n(mean of {len(c.seeds)} seed{'s' if len(c.seeds) > 1 else ''}, ± half the range between them; {c.eval_tokens:,} tokens of each kind "
-          f"of text; passkey: {c.distances} distances x {c.trials} keys, twice as many for methods measured after every number of steps)\n"
-          f"wrote {c.out} and {figure}")
+    print(f"\n(mean of the seeds, ± half the range between them; {c.eval_tokens:,} tokens of each "
+          f"kind of text; passkey: {c.distances} distances x {c.trials} keys, twice as many for "
+          f"methods measured after every number of steps)\nwrote {c.out} and {figure}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,4 +1,5 @@
-"""Counts bytes and products while code runs: what "memory grows linearly" and "masked tiles are skipped" are measured with."""
+"""Counts bytes and products while code runs: "memory grows linearly" and "masked tiles are skipped"
+are measured with it."""
 import math
 import weakref
 
@@ -7,23 +8,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Meter(TorchDispatchMode):
-    """Inside `with Meter() as meter:` every tensor that an operation returns is watched until its memory is freed.
+    """Inside `with Meter() as meter:` every tensor that an operation returns is watched until its
+    memory is freed.
 
-    peak      bytes of such tensors alive at the same time, at most; what existed before does not count
+    peak      bytes of such tensors alive at the same time, at most; tensors that existed before do
+              not count
     largest   bytes of the largest of them
     products  multiply-adds of all matrix products
 
-    It sees what PyTorch allocates for results, forward and backward, not the scratch memory inside one kernel. The backward pass of
-    the CPU runs in the caller's thread and is seen too; on CUDA see peak_bytes.
+    It sees what PyTorch allocates for results, forward and backward, not the scratch memory inside
+    one kernel. The backward pass of the CPU runs in the caller's thread and is seen too; on CUDA
+    see peak_bytes.
     """
 
     def __init__(self):
         super().__init__()
-        self.live, self.alive, self.peak, self.largest, self.products = {}, 0, 0, 0, 0
+        self.live, self.alive = {}, 0
+        self.peak, self.largest, self.products = 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in storages((args, kwargs))}  # a view or an in-place result is nothing new
+        # a view or an in-place result is nothing new
+        given = {storage._cdata for storage in storages((args, kwargs))}
         for storage in storages(out):
             if storage._cdata not in given:
                 self.watch(storage)
@@ -39,7 +45,8 @@ class Meter(TorchDispatchMode):
         size = storage.nbytes()
         self.live[key] = weakref.ref(storage, lambda _: self.forget(key, size))
         self.alive += size
-        self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
+        self.peak = max(self.peak, self.alive)
+        self.largest = max(self.largest, size)
 
     def forget(self, key, size):
         del self.live[key]
@@ -47,11 +54,13 @@ class Meter(TorchDispatchMode):
 
 
 def storages(tree):
-    return [leaf.untyped_storage() for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def peak_bytes(run, device="cpu"):
-    """Peak memory in bytes of run() above what is allocated before: by the Meter, or by CUDA's own counter where device is a GPU."""
+    """Peak memory in bytes of run() above what is allocated before: by the Meter, or by CUDA's own
+    counter where device is a GPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

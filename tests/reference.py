@@ -1,54 +1,69 @@
 """The oracle: LLaMA in float64 numpy, written from the formulas and from nothing else.
 
-It shares no code with the modules it judges and makes no attempt to be fast: attention is computed for one query of one head at
-a time, a rotation is a product of complex numbers, and a score is looked at only if its key is visible. For small sizes.
+It shares no code with the modules it judges and makes no attempt to be fast: attention is computed
+for one query of one head at a time, a rotation is a product of complex numbers, and a score is
+looked at only if its key is visible. For small sizes.
 
-Shapes: B batch, T query length, S key length, H query heads, K key/value heads, D head_dim, C model width (`dim`), V vocabulary.
-`rope` is a plain dict in Hugging Face's vocabulary ({"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0, ...}), `config` a
-plain dict with Meta's names (n_layers, n_heads, n_kv_heads, norm_eps, rope), `weights` a dict of arrays under Meta's tensor names.
+Shapes: B batch, T query length, S key length, H query heads, K key/value heads, D head_dim,
+C model width (`dim`), V vocabulary.
+
+`rope` is a plain dict in Hugging Face's vocabulary ({"rope_type": "linear", "factor": 4.0,
+"rope_theta": 10000.0, ...}), `config` a plain dict with Meta's names (n_layers, n_heads,
+n_kv_heads, norm_eps, rope), `weights` a dict of arrays under Meta's tensor names.
 """
 import math
 
 import numpy as np
 
+# ---- Rotary position embedding, and what else tells a model its positions ------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rotary position embedding, and what else tells a model its positions
 
 def complete(rope, head_dim):
-    """The dict with what its method cannot do without: s = 4 and L = 64 unless it says otherwise, and LongRoPE's factors, one a pair."""
+    """The dict with what its method cannot do without: s = 4 and L = 64 unless it says otherwise,
+    and LongRoPE's factors, one a pair."""
     rope = {"factor": 4.0, "original_max_position_embeddings": 64, **rope}
     if rope["rope_type"] == "longrope":
         pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
-        given = {"short_factor": [1 + 0.05 * i for i in range(pairs)], "long_factor": [1.2 + 2.8 * i / pairs for i in range(pairs)]}
+        given = {"short_factor": [1 + 0.05 * i for i in range(pairs)],
+                 "long_factor": [1.2 + 2.8 * i / pairs for i in range(pairs)]}
         rope = {**given, **rope}
     return rope
 
 
 def frequencies(rope, head_dim, length=None, clex=None):
-    """(theta_i in radians a position, [D/2]; what cos and sin are multiplied by). D is head_dim, or the part of it that is rotated.
+    """(theta_i in radians a position, [D/2]; the factor of cos and sin). D is head_dim, or the part
+    of it that is rotated.
 
-    length: l, the current total length, for the methods that ask for it. clex: the trained matrices (W_up, W_down).
-    With s = factor, L the original window, r_i = L theta_i / 2 pi the turns of a pair inside it:
+    length: l, the current total length, for the methods that ask for it. clex: the trained matrices
+    (W_up, W_down). With s = factor, L the original window, r_i = L theta_i / 2 pi the turns of a
+    pair inside it:
 
-    default       theta_i = base^(-2i/D)                                               (RoFormer)
-    linear, xpos  theta_i / s                                                          (Position Interpolation, arXiv 2306.15595)
-    ntk           the default with base * s^(D/(D-2))                                  (YaRN paper, appendix A)
-    dynamic       the same with s = f l/L - (f-1) where l > L                          (emozilla; Hugging Face)
-    ntk_by_parts  (1-g) theta_i/s + g theta_i, g from 0 at r = 1 up to 1 at r = 32     (arXiv 2309.00071, section 3.2)
-    yarn          the blend along i instead, between the pairs of 32 and of 1 turns; cos and sin times 0.1 ln s + 1  (its code)
+    default       theta_i = base^(-2i/D)                                   (RoFormer)
+    linear, xpos  theta_i / s                        (Position Interpolation, arXiv 2306.15595)
+    ntk           the default with base * s^(D/(D-2))                      (YaRN paper, appendix A)
+    dynamic       the same with s = f l/L - (f-1) where l > L              (emozilla; Hugging Face)
+    ntk_by_parts  (1-g) theta_i/s + g theta_i, g from 0 at r = 1 up to 1 at r = 32
+                                                                     (arXiv 2309.00071, section 3.2)
+    yarn          the blend along i instead, between the pairs of 32 and of 1 turns; cos and sin
+                  times 0.1 ln s + 1                                       (its code)
     dynamic_yarn  yarn with s = max(factor, l/L)
-    llama3        by wavelength w = 2 pi/theta: above L/low theta/s, below L/high theta, a blend between  (Llama 3.1)
-    longrope      theta_i / short_i up to L, theta_i / long_i beyond; cos and sin times sqrt(1 + ln s / ln L)  (arXiv 2402.13753)
-    abf           b'^(-2i/D)                                                           (arXiv 2309.16039)
-    dprope        theta_i / s if that disturbs the histogram of angles less            (EMNLP 2024)
-    proportional  theta_i / s for the first share p of the pairs, else 0               (Gemma 4)
-    clex          NTK with 2t-1 for s, t = ceil(l/L), or what the learned differential equation makes of it  (arXiv 2310.16450)
-    nope, alibi, drope  0; drope with cos (and sin) times the root of 1 + 0.412 ln(l/L)      (arXiv 2512.12167)
-    resonance     last of all: the wavelength rounded to an integer                    (arXiv 2403.00071)
+    llama3        by wavelength w = 2 pi/theta: above L/low theta/s, below L/high theta, a blend
+                  between                                                  (Llama 3.1)
+    longrope      theta_i / short_i up to L, theta_i / long_i beyond; cos and sin times
+                  sqrt(1 + ln s / ln L)                                    (arXiv 2402.13753)
+    abf           b'^(-2i/D)                                               (arXiv 2309.16039)
+    dprope        theta_i / s if that disturbs the histogram of angles less        (EMNLP 2024)
+    proportional  theta_i / s for the first share p of the pairs, else 0   (Gemma 4)
+    clex          NTK with 2t-1 for s, t = ceil(l/L), or what the learned differential equation
+                  makes of it                                              (arXiv 2310.16450)
+    nope, alibi, drope  0; drope with cos (and sin) times the root of 1 + 0.412 ln(l/L)
+                                                                           (arXiv 2512.12167)
+    resonance     last of all: the wavelength rounded to an integer        (arXiv 2403.00071)
     """
-    kind, s, base = rope.get("rope_type", "default"), rope.get("factor", 1.0), rope.get("rope_theta", 10000.0)
-    L, l, share = rope.get("original_max_position_embeddings"), length or 0, rope.get("partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type", "default")
+    s, base = rope.get("factor", 1.0), rope.get("rope_theta", 10000.0)
+    L, l = rope.get("original_max_position_embeddings"), length or 0
+    share = rope.get("partial_rotary_factor", 1.0)
     D = head_dim if kind in ("proportional", "drope") else int(head_dim * share)
 
     def ntk(alpha):
@@ -57,7 +72,9 @@ def frequencies(rope, head_dim, length=None, clex=None):
     def g(s, m=1.0):
         return 0.1 * m * math.log(s) + 1 if s > 1 else 1.0
 
-    factor, alpha = 1.0, min(max(1, math.ceil(l / L)), rope.get("max_factor", 16)) if kind == "clex" else 1.0
+    factor, alpha = 1.0, 1.0
+    if kind == "clex":
+        alpha = min(max(1, math.ceil(l / L)), rope.get("max_factor", 16))
     if kind == "ntk":
         base = ntk(s)
     elif kind == "dynamic" and l > L:
@@ -69,13 +86,15 @@ def frequencies(rope, head_dim, length=None, clex=None):
     elif kind == "dynamic_yarn":
         s = max(s, l / L)
     if kind in ("yarn", "dynamic_yarn"):
-        fast, slow, m, m_all = rope.get("beta_fast", 32), rope.get("beta_slow", 1), rope.get("mscale"), rope.get("mscale_all_dim")
-        low, high = (D * math.log(L / (2 * math.pi * turns)) / (2 * math.log(base)) for turns in (fast, slow))
+        fast, slow = rope.get("beta_fast", 32), rope.get("beta_slow", 1)
+        low = D * math.log(L / (2 * math.pi * fast)) / (2 * math.log(base))
+        high = D * math.log(L / (2 * math.pi * slow)) / (2 * math.log(base))
         if rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
         if low == high:
             high = high + 0.001
+        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
         factor = rope.get("attention_factor")
         if factor is None:
             factor = g(s, m) / g(s, m_all) if m and m_all else g(s)
@@ -92,8 +111,14 @@ def frequencies(rope, head_dim, length=None, clex=None):
         if kind in ("linear", "xpos"):
             theta = theta / s
         elif kind == "ntk_by_parts" or kind == "yarn" and rope.get("ramp") == "turns":
-            fast, slow, turns = rope.get("beta_fast", 32), rope.get("beta_slow", 1), L * theta / (2 * math.pi)
-            gamma = 0 if turns < slow else 1 if turns > fast else (turns - slow) / (fast - slow)
+            fast, slow = rope.get("beta_fast", 32), rope.get("beta_slow", 1)
+            turns = L * theta / (2 * math.pi)
+            if turns < slow:
+                gamma = 0
+            elif turns > fast:
+                gamma = 1
+            else:
+                gamma = (turns - slow) / (fast - slow)
             theta = (1 - gamma) * theta / s + gamma * theta
         elif kind in ("yarn", "dynamic_yarn"):
             ramp = min(max((i - low) / (high - low), 0), 1)
@@ -119,13 +144,16 @@ def frequencies(rope, head_dim, length=None, clex=None):
         result = clex_frequencies(np.array(result), alpha, *clex)
     if kind == "dprope":
         bins = rope.get("bins") or min(360, max(4, round(L * 360 / 4096)))
-        gain = [disturbance(theta, theta, L, s, bins) - disturbance(theta, theta / s, L, s, bins) for theta in result]
+        gain = [disturbance(theta, theta, L, s, bins) - disturbance(theta, theta / s, L, s, bins)
+                for theta in result]
         chosen = [i for i in range(D // 2) if gain[i] > rope.get("threshold", 0.0)]
         if rope.get("interpolated_dims") is not None:
-            chosen = sorted(range(D // 2), key=lambda i: -gain[i])[:rope["interpolated_dims"] // 2]
+            by_gain = sorted(range(D // 2), key=lambda i: -gain[i])
+            chosen = by_gain[:rope["interpolated_dims"] // 2]
         result = [theta / s if i in chosen else theta for i, theta in enumerate(result)]
     if rope.get("resonance"):
-        result = [2 * math.pi / max(1, round(2 * math.pi / theta)) if theta else theta for theta in result]
+        result = [2 * math.pi / max(1, round(2 * math.pi / theta)) if theta else theta
+                  for theta in result]
     return np.array(result, dtype=np.float64), factor
 
 
@@ -138,15 +166,18 @@ def histogram(theta, length, bins):
 
 
 def disturbance(old, new, L, s, bins):
-    """KL(angles of `old` within L || angles of `new` within s L), in nats. (DPRoPE, eq. 8 in the order that gives its Table 3)"""
+    """KL(angles of `old` within L || angles of `new` within s L), in nats. (DPRoPE, eq. 8 in the
+    order that gives its Table 3)"""
     before, after = histogram(old, L, bins), histogram(new, round(s * L), bins)
     return sum(p * math.log((p + 1e-12) / (q + 1e-12)) for p, q in zip(before, after) if p > 0)
 
 
 def clex_frequencies(theta, t, up, down, steps=400):
-    """exp z(t) of dz/dt = W_down tanh(W_up (z + ln theta_NTK(t))) + d ln theta_NTK/dt, z(1) = ln theta, by many steps of the midpoint rule.
+    """exp z(t) of dz/dt = W_down tanh(W_up (z + ln theta_NTK(t))) + d ln theta_NTK/dt,
+    z(1) = ln theta, by many steps of the midpoint rule.
 
-    ln theta_NTK,i(t) = ln theta_i - 2i/(D-2) ln(2t-1), so that its derivative is -4i / ((D-2)(2t-1))."""
+    ln theta_NTK,i(t) = ln theta_i - 2i/(D-2) ln(2t-1), so that its derivative is
+    -4i / ((D-2)(2t-1))."""
     D, i = 2 * len(theta), np.arange(len(theta))
 
     def derivative(t, z):
@@ -160,8 +191,9 @@ def clex_frequencies(theta, t, up, down, steps=400):
 
 
 def rotate(x, position, theta, attention_factor=1.0):
-    """One head at one position: pair i, elements (2i, 2i+1) of x [D], is a complex number turned by the angle position * theta_i.
-    Where there are fewer thetas than pairs, the rest of x stays as it is."""
+    """One head at one position: pair i, elements (2i, 2i+1) of x [D], is a complex number turned by
+    the angle position * theta_i. Where there are fewer thetas than pairs, the rest of x stays as it
+    is."""
     n = 2 * len(theta)
     turned = (x[0:n:2] + 1j * x[1:n:2]) * np.exp(1j * float(position) * theta) * attention_factor
     out = np.array(x, dtype=np.float64)
@@ -169,9 +201,20 @@ def rotate(x, position, theta, attention_factor=1.0):
     return out
 
 
+def rotate_all(x, positions, theta, attention_factor=1.0):
+    """x [B,H,T,D] with positions [T] or [B,T]."""
+    B, H, T, _ = x.shape
+    positions = np.broadcast_to(np.asarray(positions), (B, T))
+    out = np.empty_like(x, dtype=np.float64)
+    for b, h, t in np.ndindex(B, H, T):
+        head = x[b, h, t].astype(np.float64)
+        out[b, h, t] = rotate(head, positions[b, t], theta, attention_factor)
+    return out
+
+
 def xpos_decay(x, positions, pairs, sign, s=1.0):
-    """xPos (arXiv 2212.10554): pair i of x [B,H,T,D] times zeta_i^(sign m / 512 s), zeta_i = (2i + 0.4 D) / 1.4 D. sign: 1 for q, -1 for
-    k."""
+    """xPos (arXiv 2212.10554): pair i of x [B,H,T,D] times zeta_i^(sign m / 512 s),
+    zeta_i = (2i + 0.4 D) / 1.4 D. sign: 1 for q, -1 for k."""
     out, D = x.copy(), 2 * pairs
     for b, h, t in np.ndindex(x.shape[:3]):
         for i in range(pairs):
@@ -181,7 +224,8 @@ def xpos_decay(x, positions, pairs, sign, s=1.0):
 
 
 def alibi_slopes(n):
-    """2^(-8h/n), h = 1 .. n; where n is no power of two those of the power P below, and then every other one of 2P. (arXiv 2108.12409)"""
+    """2^(-8h/n), h = 1 .. n; where n is no power of two those of the power P below, and then every
+    other one of 2P. (arXiv 2108.12409)"""
     P = 1
     while 2 * P <= n:
         P = 2 * P
@@ -195,23 +239,12 @@ def alibi_bias(positions, n_heads, s=1.0):
     return -np.array(alibi_slopes(n_heads))[:, None, None] * distance / s
 
 
-def rotate_all(x, positions, theta, attention_factor=1.0):
-    """x [B,H,T,D] with positions [T] or [B,T]."""
-    B, H, T, _ = x.shape
-    positions = np.broadcast_to(np.asarray(positions), (B, T))
-    out = np.empty_like(x, dtype=np.float64)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                out[b, h, t] = rotate(x[b, h, t].astype(np.float64), positions[b, t], theta, attention_factor)
-    return out
+# ---- Attention, and its gradients in closed form -------------------------------------------------
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention, and its gradients in closed form
 
 def attend(query, keys, values, bias):
-    """One query [D] over the n keys that it may see [n,D], their values [n,D] and bias [n]: softmax(K q / sqrt(D) + bias) V.
+    """One query [D] over the n keys that it may see [n,D], their values [n,D] and bias [n]:
+    softmax(K q / sqrt(D) + bias) V.
 
     Returns (out [D], weights [n]).
     """
@@ -224,24 +257,24 @@ def attend(query, keys, values, bias):
 def attention(q, k, v, bias=None):
     """q [B,H,T,D], k and v [B,K,S,D], bias broadcastable to [B,H,T,S] -> [B,H,T,D].
 
-    Causal: the T queries are the last of S positions, so query t sits at S-T+t and sees keys 0..S-T+t. Query head h reads
-    key/value head h // (H/K).
+    Causal: the T queries are the last of S positions, so query t sits at S-T+t and sees keys
+    0..S-T+t. Query head h reads key/value head h // (H/K).
     """
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    bias = np.broadcast_to(0.0 if bias is None else np.asarray(bias, dtype=np.float64), (B, H, T, S))
+    bias = np.asarray(0.0 if bias is None else bias, dtype=np.float64)
+    bias = np.broadcast_to(bias, (B, H, T, S))
     out = np.empty((B, H, T, D))
-    for b in range(B):
-        for h in range(H):
-            g = h // (H // K)
-            for t in range(T):
-                n = S - T + t + 1
-                out[b, h, t], _ = attend(q[b, h, t], k[b, g, :n], v[b, g, :n], bias[b, h, t, :n])
+    for b, h, t in np.ndindex(B, H, T):
+        g = h // (H // K)
+        n = S - T + t + 1
+        out[b, h, t], _ = attend(q[b, h, t], k[b, g, :n], v[b, g, :n], bias[b, h, t, :n])
     return out
 
 
 def attention_gradients(q, k, v, dout, bias=None):
-    """(dq, dk, dv) of sum(dout * attention(q, k, v, bias)), by the chain rule for one query at a time.
+    """(dq, dk, dv) of sum(dout * attention(q, k, v, bias)), by the chain rule for one query at a
+    time.
 
     With p = softmax(s), s = K q / sqrt(D) + bias, o = p V and do given:
         dV_j += p_j do      dp_j = do . V_j      ds_j = p_j (dp_j - sum_l p_l dp_l)
@@ -249,24 +282,23 @@ def attention_gradients(q, k, v, dout, bias=None):
     """
     q, k, v, dout = (np.asarray(x, dtype=np.float64) for x in (q, k, v, dout))
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    bias = np.broadcast_to(0.0 if bias is None else np.asarray(bias, dtype=np.float64), (B, H, T, S))
+    bias = np.asarray(0.0 if bias is None else bias, dtype=np.float64)
+    bias = np.broadcast_to(bias, (B, H, T, S))
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for b in range(B):
-        for h in range(H):
-            g = h // (H // K)
-            for t in range(T):
-                n = S - T + t + 1
-                _, p = attend(q[b, h, t], k[b, g, :n], v[b, g, :n], bias[b, h, t, :n])
-                dp = v[b, g, :n] @ dout[b, h, t]
-                ds = p * (dp - p @ dp)
-                dq[b, h, t] += ds @ k[b, g, :n] / math.sqrt(D)
-                dk[b, g, :n] += np.outer(ds, q[b, h, t]) / math.sqrt(D)
-                dv[b, g, :n] += np.outer(p, dout[b, h, t])
+    for b, h, t in np.ndindex(B, H, T):
+        g = h // (H // K)
+        n = S - T + t + 1
+        _, p = attend(q[b, h, t], k[b, g, :n], v[b, g, :n], bias[b, h, t, :n])
+        dp = v[b, g, :n] @ dout[b, h, t]
+        ds = p * (dp - p @ dp)
+        dq[b, h, t] += ds @ k[b, g, :n] / math.sqrt(D)
+        dk[b, g, :n] += np.outer(ds, q[b, h, t]) / math.sqrt(D)
+        dv[b, g, :n] += np.outer(p, dout[b, h, t])
     return dq, dk, dv
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+# ---- The model -----------------------------------------------------------------------------------
+
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
@@ -280,7 +312,8 @@ def swiglu(x, w1, w2, w3):
 
 
 def ffn_width(dim, multiple_of, ffn_dim_multiplier=None):
-    """Meta's rule: two thirds of 4 dim, times the multiplier where there is one, cut to an integer each time, rounded up to multiple_of."""
+    """Meta's rule: two thirds of 4 dim, times the multiplier where there is one, cut to an integer
+    each time, rounded up to multiple_of."""
     width = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
@@ -293,32 +326,40 @@ def forward(weights, config, tokens, positions=None):
     """tokens [B,T], positions [T] or [B,T] (default 0..T-1) -> logits [B,T,V]."""
     weights = {name: np.asarray(w, dtype=np.float64) for name, w in weights.items()}
     tokens = np.asarray(tokens)
-    (B, T), H, K = tokens.shape, config["n_heads"], config.get("n_kv_heads") or config["n_heads"]
-    positions = np.arange(T) if positions is None else np.asarray(positions)
+    (B, T), H = tokens.shape, config["n_heads"]
+    K = config.get("n_kv_heads") or H
     rope, eps = config.get("rope", {}), config["norm_eps"]
-    x = weights["tok_embeddings.weight"][tokens]                                            # [B,T,C]
+    kind, s = rope.get("rope_type"), rope.get("factor", 1.0)
+    x = weights["tok_embeddings.weight"][tokens]                                    # [B,T,C]
     D = x.shape[-1] // H
-    positions, s = np.broadcast_to(positions, (B, T)), rope.get("factor", 1.0)
-    clex = (weights["clex.up.weight"], weights["clex.down.weight"]) if rope.get("rope_type") == "clex" else None
+    positions = np.arange(T) if positions is None else np.asarray(positions)
+    positions = np.broadcast_to(positions, (B, T))
+    clex = None
+    if kind == "clex":
+        clex = weights["clex.up.weight"], weights["clex.down.weight"]
     theta, factor = frequencies(rope, D, positions.max() + 1, clex)
-    bias = alibi_bias(positions, H, s) if rope.get("rope_type") == "alibi" else None
+    bias = alibi_bias(positions, H, s) if kind == "alibi" else None
 
     def heads(y, n):
-        return y.reshape(B, T, n, D).transpose(0, 2, 1, 3)                                  # [B,T,n*D] -> [B,n,T,D]
+        return y.reshape(B, T, n, D).transpose(0, 2, 1, 3)                          # -> [B,n,T,D]
 
     for layer in range(config["n_layers"]):
-        def w(name):
-            return weights[f"layers.{layer}.{name}.weight"]
-        y = rms_norm(x, w("attention_norm"), eps)
-        q = rotate_all(heads(y @ w("attention.wq").T, H), positions, theta, factor)
-        k = rotate_all(heads(y @ w("attention.wk").T, K), positions, theta, factor)
-        if rope.get("rope_type") == "xpos":
-            q, k = xpos_decay(q, positions, len(theta), 1, s), xpos_decay(k, positions, len(theta), -1, s)
-        out = attention(q, k, heads(y @ w("attention.wv").T, K), bias)
-        x = x + out.transpose(0, 2, 1, 3).reshape(B, T, H * D) @ w("attention.wo").T
-        x = x + swiglu(rms_norm(x, w("ffn_norm"), eps), w("feed_forward.w1"), w("feed_forward.w2"), w("feed_forward.w3"))
+        w = {name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): value
+             for name, value in weights.items() if name.startswith(f"layers.{layer}.")}
+        y = rms_norm(x, w["attention_norm"], eps)
+        q = rotate_all(heads(y @ w["attention.wq"].T, H), positions, theta, factor)
+        k = rotate_all(heads(y @ w["attention.wk"].T, K), positions, theta, factor)
+        v = heads(y @ w["attention.wv"].T, K)
+        if kind == "xpos":
+            q = xpos_decay(q, positions, len(theta), 1, s)
+            k = xpos_decay(k, positions, len(theta), -1, s)
+        out = attention(q, k, v, bias)                                              # [B,H,T,D]
+        x = x + out.transpose(0, 2, 1, 3).reshape(B, T, H * D) @ w["attention.wo"].T
+        y = rms_norm(x, w["ffn_norm"], eps)
+        x = x + swiglu(y, w["feed_forward.w1"], w["feed_forward.w2"], w["feed_forward.w3"])
     x = rms_norm(x, weights["norm.weight"], eps)
-    return x @ weights.get("output.weight", weights["tok_embeddings.weight"]).T             # tied models have no output.weight
+    embedding = weights["tok_embeddings.weight"]      # a tied model has no output.weight
+    return x @ weights.get("output.weight", embedding).T
 
 
 def log_softmax(logits):
@@ -327,19 +368,25 @@ def log_softmax(logits):
 
 
 def cross_entropy(logits, targets, ignore_index=-100):
-    """Mean over the targets that count of -log softmax(logits)[target]. logits [...,V], targets [...]."""
+    """Mean over the targets that count of -log softmax(logits)[target]. logits [...,V],
+    targets [...]."""
     logp = log_softmax(np.asarray(logits, dtype=np.float64))
-    losses = [-logp[i][t] for i, t in np.ndenumerate(np.asarray(targets)) if t != ignore_index]
+    targets = np.asarray(targets)
+    losses = [-logp[i][t] for i, t in np.ndenumerate(targets) if t != ignore_index]
     return sum(losses) / len(losses)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and evaluation
+# ---- Training and evaluation ---------------------------------------------------------------------
+
 
 def adamw_step(p, g, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-    """One step of AdamW (arXiv 1711.05101, algorithm 2), step = 1, 2, ... Returns the new (p, m, v).
+    """One step of AdamW (arXiv 1711.05101, algorithm 2), step = 1, 2, ... Returns the new
+    (p, m, v).
 
-        p <- p - lr wd p;  m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  p <- p - lr (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)
+        p <- p - lr wd p
+        m <- b1 m + (1-b1) g
+        v <- b2 v + (1-b2) g^2
+        p <- p - lr (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)
     """
     b1, b2 = betas
     p = p - lr * weight_decay * p
@@ -349,11 +396,13 @@ def adamw_step(p, g, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0
 
 
 def sliding_windows(n, window, stride):
-    """For every target i = 1..n-1 of a document of n tokens: (i, begin), where tokens[begin:i] is what the model may look at.
+    """For every target i = 1..n-1 of a document of n tokens: (i, begin), where tokens[begin:i] is
+    what the model may look at.
 
-    Windows begin at 0, stride, 2 stride, ... and feed at most `window` tokens, which predict the targets begin+1..begin+window. A
-    target belongs to the first window that reaches it, so each is scored exactly once, for 1 <= stride <= window. (Where a window is
-    said to contain its targets, inputs and last target together being W tokens, call this with window = W - 1.)
+    Windows begin at 0, stride, 2 stride, ... and feed at most `window` tokens, which predict the
+    targets begin+1..begin+window. A target belongs to the first window that reaches it, so each is
+    scored exactly once, for 1 <= stride <= window. (Where a window is said to contain its targets,
+    inputs and last target together being W tokens, call this with window = W - 1.)
     """
     for i in range(1, n):
         begin = 0
@@ -363,10 +412,12 @@ def sliding_windows(n, window, stride):
 
 
 def sliding_window_perplexity(documents, window, stride, logprob, bos=None):
-    """exp(total negative log-likelihood / number of scored tokens) over all documents. Returns (perplexity, scored tokens).
+    """exp(total negative log-likelihood / number of scored tokens) over all documents. Returns
+    (perplexity, scored tokens).
 
-    logprob(context, token): the natural log-probability of `token` after the list `context`. With `bos`, that token stands in front
-    of every window, in addition to its tokens, and token 0 of a document is scored too.
+    logprob(context, token): the natural log-probability of `token` after the list `context`. With
+    `bos`, that token stands in front of every window, in addition to its tokens, and token 0 of a
+    document is scored too.
     """
     total, count = 0.0, 0
     for tokens in documents:

@@ -1,4 +1,5 @@
-"""bench.py: every row is there, both sides do the same work, and what is wrong is told before anything is timed. No time is tested."""
+"""bench.py: every row is there, both sides do the same work, and what is wrong is told before
+anything is timed. No time is tested."""
 import importlib.util
 import json
 import sys
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import bench
-from cli import UserError
+from common.errors import UserError
 from model import LLaMA, ModelConfig
 from weights import save_model
 
@@ -15,52 +16,93 @@ from weights import save_model
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bench")
-    save_model(LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size, multiple_of=16, max_seq_len=32)),
-               folder / "model", tokenizer)
-    (folder / "book.txt").write_text("It was the best of windows, it was the worst of windows.\n" * 20, encoding="utf-8")
+    config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=16,
+                         vocab_size=tokenizer.vocab_size, max_seq_len=32)
+    save_model(LLaMA(config), folder / "model", tokenizer)
+    text = "It was the best of windows, it was the worst of windows.\n" * 20
+    (folder / "book.txt").write_text(text, encoding="utf-8")
     return folder
 
 
 @pytest.fixture
 def measured(place):
     def call(*flags):
-        bench.main(["--model", str(place / "model"), "--text", str(place / "book.txt"), "--batch-size", "2", "--repeat", "1", "--lengths", "8", "16",
-                    "--window", "24", "--stride", "8", "--tokens", "100", "--device", "cpu", "--out", str(place / "bench.json"), *flags])
+        bench.main(["--model", str(place / "model"), "--text", str(place / "book.txt"),
+                    "--batch-size", "2", "--repeat", "1", "--lengths", "8", "16", "--window", "24",
+                    "--stride", "8", "--tokens", "100", "--device", "cpu",
+                    "--out", str(place / "bench.json"), *flags])
         return json.loads((place / "bench.json").read_text(encoding="utf-8"))
     return call
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="the peer is transformers")
+def note_precision(monkeypatch, name, found):
+    """Have bench's function `name` append PyTorch's precision to `found` when it is called."""
+    function = getattr(bench, name)
+
+    def noting(*arguments):
+        found.append(torch.get_float32_matmul_precision())
+        return function(*arguments)
+    monkeypatch.setattr(bench, name, noting)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="it is the peer")
 def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypatch):
-    before, found = torch.get_float32_matmul_precision(), []
-    for name in ("perplexity", "straightforward"):
-        monkeypatch.setattr(bench, name, lambda *a, f=getattr(bench, name): found.append(torch.get_float32_matmul_precision()) or f(*a))
-    rows = {r["name"]: r for r in measured("--what", *bench.WHAT, "--matmul", "highest", "medium")["bench"]}
-    assert found == ["highest", "highest", "medium", "medium"] and torch.get_float32_matmul_precision() == before
-    sides = ["ours", "transformers"]
-    assert list(rows) == [*(f"attention, {n} tokens, {name}" for n in (8, 16) for name in ("naive", "tiled", "sdpa")),
-                          *(f"training step, 2 x 24 tokens, {side}" for side in sides),
-                          *(f"generation, 2 x 64 tokens after 16, {side}" for side in sides),
-                          *(f"perplexity, window 24, stride 8, 100 tokens, {side}{more}" for more in ("", ", matmul medium") for side in sides)]
+    before = torch.get_float32_matmul_precision()
+    found = []
+    note_precision(monkeypatch, "perplexity", found)
+    note_precision(monkeypatch, "transformers_loop", found)
+    result = measured("--what", *bench.WHAT, "--matmul", "highest", "medium")
+    assert found == ["highest", "highest", "medium", "medium"]
+    assert torch.get_float32_matmul_precision() == before
+    rows = {r["name"]: r for r in result["bench"]}
+    scored = "perplexity, window 24, stride 8, 100 tokens"
+    assert list(rows) == [
+        "attention, 8 tokens, naive", "attention, 8 tokens, tiled", "attention, 8 tokens, sdpa",
+        "attention, 16 tokens, naive", "attention, 16 tokens, tiled", "attention, 16 tokens, sdpa",
+        "training step, 2 x 24 tokens, ours", "training step, 2 x 24 tokens, transformers",
+        "generation, 2 x 64 tokens after 16, ours",
+        "generation, 2 x 64 tokens after 16, transformers",
+        f"{scored}, ours", f"{scored}, transformers",
+        f"{scored}, ours, matmul medium", f"{scored}, transformers, matmul medium"]
     assert all(r["seconds"] > 0 for r in rows.values())
     for name, r in rows.items():
         if ", ours" in name:
-            assert r["ratio"] == rows[name.replace("ours", "transformers")]["seconds"] / r["seconds"]
+            peer = rows[name.replace("ours", "transformers")]
+            assert r["ratio"] == peer["seconds"] / r["seconds"]
+        if ", transformers" in name:
+            assert "ratio" not in r
     assert rows["attention, 8 tokens, sdpa"]["ratio"] == 1
-    exact, medium = (rows[f"perplexity, window 24, stride 8, 100 tokens, ours{more}"] for more in ("", ", matmul medium"))
-    assert abs(exact["difference"]) < 1e-5 and abs(medium["difference"]) < 1e-2  # medium is highest on a CPU without units for bfloat16
+    exact = rows[f"{scored}, ours"]
+    medium = rows[f"{scored}, ours, matmul medium"]
+    assert abs(exact["difference"]) < 1e-5
+    assert abs(medium["difference"]) < 1e-2  # on a CPU without units for bfloat16 it is highest
 
 
 def test_without_the_peer_our_numbers_stand_alone(measured, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     rows = measured("--what", "generation", "perplexity")["bench"]
-    assert len(rows) == 2 and all("ratio" not in r for r in rows) and "stand alone" in capsys.readouterr().out
+    assert len(rows) == 2 and all("ratio" not in r for r in rows)
+    assert "stand alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--repeat", "0"], "--repeat"), (["--tokens", "-1"], "--tokens"), (["--what", "perplexity", "--text", "no.txt"], "no.txt"),
+    (["--repeat", "0"], "--repeat"), (["--tokens", "-1"], "--tokens"),
+    (["--what", "perplexity", "--text", "no.txt"], "no.txt"),
     (["--what", "perplexity", "--stride", "25"], "stride 25")])
 def test_mistakes_are_told_before_the_peer_is_made(measured, monkeypatch, flags, words):
-    monkeypatch.setattr(bench, "peer_of", None)
+    monkeypatch.setattr(bench, "peer_loader", None)
     with pytest.raises(UserError, match=words):
         measured(*flags)
+
+
+def test_work_is_counted_per_second(monkeypatch):
+    """FLOPs of causal attention, 4 H D T(T+1)/2 forward and 2.5 times as many backward."""
+    monkeypatch.setattr(bench, "time_sides",
+                        lambda sides, *_: {name: {"seconds": 0.5, "bytes": None} for name in sides})
+    model = LLaMA(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=64, max_seq_len=32))
+    rows = bench.bench_attention(bench.BenchConfig(lengths=[10]), model, torch.float32)
+    assert all(r["gflops"] == pytest.approx(14 * 4 * 8 * 55 / 0.5 / 1e9) for r in rows)
+    row, = bench.bench_training(bench.BenchConfig(batch_size=3), model, None, torch.float32)
+    assert row["tokens_per_second"] == 3 * 32 / 0.5
+    row, = bench.bench_generation(bench.BenchConfig(batch_size=3), model, None, torch.float32)
+    assert row["tokens_per_second"] == 3 * 64 / 0.5

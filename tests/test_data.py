@@ -1,6 +1,9 @@
-"""data/tokenizer.py and data/prepare.py: nothing is lost, in both splits or half-written, and the network may do its worst."""
+"""data/: tokenizers, prepare, corpus, download. Nothing is lost, in both splits or half-written,
+and the network may do its worst."""
+import argparse
 import base64
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -8,7 +11,10 @@ import random
 import resource
 import subprocess
 import sys
+import tarfile
 import threading
+import typing
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,22 +22,30 @@ import numpy as np
 import pytest
 import sentencepiece
 
+import data.download as download_module
 import data.prepare as prepare_module
+import data.sources as sources_module
 import data.tokenizer as tokenizer_module
-from cli import UserError
-from data.prepare import PrepareConfig, choose, download, ensure_corpus, prepare, split_documents, strip_gutenberg, tokenizer_sample
+from common.errors import UserError
+from data.corpus import ensure_corpus
+from data.download import download
+from data.prepare import (PrepareConfig, choose_documents, prepare, split_documents,
+                          tokenizer_sample)
+from data.sources import read_text, strip_gutenberg, unwanted
 from data.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-NASTY = ["▁", "▁▁", "\0", "\n", "\r\n", "\r", "\t", " ", "  ", "\x0b", "\x1f", "\x7f", "\x85", "\xa0", "\u0301", "e\u0301", "é", "日本",
-         "مرحبا", "\u200b", "\u2028", "\u2047", " ⁇ ", "\u2585", "\u3000", "\ud7ff", "\ue000", "\ufeff", "\ufffd", "\ufffe", "\U0001F600",
-         "\U0010FFFF", "<s>", "</s>", "<unk>", "<0x0A>", "<0xE2>", "0", "12345", "self", "return x", "a"]
+NASTY = ["▁", "▁▁", "\0", "\n", "\r\n", "\r", "\t", " ", "  ", "\x0b", "\x1f", "\x7f", "\x85",
+         "\xa0", "\u0301", "e\u0301", "é", "日本", "مرحبا", "\u200b", "\u2028", "\u2047", " ⁇ ",
+         "\u2585", "\u3000", "\ud7ff", "\ue000", "\ufeff", "\ufffd", "\ufffe", "\U0001F600",
+         "\U0010FFFF", "<s>", "</s>", "<unk>", "<0x0A>", "<0xE2>", "0", "12345", "self",
+         "return x", "a"]
 
 
 def source_text():
     """About 300 kB of Python, the kind of text that the small tokenizers are for."""
-    return [Path(sys.modules[name].__file__).read_text(encoding="utf-8") for name in ("argparse", "inspect", "typing", "tarfile", "zipfile")
-            if name in sys.modules or __import__(name)]
+    modules = (argparse, inspect, typing, tarfile, zipfile)
+    return [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +57,34 @@ def train_sentencepiece(path, **settings):
     """A SentencePiece model that is not trained by our function."""
     model = io.BytesIO()
     lines = iter(line for text in source_text() for line in text.splitlines())
-    sentencepiece.SentencePieceTrainer.train(**{**dict(
-        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=800, byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        minloglevel=2, num_threads=1), **settings})
+    defaults = dict(
+        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=800,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+        num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(**(defaults | settings))
     path.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 
 @pytest.fixture(scope="module")
 def metas(tmp_path_factory):
-    """A model with the settings of Meta's LLaMA 1/2 tokenizer: identity normalisation, byte fallback and a dummy prefix."""
-    return train_sentencepiece(tmp_path_factory.mktemp("metas") / "tokenizer.model", add_dummy_prefix=True)
+    """A model with the settings of Meta's LLaMA 1/2 tokenizer: identity normalisation, byte
+    fallback and a dummy prefix."""
+    path = tmp_path_factory.mktemp("metas") / "tokenizer.model"
+    return train_sentencepiece(path, add_dummy_prefix=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 def random_text(rng):
-    code_point = lambda: chr(rng.choice([rng.randrange(0x300), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-    return "".join(rng.choice(NASTY) if rng.random() < 0.8 else code_point() for _ in range(rng.randrange(12)))
+    def piece():
+        if rng.random() < 0.8:
+            return rng.choice(NASTY)
+        ranges = [range(0x300), range(0xD800), range(0xE000, 0x110000)]
+        return chr(rng.choice(rng.choice(ranges)))
+    return "".join(piece() for _ in range(rng.randrange(12)))
 
 
 def test_round_trip_of_any_text(own):
@@ -70,7 +92,8 @@ def test_round_trip_of_any_text(own):
     texts = [random_text(rng) for _ in range(2000)]
     for text, ids in zip(texts, own.encode_batch(texts), strict=True):
         assert own.decode(ids) == text
-        assert not {own.model.unk_id(), own.bos_id, own.eos_id} & set(ids), f"a control piece in {text!r}"
+        control = {own.model.unk_id(), own.bos_id, own.eos_id}
+        assert not control & set(ids), f"a control piece in {text!r}"
     assert own.decode(own.encode("▁ ▁")) == "▁ ▁" and own.encode("▁") != own.encode(" ")
 
 
@@ -83,17 +106,22 @@ def test_round_trip_of_long_runs(own, text):
 def test_bos_eos_and_batches(own):
     assert own.encode("ab", bos=True, eos=True) == [1, *own.encode("ab"), 2]
     assert own.decode(own.encode("ab", bos=True, eos=True)) == "ab"
-    assert own.encode_batch([]) == [] and own.encode("") == [] and own.encode("", bos=True, eos=True) == [1, 2]
-    assert own.encode_batch(["a", "▁ b", ""], bos=True) == [own.encode(t, bos=True) for t in ("a", "▁ b", "")]
+    assert own.encode_batch([]) == [] and own.encode("") == []
+    assert own.encode("", bos=True, eos=True) == [1, 2]
+    texts = ["a", "▁ b", ""]
+    assert own.encode_batch(texts, bos=True) == [own.encode(t, bos=True) for t in texts]
 
 
 def test_layout_is_llamas(own):
-    assert (own.model.unk_id(), own.bos_id, own.eos_id, own.model.pad_id(), own.vocab_size) == (0, 1, 2, -1, 700)
-    assert [own.model.id_to_piece(i) for i in range(3, 259)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert (own.model.unk_id(), own.bos_id, own.eos_id, own.model.pad_id()) == (0, 1, 2, -1)
+    assert own.vocab_size == 700
+    byte_pieces = [own.model.id_to_piece(i) for i in range(3, 259)]
+    assert byte_pieces == [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = [own.model.id_to_piece(i) for i in range(259, 700)]
     assert all(len(piece) == 1 for piece in pieces if any(c.isdigit() for c in piece))
     assert len(own.encode("x = 907")) == len(own.encode("x = ")) + 3
-    assert len(own.encode(" " * 16)) <= 2 and len(own.encode("\n\n")) == 1 and len(own.encode("):\n")) == 1
+    assert len(own.encode(" " * 16)) <= 2
+    assert len(own.encode("\n\n")) == 1 and len(own.encode("):\n")) == 1
     text = source_text()[0]
     assert len(text) / len(own.encode(text)) > 2
 
@@ -106,9 +134,11 @@ def test_training_is_deterministic(own, tmp_path):
 
 def test_control_words_in_the_training_text_stay_words(tmp_path):
     rng = random.Random(0)
-    words = ["<s>", "</s>", "<unk>", "<0x0A>", "<0x41>"] * 50 + ["".join(rng.choices("abcdefghij", k=5)) for _ in range(250)]
-    tokenizer = train_tokenizer([" ".join(rng.choices(words, k=20_000)) + "\t\0▁▅"], tmp_path / "t.model", 500)
-    for word in words[:5] + ["\t", "\0", "▁", "▅"]:
+    control = ["<s>", "</s>", "<unk>", "<0x0A>", "<0x41>"]
+    words = control * 50 + ["".join(rng.choices("abcdefghij", k=5)) for _ in range(250)]
+    text = " ".join(rng.choices(words, k=20_000)) + "\t\0▁▅"
+    tokenizer = train_tokenizer([text], tmp_path / "t.model", 500)
+    for word in control + ["\t", "\0", "▁", "▅"]:
         ids = tokenizer.encode(word)
         assert tokenizer.decode(ids) == word and min(ids) > 2
 
@@ -117,14 +147,19 @@ def test_control_words_in_the_training_text_stay_words(tmp_path):
 def test_parts_do_not_change_the_ids(own, metas, tmp_path, monkeypatch, part):
     """The reference is SentencePiece on the whole text."""
     monkeypatch.setattr(tokenizer_module, "PART", part)
-    crossing = train_sentencepiece(tmp_path / "crossing.model", add_dummy_prefix=False, split_by_whitespace=False)
-    squeezing = train_sentencepiece(tmp_path / "squeezing.model", add_dummy_prefix=False, remove_extra_whitespaces=True)
-    assert own.cuttable and metas.cuttable and not crossing.cuttable and not squeezing.cuttable
+    crossing = train_sentencepiece(tmp_path / "crossing.model", add_dummy_prefix=False,
+                                   split_by_whitespace=False)
+    squeezing = train_sentencepiece(tmp_path / "squeezing.model", add_dummy_prefix=False,
+                                    remove_extra_whitespaces=True)
+    assert own.cuttable and metas.cuttable
+    assert not crossing.cuttable and not squeezing.cuttable
     assert len(list(own.parts("def f(x, y):\n    return x + y\n" * 20))) > 2
-    texts = [" a  b c ", "a b", " ", "  x", "", "x ", *(t[:3000] for t in source_text()), "日本 a\u0301 b \n c"]
+    texts = [" a  b c ", "a b", " ", "  x", "", "x ", "日本 a\u0301 b \n c"]
+    texts += [text[:3000] for text in source_text()]
     for tokenizer in (own, metas, crossing, squeezing):
         for text in texts:
-            assert tokenizer.encode(text) == tokenizer.model.encode(text), (tokenizer.path, text[:50])
+            ids = tokenizer.model.encode(text)
+            assert tokenizer.encode(text) == ids, (tokenizer.path, text[:50])
 
 
 def test_metas_tokenizer_is_left_as_it_is(metas):
@@ -138,7 +173,8 @@ def test_metas_tokenizer_is_left_as_it_is(metas):
 
 def test_files_that_are_no_tokenizer(own, tmp_path):
     whole = own.path.read_bytes()
-    broken = {"empty": b"", "text": b"no tokenizer\n" * 200, "zeros": bytes(1000), "cut off": whole[:5000], "one byte short": whole[:-1]}
+    broken = {"empty": b"", "text": b"no tokenizer\n" * 200, "zeros": bytes(1000),
+              "cut off": whole[:5000], "one byte short": whole[:-1]}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="not a SentencePiece model"):
@@ -169,27 +205,31 @@ def test_wrong_text_and_wrong_ids(own, tmp_path):
         with pytest.raises(UserError, match="vocabulary"):
             own.decode(ids)
     assert own.decode(np.array(own.encode("numpy"))) == "numpy" and own.decode([]) == ""
-    for texts, size, reason in (([], 700, "no text"), (["\n "], 700, "no text"), (source_text(), 100, "360"), (["too little"], 700, "<= "),
-                                (["a\ud800"], 700, "surrogate")):
+    wrong = [([], 700, "no text"), (["\n "], 700, "no text"), (source_text(), 100, "360"),
+             (["too little"], 700, "<= "), (["a\ud800"], 700, "surrogate")]
+    for texts, size, reason in wrong:
         with pytest.raises(UserError, match=reason):
             train_tokenizer(texts, tmp_path / "t.model", size)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_passkey_prompts_are_in_the_sample(own, tmp_path):
-    """A tokenizer that has seen them needs fewer tokens for them, and a window of L tokens holds more of their words."""
+    """A tokenizer that has seen them needs fewer tokens for them, and a window of L tokens holds
+    more of their words."""
     for i, text in enumerate(source_text()):
         (tmp_path / f"{i}.py").write_text(text, encoding="utf-8")
     paths = sorted(tmp_path.glob("*.py"))
-    sample = list(tokenizer_sample(paths, prepare_module.read_text))
+    sample = list(tokenizer_sample(paths, read_text))
     assert [text for text in sample if len(text) > 1000] == source_text()
     tokenizer = train_tokenizer(sample, tmp_path / "t.model", 700)
-    prompt = "The grass is green. The sky is blue. The pass key is 91537. Remember it. What is the pass key? The pass key is"
+    prompt = ("The grass is green. The sky is blue. The pass key is 91537. Remember it. "
+              "What is the pass key? The pass key is")
     assert len(tokenizer.encode(prompt)) < 0.9 * len(own.encode(prompt))
-    assert list(tokenizer_sample(paths, prepare_module.read_text, megabytes=0.01))[-1] != sample[-1], "the sample must be bounded"
+    bounded = list(tokenizer_sample(paths, read_text, megabytes=0.01))
+    assert bounded[-1] != sample[-1], "the sample must be bounded"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Documents -> token folder
 
 def write_documents(folder, n=40, seed=0):
@@ -197,31 +237,52 @@ def write_documents(folder, n=40, seed=0):
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     words = ["return", "self", "x▁y", "é", "\t", "12", "日本"]
-    texts = {f"{i}.txt": f"document {i}\n" + " ".join(rng.choices(words, k=rng.randrange(5, 300))) for i in range(n)}
+    texts = {}
+    for i in range(n):
+        text = " ".join(rng.choices(words, k=rng.randrange(5, 300)))
+        texts[f"{i}.txt"] = f"document {i}\n" + text
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
     return texts
 
 
+def read_meta(folder):
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
 def read_folder(folder, tokenizer):
     """{split: [texts]}, checking the format on the way."""
-    meta, found = json.loads((folder / "meta.json").read_text(encoding="utf-8")), {}
+    meta = read_meta(folder)
+    found = {}
     for split in ("train", "val"):
         ids = np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"])
         offsets = np.load(folder / f"{split}.docs.npy")
-        assert offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(ids) == meta["splits"][split]["tokens"]
-        assert len(offsets) == meta["splits"][split]["documents"] + 1
+        counts = meta["splits"][split]
+        assert offsets.dtype == np.int64 and offsets[0] == 0
+        assert offsets[-1] == len(ids) == counts["tokens"]
+        assert len(offsets) == counts["documents"] + 1
         documents = [ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])]
-        assert all(d[0] == tokenizer.bos_id == 1 and d[-1] == tokenizer.eos_id == 2 and not {1, 2} & set(d[1:-1]) for d in documents)
+        for document in documents:
+            assert document[0] == tokenizer.bos_id == 1 and document[-1] == tokenizer.eos_id == 2
+            assert not {1, 2} & set(document[1:-1])
         found[split] = [tokenizer.decode(d) for d in documents]
-        assert meta["splits"][split]["characters"] == sum(map(len, found[split]))
-    assert (meta["tokenizer_sha256"], meta["vocab_size"]) == (tokenizer.sha256, tokenizer.vocab_size)
+        assert counts["characters"] == sum(map(len, found[split]))
+    assert meta["tokenizer_sha256"] == tokenizer.sha256
+    assert meta["vocab_size"] == tokenizer.vocab_size
     return found
 
 
 def leftovers(folder):
     """Names of everything that should not be there after a command."""
-    return [p.name for p in Path(folder).rglob("*") if p.suffix in (".tmp", ".part") or p.name.startswith(".")]
+    return [path.name for path in Path(folder).rglob("*")
+            if path.suffix in (".tmp", ".part") or path.name.startswith(".")]
+
+
+def docs_config(tmp_path, tokenizer, **settings):
+    """The files in tmp_path/docs -> the token folder tmp_path/out."""
+    settings.setdefault("text", [str(tmp_path / "docs")])
+    settings.setdefault("out", str(tmp_path / "out"))
+    return PrepareConfig(tokenizer=str(tokenizer.path), **settings)
 
 
 def content_hash(text):
@@ -230,17 +291,18 @@ def content_hash(text):
 
 def test_token_folder_holds_every_document(own, tmp_path):
     texts = write_documents(tmp_path / "docs")
-    config = PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "new" / "out"), val_fraction=0.3)
-    out = prepare(config)
+    out = prepare(docs_config(tmp_path, own, out=str(tmp_path / "new" / "out"), val_fraction=0.3))
     found = read_folder(out, own)
     assert sorted(found["train"] + found["val"]) == sorted(texts.values())
-    chosen = {text: int.from_bytes(content_hash(text)[-8:], "big") / 2**64 < 0.3 for text in texts.values()}
+    chosen = {text: int.from_bytes(content_hash(text)[-8:], "big") / 2**64 < 0.3
+              for text in texts.values()}
     for split, texts_of in found.items():
         assert all(chosen[text] == (split == "val") for text in texts_of)
         assert texts_of == sorted(texts_of, key=content_hash)  # the order is the hashes'
     assert 0 < len(found["val"]) < len(found["train"])
-    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    assert meta["source"] == "text" and meta["dtype"] == "uint16" and meta["settings"]["val_fraction"] == 0.3
+    meta = read_meta(out)
+    assert meta["source"] == "text" and meta["dtype"] == "uint16"
+    assert meta["settings"]["val_fraction"] == 0.3
     assert leftovers(tmp_path) == []
 
 
@@ -251,38 +313,42 @@ def test_documents_do_not_depend_on_their_paths(own, tmp_path):
         for name in (f"b/{i % 3}/{i}.md", f"b/copy/{99 - i}"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    configs = (PrepareConfig(text=[str(tmp_path / name)], tokenizer=str(own.path), out=str(tmp_path / f"out-{name}")) for name in "ab")
-    a, b = map(prepare, configs)
+    a, b = [prepare(docs_config(tmp_path, own, text=[str(tmp_path / name)],
+                                out=str(tmp_path / f"out-{name}"))) for name in "ab"]
     for name in ("train.bin", "val.bin", "train.docs.npy", "val.docs.npy"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
-    assert json.loads((b / "meta.json").read_text(encoding="utf-8"))["left_out"] == {"duplicate": len(texts)}
+    assert read_meta(b)["left_out"] == {"duplicate": len(texts)}
 
 
 def test_copies_in_other_white_space_are_one_document(tmp_path):
     text = "def f(x):\n    return x\n" * 9
-    copies = {"unix": text, "dos": text.replace("\n", "\r\n"), "mac": text.replace("\n", "\r"), "tabs": text.replace("    ", "\t"),
-              "bom": "\ufeff" + text, "end": text + "\n\n"}
+    copies = {"unix": text, "dos": text.replace("\n", "\r\n"), "mac": text.replace("\n", "\r"),
+              "tabs": text.replace("    ", "\t"), "bom": "\ufeff" + text, "end": text + "\n\n"}
     for name, copy in copies.items():
         (tmp_path / name).write_text(copy, encoding="utf-8", newline="")
     (tmp_path / "other").write_text(text.replace("x", "y"), encoding="utf-8")
-    documents, left_out = choose([(path, None) for path in sorted(tmp_path.iterdir())], prepare_module.read_text, lambda t: None, None)
+    files = [(path, None) for path in sorted(tmp_path.iterdir())]
+    documents, left_out = choose_documents(files, read_text, unwanted, None)
     assert len(documents) == 2 and left_out == {"duplicate": 5}
-    assert prepare_module.read_text(tmp_path / "dos") == prepare_module.read_text(tmp_path / "bom") == text
+    assert read_text(tmp_path / "dos") == read_text(tmp_path / "bom") == text
 
 
 def test_part_of_a_source_is_a_prefix_and_keeps_its_splits(own, tmp_path):
     texts = write_documents(tmp_path / "docs", 60)
-    config = dict(text=[str(tmp_path / "docs")], tokenizer=str(own.path), val_fraction=0.3)
-    whole = read_folder(prepare(PrepareConfig(out=str(tmp_path / "whole"), **config)), own)
-    part = read_folder(prepare(PrepareConfig(out=str(tmp_path / "part"), max_mb=0.02, **config)), own)
+    whole = read_folder(prepare(docs_config(tmp_path, own, val_fraction=0.3)), own)
+    part = read_folder(prepare(docs_config(tmp_path, own, val_fraction=0.3, max_mb=0.02,
+                                           out=str(tmp_path / "part"))), own)
     for split in part:
         assert part[split] and part[split] == whole[split][:len(part[split])]
-    assert 0.015e6 < sum(len(t) for split in part.values() for t in split) <= 0.02e6 < sum(map(len, texts.values()))
+    characters = sum(len(text) for split in part.values() for text in split)
+    assert 0.015e6 < characters <= 0.02e6 < sum(map(len, texts.values()))
 
 
 def test_share_of_validation():
-    documents = [(hashlib.sha256(bytes([i, j])).digest(), None, (i, j)) for i in range(40) for j in range(50)]
-    sizes = {fraction: len(split_documents(documents, fraction)["val"]) for fraction in (0, 1e-9, 0.1, 1)}
+    documents = [(hashlib.sha256(bytes([i, j])).digest(), None, (i, j))
+                 for i in range(40) for j in range(50)]
+    sizes = {fraction: len(split_documents(documents, fraction)["val"])
+             for fraction in (0, 1e-9, 0.1, 1)}
     assert sizes[0] == 0 and sizes[1e-9] == 1 and 160 < sizes[0.1] < 240 and sizes[1] == 2000
     assert split_documents(documents[:1], 0.02) == {"train": [(0, 0)], "val": []}
     order = sorted(documents)
@@ -293,32 +359,35 @@ def test_share_of_validation():
 def test_python_source(own, tmp_path, monkeypatch):
     """Which files of an installation are documents."""
     def code(name, lines=40):
-        functions = (f"def {name}_{chr(97 + i % 26)}(first, second):\n    return first + second * {i}" for i in range(lines))
+        functions = [f"def {name}_{chr(97 + i % 26)}(first, second):\n"
+                     f"    return first + second * {i}" for i in range(lines)]
         return f'"""Module {name}."""\n' + "\n".join(functions)
     lib, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
     wanted = {"lib/good.py": code("good"), "lib/deep/er/fine.py": code("fine"),
               "lib/site-packages/pkg/code.py": code("pkg").replace("\n", "\r\n"),
               "lib/mentions.py": code("mentions") + "\n# this text was generated by nobody\n"}
-    unwanted = {"lib/short.py": "x = 1\n", "lib/table.py": "T = [\n" + "    12345, 67890, 13579,\n" * 50 + "]\n",
-                "lib/long.py": code("long") + "\nx = '" + "word " * 300 + "'\n",
-                "lib/wide.py": ("word = " + "'some text' + " * 12 + "''\n") * 40,
-                "lib/made.py": "# Automatically generated, do not edit\n" + code("made"),
-                "lib/test/test_a.py": code("test_a"), "lib/site-packages/pkg/tests/b.py": code("b"),
-                "lib/site-packages/pip/_vendor/c.py": code("c"), "lib/__pycache__/d.py": code("d"),
-                "lib/site-packages/pkg/copy_of_good.py": code("good"), "lib/notes.txt": code("notes")}
-    for name, text in (wanted | unwanted).items():
+    others = {"lib/short.py": "x = 1\n",
+              "lib/table.py": "T = [\n" + "    12345, 67890, 13579,\n" * 50 + "]\n",
+              "lib/long.py": code("long") + "\nx = '" + "word " * 300 + "'\n",
+              "lib/wide.py": ("word = " + "'some text' + " * 12 + "''\n") * 40,
+              "lib/made.py": "# Automatically generated, do not edit\n" + code("made"),
+              "lib/test/test_a.py": code("test_a"), "lib/site-packages/pkg/tests/b.py": code("b"),
+              "lib/site-packages/pip/_vendor/c.py": code("c"), "lib/__pycache__/d.py": code("d"),
+              "lib/site-packages/pkg/copy_of_good.py": code("good"), "lib/notes.txt": code("notes")}
+    for name, text in (wanted | others).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     (lib / "latin.py").write_bytes(code("latin").replace("Module", "Módule").encode("latin-1"))
     (lib / "binary.py").write_bytes(code("binary").encode() + b"\0")
     paths = {"stdlib": str(lib), "platstdlib": str(lib), "purelib": str(site), "platlib": str(site)}
-    monkeypatch.setattr(prepare_module.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr(sources_module.sysconfig, "get_paths", lambda: paths)
     out = prepare(PrepareConfig(tokenizer=str(own.path), out=str(tmp_path / "out")))
     found = read_folder(out, own)
-    assert sorted(found["train"] + found["val"]) == sorted(text.replace("\r\n", "\n") for text in wanted.values())
-    meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-    assert meta["left_out"] == {"binary or not UTF-8": 2, "shorter than 500 characters": 1, "mostly digits": 1, "huge lines": 2,
-                                "generated": 1, "duplicate": 1}
+    expected = sorted(text.replace("\r\n", "\n") for text in wanted.values())
+    assert sorted(found["train"] + found["val"]) == expected
+    meta = read_meta(out)
+    assert meta["left_out"] == {"binary or not UTF-8": 2, "shorter than 500 characters": 1,
+                                "mostly digits": 1, "huge lines": 2, "generated": 1, "duplicate": 1}
     assert meta["source"] == "python" and meta["max_mb"] == 32
 
 
@@ -334,9 +403,10 @@ def test_large_vocabulary_is_uint32(own, tmp_path, monkeypatch):
 
     write_documents(tmp_path / "docs", 3)
     monkeypatch.setattr(prepare_module, "open_tokenizer", Large)
-    out = prepare(PrepareConfig(text=[str(tmp_path / "docs")], tokenizer="large", out=str(tmp_path / "out")))
+    out = prepare(PrepareConfig(text=[str(tmp_path / "docs")], tokenizer="large",
+                                out=str(tmp_path / "out")))
     assert np.fromfile(out / "train.bin", np.uint32).tolist() == [1, 69_999, 65_536, 2] * 2
-    assert json.loads((out / "meta.json").read_text(encoding="utf-8"))["dtype"] == "uint32"
+    assert read_meta(out)["dtype"] == "uint32"
 
 
 def test_groups_do_not_change_the_files(own, tmp_path, monkeypatch):
@@ -351,8 +421,7 @@ def test_groups_do_not_change_the_files(own, tmp_path, monkeypatch):
         return encode_batch(self, group, **kwargs)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", measured)
-    config = PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "out"), val_fraction=0)
-    found = read_folder(prepare(config), own)
+    found = read_folder(prepare(docs_config(tmp_path, own, val_fraction=0)), own)
     assert sorted(found["train"]) == sorted(texts.values()) and found["val"] == []
     assert len(sizes) > 5 and max(sizes) < 3000 + max(map(len, texts.values()))
 
@@ -374,7 +443,7 @@ def test_tokenizer_is_trained_once_and_never_replaced(own, tmp_path, monkeypatch
     assert Tokenizer(tmp_path / "default.model").vocab_size == 1024
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes and accidents
 
 def test_wrong_settings(own, tmp_path):
@@ -387,27 +456,36 @@ def test_wrong_settings(own, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("years of work", encoding="utf-8")
     good = dict(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "out"))
     for change, reason in [
-            (dict(text=[str(tmp_path / "nowhere")]), "no such file or folder"), (dict(text=[str(tmp_path / "empty.txt")]), "empty"),
-            (dict(text=[str(tmp_path / "latin.txt")]), "UTF-8"), (dict(text=[str(tmp_path / "binary")]), "binary"),
-            (dict(text=[str(tmp_path / "hollow")]), "no text"), (dict(val_fraction=-0.1), "between 0 and 1"),
-            (dict(val_fraction=float("nan")), "between 0 and 1"), (dict(max_mb=0), "above 0"), (dict(max_mb=float("nan")), "above 0"),
-            (dict(books=[1342]), "--source gutenberg"), (dict(text=[], source="gutenberg"), "--books"),
+            (dict(text=[str(tmp_path / "nowhere")]), "no such file or folder"),
+            (dict(text=[str(tmp_path / "empty.txt")]), "empty"),
+            (dict(text=[str(tmp_path / "latin.txt")]), "UTF-8"),
+            (dict(text=[str(tmp_path / "binary")]), "binary"),
+            (dict(text=[str(tmp_path / "hollow")]), "no text"),
+            (dict(val_fraction=-0.1), "between 0 and 1"),
+            (dict(val_fraction=float("nan")), "between 0 and 1"),
+            (dict(max_mb=0), "above 0"),
+            (dict(max_mb=float("nan")), "above 0"),
+            (dict(books=[1342]), "--source gutenberg"),
+            (dict(text=[], source="gutenberg"), "--books"),
             (dict(mirror="ftp://x"), "https://"),
-            (dict(out=str(tmp_path / "full")), "name another folder"), (dict(out=str(tmp_path / "binary")), "name another folder"),
+            (dict(out=str(tmp_path / "full")), "name another folder"),
+            (dict(out=str(tmp_path / "binary")), "name another folder"),
             (dict(tokenizer=str(tmp_path / "binary")), "not a SentencePiece model"),
-            (dict(text=[], source="gutenberg", books=[1], mirror="http://127.0.0.1:1", tokenizer=str(tmp_path / "binary")),
+            (dict(text=[], source="gutenberg", books=[1], mirror="http://127.0.0.1:1",
+                  tokenizer=str(tmp_path / "binary")),
              "not a SentencePiece model")]:  # found out before the download
         with pytest.raises(UserError, match=reason) as caught:
             prepare(PrepareConfig(**{**good, **change}))
-        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists() and leftovers(tmp_path) == []
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
     assert (tmp_path / "full" / "thesis.tex").exists()
 
 
 def test_documents_that_are_too_large(own, tmp_path, monkeypatch):
     write_documents(tmp_path / "docs", 3)
-    monkeypatch.setattr(prepare_module, "LARGEST_MB", 1e-5)
+    monkeypatch.setattr(sources_module, "LARGEST_MB", 1e-5)
     with pytest.raises(UserError, match="split it"):
-        prepare(PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "out")))
+        prepare(docs_config(tmp_path, own))
 
 
 def test_folders_may_hold_other_things(own, tmp_path):
@@ -419,17 +497,22 @@ def test_folders_may_hold_other_things(own, tmp_path):
     (tmp_path / "docs" / ".git").mkdir()
     (tmp_path / "docs" / ".git" / "config").write_bytes(b"secret")
     os.mkfifo(tmp_path / "docs" / "pipe")  # opening it would wait for ever
-    out = prepare(PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "out"), val_fraction=0))
+    out = prepare(docs_config(tmp_path, own, val_fraction=0))
     assert sorted(read_folder(out, own)["train"]) == sorted(texts.values())
-    assert json.loads((out / "meta.json").read_text(encoding="utf-8"))["left_out"] == {"binary or not UTF-8": 2, "empty": 1}
+    assert read_meta(out)["left_out"] == {"binary or not UTF-8": 2, "empty": 1}
 
 
-@pytest.mark.parametrize("accident", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
+@pytest.mark.parametrize("accident", [OSError(28, "No space left on device"), KeyboardInterrupt(),
+                                      RuntimeError("bug")])
 def test_what_was_there_stays_when_a_run_fails(own, tmp_path, monkeypatch, accident):
     write_documents(tmp_path / "docs", 5)
-    config = PrepareConfig(text=[str(tmp_path / "docs")], tokenizer=str(own.path), out=str(tmp_path / "out"))
+    config = docs_config(tmp_path, own)
     prepare(config)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def content():
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    before = content()
     write_documents(tmp_path / "docs", 9, seed=1)
 
     def fail(path, value):
@@ -439,22 +522,24 @@ def test_what_was_there_stays_when_a_run_fails(own, tmp_path, monkeypatch, accid
         patch.setattr(prepare_module, "write_json", fail)  # the last file of the folder
         with pytest.raises(type(accident)):
             prepare(config)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before and leftovers(tmp_path) == []
+    assert content() == before and leftovers(tmp_path) == []
     prepare(config)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} != before and leftovers(tmp_path) == []
+    assert content() != before and leftovers(tmp_path) == []
 
 
 def command(*args, **kwargs):
-    return subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, args)], capture_output=True, encoding="utf-8",
-                          timeout=300, **kwargs)
+    return subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, args)],
+                          capture_output=True, encoding="utf-8", timeout=300, **kwargs)
 
 
 def test_command_line(own, tmp_path):
     write_documents(tmp_path / "docs")
-    done = command("--text", tmp_path / "docs", "--tokenizer", own.path, "--out", tmp_path / "out", cwd=tmp_path)
+    done = command("--text", tmp_path / "docs", "--tokenizer", own.path, "--out", tmp_path / "out",
+                   cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and "characters a token" in done.stdout
     assert read_folder(tmp_path / "out", own)["train"]
-    failed = command("--text", tmp_path / "nowhere", "--tokenizer", own.path, "--out", tmp_path / "other", cwd=tmp_path)
+    failed = command("--text", tmp_path / "nowhere", "--tokenizer", own.path,
+                     "--out", tmp_path / "other", cwd=tmp_path)
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr == f"error: --text {tmp_path / 'nowhere'}: no such file or folder\n"
     assert not (tmp_path / "other").exists()
@@ -463,20 +548,25 @@ def test_command_line(own, tmp_path):
 def test_full_disk(own, tmp_path):
     """No file may grow beyond 1,000 bytes: one line, exit code 2, and nothing is left."""
     write_documents(tmp_path / "docs")
-    failed = command("--text", tmp_path / "docs", "--tokenizer", own.path, "--out", tmp_path / "out",
-                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))
-    assert failed.returncode == 2 and failed.stderr.startswith("error: File too large") and failed.stderr.count("\n") == 1
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    failed = command("--text", tmp_path / "docs", "--tokenizer", own.path,
+                     "--out", tmp_path / "out", preexec_fn=limit)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: File too large")
+    assert failed.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
 
 
 def test_ensure_corpus(own, tmp_path, monkeypatch):
-    texts = {f"m{i}.py": f'"""Module {i}."""\n' + f"def function_of_{i}(x):\n    return x\n\n" * 30 for i in range(20)}
     (tmp_path / "lib").mkdir()
-    for name, text in texts.items():
-        (tmp_path / "lib" / name).write_text(text, encoding="utf-8")
+    for i in range(20):
+        text = f'"""Module {i}."""\n' + f"def function_of_{i}(x):\n    return x\n\n" * 30
+        (tmp_path / "lib" / f"m{i}.py").write_text(text, encoding="utf-8")
     paths = dict.fromkeys(["stdlib", "platstdlib", "purelib", "platlib"], str(tmp_path / "lib"))
-    monkeypatch.setattr(prepare_module.sysconfig, "get_paths", lambda: paths)
-    folder, other = tmp_path / "corpus", train_tokenizer(source_text(), tmp_path / "other.model", 500)
+    monkeypatch.setattr(sources_module.sysconfig, "get_paths", lambda: paths)
+    folder = tmp_path / "corpus"
+    other = train_tokenizer(source_text(), tmp_path / "other.model", 500)
 
     def made(*args, **kwargs):
         """Was the folder made anew?"""
@@ -484,15 +574,23 @@ def test_ensure_corpus(own, tmp_path, monkeypatch):
         assert ensure_corpus(folder, *args, **kwargs) == folder
         return (folder / "meta.json").stat().st_ino != before
 
-    assert made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.005)
+    assert made(own.path, max_mb=0.01)
+    assert not made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.005)
     assert not made(own.path)  # whatever size it has
-    assert made(own.path, max_mb=0.02) and made(own.path, max_mb=1) and not made(own.path, max_mb=2)  # there is no more than 1 MB takes
-    beside, before = folder.with_name(f"corpus-{other.sha256[:8]}"), (folder / "train.bin").read_bytes()
-    assert ensure_corpus(folder, other.path, max_mb=1) == beside and read_folder(beside, other)["train"]  # another tokenizer, another folder
+    assert made(own.path, max_mb=0.02) and made(own.path, max_mb=1)
+    assert not made(own.path, max_mb=2)  # the source holds less than 1 MB
+    beside = folder.with_name(f"corpus-{other.sha256[:8]}")  # another tokenizer, another folder
+    before = (folder / "train.bin").read_bytes()
+    assert ensure_corpus(folder, other.path, max_mb=1) == beside
+    assert read_folder(beside, other)["train"]
     assert not made(own.path, max_mb=1) and (folder / "train.bin").read_bytes() == before
     content = (beside / "train.bin").read_bytes()
     (beside / "train.bin").write_bytes(content[:-2])
-    assert ensure_corpus(folder, other.path, max_mb=1) == beside and (beside / "train.bin").read_bytes() == content
+    assert ensure_corpus(folder, other.path, max_mb=1) == beside
+    assert (beside / "train.bin").read_bytes() == content
+    (beside / "train.bin").unlink()
+    assert ensure_corpus(folder, other.path, max_mb=1) == beside
+    assert (beside / "train.bin").read_bytes() == content
 
     prepare(PrepareConfig(text=[str(tmp_path / "lib")], tokenizer=str(own.path), out=str(folder)))
     assert not made(own.path, max_mb=1000)  # a user's own text: as much as there is
@@ -506,16 +604,18 @@ def test_ensure_corpus(own, tmp_path, monkeypatch):
         ensure_corpus(folder, own.path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Downloads, from a server on this machine that misbehaves as it is told
 
 class Server(ThreadingHTTPServer):
-    """files: {path: bytes}; script: {path: [misbehaviour of the first request, of the second, ...]}; seen: [(path, Range, If-Range)]."""
+    """files: {path: bytes}; script: {path: [misbehaviour of the first request, of the second,
+    ...]}; seen: [(path, Range, If-Range)]."""
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.script, self.seen, self.etag, self.over, self.waited_in_vain = {}, {}, [], {}, threading.Event(), False
+        self.files, self.script, self.seen, self.etag = {}, {}, [], {}
+        self.over, self.waited_in_vain = threading.Event(), False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def ranges(self):
@@ -549,7 +649,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if how == "corrupt":
             part = bytes([part[0] ^ 1]) + part[1:]
-        self.wfile.write(part[:len(part) // 2] if how in ("stall", "cut off", "no ranges") else part)
+        if how in ("stall", "cut off", "no ranges"):
+            part = part[:len(part) // 2]
+        self.wfile.write(part)
         self.wfile.flush()
         if how == "stall":
             server.waited_in_vain |= not server.over.wait(20)
@@ -559,9 +661,10 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(prepare_module, "TIMEOUT", 60)  # a busy machine's own pauses are no stalls; who stalls makes it short
+    # A busy machine's own pauses are no stalls. A test with a stall makes it short.
+    monkeypatch.setattr(download_module, "TIMEOUT", 60)
     pauses = []
-    monkeypatch.setattr(prepare_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(download_module.time, "sleep", pauses.append)
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -593,17 +696,21 @@ def md5(content):
 def test_download_recovers(server, tmp_path, monkeypatch, script, checksum, ranges):
     server.script["/f"] = list(script)
     if "stall" in script:
-        monkeypatch.setattr(prepare_module, "TIMEOUT", 0.8)
-    path = download(server.url + "/f", tmp_path / "new" / "f", md5(server.files["/f"]) if checksum else None)
-    assert path.read_bytes() == server.files["/f"] and [p.name for p in path.parent.iterdir()] == ["f"]
+        monkeypatch.setattr(download_module, "TIMEOUT", 0.8)
+    path = download(server.url + "/f", tmp_path / "new" / "f",
+                    md5(server.files["/f"]) if checksum else None)
+    assert path.read_bytes() == server.files["/f"]
+    assert [p.name for p in path.parent.iterdir()] == ["f"]
     assert server.ranges() == ranges and len(server.pauses) == len(ranges) - 1
-    assert not server.waited_in_vain, "it must not wait for a connection that stalls until the server ends it"
+    assert not server.waited_in_vain, "it must not wait until the server ends a stalled connection"
     assert all(if_range == ('"1"' if r else None) for _, r, if_range in server.seen)
-    assert download(server.url + "/f", path) == path and len(server.seen) == len(ranges)  # what is there is not fetched again
+    # A file that is there is not fetched again.
+    assert download(server.url + "/f", path) == path and len(server.seen) == len(ranges)
 
 
 @pytest.mark.parametrize("script, checksum, requests, reason", [
-    ([404], False, 1, "HTTP 404"), ([403], True, 1, "HTTP 403"), ([503], False, 6, "HTTP 503"), (["corrupt"], True, 6, "MD5"),
+    ([404], False, 1, "HTTP 404"), ([403], True, 1, "HTTP 403"), ([503], False, 6, "HTTP 503"),
+    (["corrupt"], True, 6, "MD5"),
     (["cut off", "no ranges"], False, 7, "cut off after 51200 of 102400 bytes"),
     (["wrong length"], False, 7, "cut off after 102400 of 102407 bytes"),
     ([408], False, 6, "HTTP 408")])
@@ -612,12 +719,13 @@ def test_download_gives_up_in_one_line(server, tmp_path, script, checksum, reque
     with pytest.raises(UserError) as caught:
         download(server.url + "/f", tmp_path / "f", md5(server.files["/f"]) if checksum else None)
     message = str(caught.value)
-    assert message.startswith(server.url + "/f: ") and reason in message and "check the" in message and "\n" not in message
+    assert message.startswith(server.url + "/f: ") and reason in message
+    assert "check the" in message and "\n" not in message
     assert len(server.seen) == requests and not (tmp_path / "f").exists()
 
 
 def test_pauses_double_up_to_a_limit(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "ATTEMPTS", 9)
+    monkeypatch.setattr(download_module, "ATTEMPTS", 9)
     server.script["/f"] = [503]
     with pytest.raises(UserError):
         download(server.url + "/f", tmp_path / "f")
@@ -631,9 +739,11 @@ def test_no_server_at_all(server, tmp_path, monkeypatch):
 
 
 def test_progress_is_not_failure(server, tmp_path):
-    """A line that breaks after every little piece gets there: half of the rest each time, more pieces than ATTEMPTS."""
+    """A line that breaks after every little piece gets there: half of the rest each time, more
+    pieces than ATTEMPTS."""
     server.script["/f"] = ["cut off"] * 12 + ["fine"]
-    assert download(server.url + "/f", tmp_path / "f").read_bytes() == server.files["/f"] and len(server.seen) == 13
+    assert download(server.url + "/f", tmp_path / "f").read_bytes() == server.files["/f"]
+    assert len(server.seen) == 13
 
 
 def test_file_that_changes_on_the_server_is_not_mixed(server, tmp_path):
@@ -643,7 +753,7 @@ def test_file_that_changes_on_the_server_is_not_mixed(server, tmp_path):
     def change(seconds):
         server.files["/f"], server.etag["/f"] = new, '"2"'
 
-    prepare_module.time.sleep = change  # the fixture's patch is undone at the end
+    download_module.time.sleep = change  # the fixture's patch is undone at the end
     assert download(server.url + "/f", tmp_path / "f").read_bytes() == new
     assert server.seen[1] == ("/f", "bytes=51200-", '"1"')
 
@@ -651,14 +761,17 @@ def test_file_that_changes_on_the_server_is_not_mixed(server, tmp_path):
 def test_without_validator_or_checksum_it_starts_again(server, tmp_path):
     server.etag["/f"] = ""
     server.script["/f"] = ["cut off", "fine"]
-    assert download(server.url + "/f", tmp_path / "f").read_bytes() == server.files["/f"] and server.ranges() == [None, None]
+    assert download(server.url + "/f", tmp_path / "f").read_bytes() == server.files["/f"]
+    assert server.ranges() == [None, None]
 
 
 @pytest.mark.parametrize("checksum, ranges", [(True, ["bytes=1000-"]), (False, [None])])
 def test_download_goes_on_in_the_next_run(server, tmp_path, checksum, ranges):
-    """With a checksum the part that an earlier run left is used; without, nothing tells whether it belongs to the same file."""
+    """With a checksum the part that an earlier run left is used; without, nothing tells whether it
+    belongs to the same file."""
     (tmp_path / "f.part").write_bytes(server.files["/f"][:1000])
-    path = download(server.url + "/f", tmp_path / "f", md5(server.files["/f"]) if checksum else None)
+    path = download(server.url + "/f", tmp_path / "f",
+                    md5(server.files["/f"]) if checksum else None)
     assert path.read_bytes() == server.files["/f"] and server.ranges() == ranges
 
 
@@ -668,35 +781,40 @@ def test_what_an_earlier_run_left_is_no_progress(server, tmp_path, checksum):
     server.script["/f"] = [503]
     with pytest.raises(UserError, match="HTTP 503"):
         download(server.url + "/f", tmp_path / "f", md5(server.files["/f"]) if checksum else None)
-    assert len(server.seen) == 6 and (tmp_path / "f.part").stat().st_size == (1000 if checksum else 0)
+    assert len(server.seen) == 6
+    assert (tmp_path / "f.part").stat().st_size == (1000 if checksum else 0)
 
 
 def test_full_disk_is_not_retried(server, tmp_path, monkeypatch):
-    def full(url, file, known):
+    def full(self):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(prepare_module, "receive", full)
+    monkeypatch.setattr(download_module.Transfer, "receive", full)
     with pytest.raises(OSError, match="No space left"):
         download(server.url + "/f", tmp_path / "f")
     assert server.pauses == [] and not (tmp_path / "f").exists()
 
 
-BOOK = ("\ufeffThe Project Gutenberg eBook of Emma\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\n"
+BOOK = ("\ufeffThe Project Gutenberg eBook of Emma\r\n\r\n"
+        "*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\n"
         "Emma Woodhouse, {}\r\n\r\n"
         "*** END OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\nlicence")
 
 
 def test_gutenberg_books(own, server, tmp_path):
     for number in (158, 84, 11):
-        server.files[f"/cache/epub/{number}/pg{number}.txt"] = BOOK.format(f"handsome, clever, and rich * {number}").encode("utf-8")
+        book = BOOK.format(f"handsome, clever, and rich * {number}")
+        server.files[f"/cache/epub/{number}/pg{number}.txt"] = book.encode("utf-8")
     server.script["/cache/epub/84/pg84.txt"] = ["cut off", "fine"]
-    config = dict(source="gutenberg", tokenizer=str(own.path), out=str(tmp_path / "out"), mirror=server.url + "/")
+    config = dict(source="gutenberg", tokenizer=str(own.path), out=str(tmp_path / "out"),
+                  mirror=server.url + "/")
     out = prepare(PrepareConfig(books=[158, 84, 11], **config))
     found = read_folder(out, own)
     books = [f"Emma Woodhouse, handsome, clever, and rich * {n}\n" for n in (11, 84, 158)]
     assert sorted(found["train"] + found["val"]) == sorted(books) and found["val"]
     with pytest.raises(UserError, match="HTTP 404 Not Found: check the number"):
         prepare(PrepareConfig(books=[5], **config))
-    for page in (b"<html>Please log in</html>", BOOK.split("*** END")[0].encode("utf-8"), b"\xff\0"):
+    half = BOOK.split("*** END")[0].encode("utf-8")
+    for page in (b"<html>Please log in</html>", half, b"\xff\0"):
         server.files["/cache/epub/7/pg7.txt"] = page
         with pytest.raises(UserError, match="not the whole plain text"):
             prepare(PrepareConfig(books=[7], **config))
@@ -705,9 +823,11 @@ def test_gutenberg_books(own, server, tmp_path):
 
 def test_strip_gutenberg():
     assert strip_gutenberg(BOOK.format("x")) == "Emma Woodhouse, x\n"
-    old = "a ***START OF THIS PROJECT GUTENBERG EBOOK A\nTALE*** b *** END OF THIS PROJECT GUTENBERG EBOOK A\nTALE *** c"
+    old = ("a ***START OF THIS PROJECT GUTENBERG EBOOK A\nTALE*** b "
+           "*** END OF THIS PROJECT GUTENBERG EBOOK A\nTALE *** c")
     assert strip_gutenberg(old) == "b\n"
-    assert strip_gutenberg("nothing") == strip_gutenberg("*** START OF THE PROJECT GUTENBERG EBOOK X *** cut") == ""
+    assert strip_gutenberg("nothing") == ""
+    assert strip_gutenberg("*** START OF THE PROJECT GUTENBERG EBOOK X *** cut") == ""
 
 
 def put_pg19(server, books, page_size=2):
@@ -718,13 +838,15 @@ def put_pg19(server, books, page_size=2):
             content = text.encode("utf-8")
             server.files[f"/deepmind-gutenberg/{split}/{i}.txt"] = content
             checksum = base64.b64encode(hashlib.md5(content).digest()).decode()
-            items.append({"name": f"{split}/{i}.txt", "size": str(len(content)), "md5Hash": checksum})
+            items.append({"name": f"{split}/{i}.txt", "size": str(len(content)),
+                          "md5Hash": checksum})
         for page in range(0, len(items), page_size):
             more = {"nextPageToken": str(page + page_size)} if page + page_size < len(items) else {}
             token = f"&pageToken={page}" if page else ""
             fields = "nextPageToken%2Citems%28name%2Csize%2Cmd5Hash%29"
             url = f"/storage/v1/b/deepmind-gutenberg/o?prefix={split}%2F&fields={fields}{token}"
-            server.files[url] = json.dumps({"items": items[page:page + page_size], **more}).encode("utf-8")
+            listing = {"items": items[page:page + page_size], **more}
+            server.files[url] = json.dumps(listing).encode("utf-8")
 
 
 def test_pg19(own, server, tmp_path):
@@ -733,29 +855,36 @@ def test_pg19(own, server, tmp_path):
     put_pg19(server, {"test": test, "train": train})
     server.script["/deepmind-gutenberg/test/1.txt"] = ["corrupt", "fine"]
     server.script["/deepmind-gutenberg/train/2.txt"] = ["cut off", 503, "fine"]
-    config = PrepareConfig(source="pg19", tokenizer=str(own.path), out=str(tmp_path / "out"), mirror=server.url)
+    config = PrepareConfig(source="pg19", tokenizer=str(own.path), out=str(tmp_path / "out"),
+                           mirror=server.url)
     found = read_folder(prepare(config), own)
     assert sorted(found["val"]) == sorted(test), "the test split is the validation split"
-    assert sorted(found["train"]) == sorted(train[:-1]), "a book of the test split is not trained on"
+    # A book of the test split is not trained on.
+    assert sorted(found["train"]) == sorted(train[:-1])
     server.seen.clear()
     config.max_mb, config.val_fraction = 1e-6 * 3.5 * len(train[0]), 0.0
     found = read_folder(prepare(config), own)
     assert sorted(found["val"]) == sorted(test) and len(found["train"]) in (2, 3)
-    assert not [path for path, *_ in server.seen if path.endswith(".txt")], "books are downloaded once"
+    books = [path for path, *_ in server.seen if path.endswith(".txt")]
+    assert not books, "books are downloaded once"
 
 
 def test_pg19_that_cannot_be(own, server, tmp_path):
-    config = PrepareConfig(source="pg19", tokenizer=str(own.path), out=str(tmp_path / "out"), mirror=server.url)
+    config = PrepareConfig(source="pg19", tokenizer=str(own.path), out=str(tmp_path / "out"),
+                           mirror=server.url)
     put_pg19(server, {"test": ["a test book"], "train": ["a train book"]})
     server.script["/deepmind-gutenberg/train/0.txt"] = ["corrupt"]
     with pytest.raises(UserError, match="train/0.txt: .*MD5"):
         prepare(config)
     listing = next(path for path in server.files if "prefix=test" in path)
-    for content in (b"<html>Please log in</html>", b"[]", b'{"items": [{"name": "test/1.txt"}]}', b'{"items": 5}'):
+    for content in (b"<html>Please log in</html>", b"[]", b'{"items": [{"name": "test/1.txt"}]}',
+                    b'{"items": 5}'):
         server.files[listing] = content
         with pytest.raises(UserError, match="not a listing"):
             prepare(config)
-    server.files[listing] = json.dumps({"items": [{"name": "test/../../../evil.txt", "size": "1", "md5Hash": ""}]}).encode("utf-8")
+    evil = {"items": [{"name": "test/../../../evil.txt", "size": "1", "md5Hash": ""}]}
+    server.files[listing] = json.dumps(evil).encode("utf-8")
     server.script.clear()
     prepare(config)
-    assert not list(tmp_path.rglob("evil*")) and not [path for path, *_ in server.seen if "evil" in path]
+    assert not list(tmp_path.rglob("evil*"))
+    assert not [path for path, *_ in server.seen if "evil" in path]

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read of them, what is written, and that transformers computes the same with both."""
+"""Hugging Face folders: reading, writing, and that transformers computes the same with both."""
 import io
 import json
 import os
@@ -13,40 +13,49 @@ import pytest
 import safetensors.torch
 import torch
 
-import huggingface
-import weights
-from cli import UserError
+import weights.hugging_face
+from common.errors import UserError
 from data.tokenizer import JsonTokenizer, open_tokenizer
-from huggingface import export, export_hugging_face, head_order, hugging_face_name
+from methods import RopeConfig
 from model import LLaMA, ModelConfig
-from rope import RopeConfig
-from weights import load_config, load_model, load_tokenizer, metas_rule, original_window, save_model
+from weights import load_config, load_model, load_tokenizer, save_model
+from weights.__main__ import main as weights_command
+from weights.export import export, export_hugging_face
+from weights.hugging_face import head_order, hugging_face_name
+from weights.save import meta_ffn_rule
 
-ROOT = Path(weights.__file__).parent
-L = 32                                                                             # the original window of all toys
-TOY = dict(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=48, head_dim=8, ffn_dim=40, max_seq_len=L)  # 36 / 6 is not 8
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 6,
-          "num_key_value_heads": 2, "vocab_size": 48, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": L,
-          "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 1000.0, "tie_word_embeddings": False}
+ROOT = Path(__file__).resolve().parent.parent
+L = 32                                                      # the original window of all toys
+TOY = dict(dim=36, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=48, head_dim=8, ffn_dim=40,
+           max_seq_len=L)                                   # 36 / 6 is not 8
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 36,
+          "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+          "vocab_size": 48, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": L,
+          "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 1000.0,
+          "tie_word_embeddings": False}
 TEXT = torch.randint(0, 48, (2, 90), generator=torch.Generator().manual_seed(7))
 FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 1.5, 2.5, 4.0]}
+WINDOW = {"original_max_position_embeddings": L}
 
-# In Hugging Face's words: (rope_parameters, max_position_embeddings). The toys know positions 0 .. 31; texts go up to 90.
+# In Hugging Face's words: (rope_parameters, max_position_embeddings).
+# The toys know positions 0 .. 31; texts go up to 90.
 SPOKEN = {
     "default": ({"rope_type": "default"}, L),
     "linear": ({"rope_type": "linear", "factor": 4.0}, 4 * L),
     "dynamic": ({"rope_type": "dynamic", "factor": 3.0}, L),
-    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": L, "beta_fast": 4.0, "beta_slow": 0.5}, 4 * L),
-    "yarn, mscale": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": L, "truncate": False, "mscale": 0.7,
-                      "mscale_all_dim": 0.3, "beta_fast": 3.0}, 4 * L),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, **WINDOW, "beta_fast": 4.0, "beta_slow": 0.5},
+             4 * L),
+    "yarn, mscale": ({"rope_type": "yarn", "factor": 4.0, **WINDOW, "truncate": False,
+                      "mscale": 0.7, "mscale_all_dim": 0.3, "beta_fast": 3.0}, 4 * L),
     "yarn, no L": ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0}, L),
-    "llama3": ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
-                "original_max_position_embeddings": L}, 8 * L),
-    "longrope": ({"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": L, **FACTORS}, 4 * L),
-    "longrope, no factor": ({"rope_type": "longrope", "original_max_position_embeddings": L, **FACTORS}, 6 * L),
-    "longrope, temperature": ({"rope_type": "longrope", "factor": 2.0, "attention_factor": 1.3, "original_max_position_embeddings": L,
-                               **FACTORS}, 2 * L),
-    "proportional": ({"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0}, 2 * L),
+    "llama3": ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.5,
+                "high_freq_factor": 2.0, **WINDOW}, 8 * L),
+    "longrope": ({"rope_type": "longrope", "factor": 4.0, **WINDOW, **FACTORS}, 4 * L),
+    "longrope, no factor": ({"rope_type": "longrope", **WINDOW, **FACTORS}, 6 * L),
+    "longrope, temperature": ({"rope_type": "longrope", "factor": 2.0, "attention_factor": 1.3,
+                               **WINDOW, **FACTORS}, 2 * L),
+    "proportional": ({"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0},
+                     2 * L),
 }
 
 
@@ -65,80 +74,118 @@ def randomize(model, seed=0):
 
 
 def make(seed=0, **changes):
-    return randomize(LLaMA(ModelConfig(**{**TOY, "rope": RopeConfig(rope_theta=1000.0), **changes})), seed)
+    config = ModelConfig(**{**TOY, "rope": RopeConfig(rope_theta=1000.0), **changes})
+    return randomize(LLaMA(config), seed)
+
+
+def without_label(config):
+    """The arguments of transformers' LlamaConfig and MistralConfig."""
+    return {key: value for key, value in config.items()
+            if key not in ("architectures", "model_type")}
 
 
 def theirs(transformers, **changes):
     """A random LLaMA of transformers."""
-    given = {key: value for key, value in {**CONFIG, **changes}.items() if key not in ("architectures", "model_type")}
+    given = without_label({**CONFIG, **changes})
     if "rope_parameters" in given:
-        given["rope_parameters"] = {"rope_theta": given.pop("rope_theta"), **given["rope_parameters"]}
-    return randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**given, bos_token_id=1, eos_token_id=2)))
+        theta = given.pop("rope_theta")
+        given["rope_parameters"] = {"rope_theta": theta, **given["rope_parameters"]}
+    config = transformers.LlamaConfig(**given, bos_token_id=1, eos_token_id=2)
+    return randomize(transformers.LlamaForCausalLM(config))
 
 
 @torch.no_grad()
 def difference(ours, model, lengths=(20, 90)):
     """The largest difference of logits at texts below and above L."""
     assert ours.config.vocab_size == 48 and max(lengths) <= TEXT.shape[1]
-    found = [(ours(TEXT[:, :n]) - model(input_ids=TEXT[:, :n], use_cache=False).logits.float()).abs().max() for n in lengths]
-    return max(map(float, found))
+    found = []
+    for n in lengths:
+        expected = model(input_ids=TEXT[:, :n], use_cache=False).logits.float()
+        found.append(float((ours(TEXT[:, :n]) - expected).abs().max()))
+    return max(found)
 
 
 def by_hand(folder, model=None, config=None, **changes):
-    """A folder as transformers would write it, with nothing of huggingface.py: the layout is restated here, row by row."""
+    """A folder as transformers would write it, with nothing of weights/hugging_face.py: the layout
+    is restated here, row by row."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = translate(model or make())
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    merged = {key: value for key, value in {**CONFIG, **(config or {}), **changes}.items() if value != "absent"}
-    (folder / "config.json").write_text(json.dumps(merged), encoding="utf-8")
+    write_config(folder, {**CONFIG, **(config or {}), **changes})
     return folder
 
 
 def translate(model):
-    """Hugging Face's names and rows, one row at a time: row j of a head is the first of pair j for j < D/2, else the second of pair
-    j - D/2."""
-    words = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj",
-             "w2": "mlp.down_proj", "w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    top, tensors, D = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}, {}, model.config.head_dim
+    """Hugging Face's names and rows, one row at a time: row j of a head is the first of pair j for
+    j < D/2, else the second of pair j - D/2."""
+    words = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
+             "wo": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj",
+             "w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+             "ffn_norm": "post_attention_layernorm"}
+    top = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+    tensors, D = {}, model.config.head_dim
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
         if parts[-2] in ("wq", "wk"):
-            heads = range(len(tensor) // D)
-            tensor = torch.stack([tensor[h * D + (2 * j if j < D // 2 else 2 * (j - D // 2) + 1)] for h in heads for j in range(D)])
-        word = top[parts[0]] if parts[0] in top else f"model.layers.{parts[1]}.{words[parts[-2]]}"
+            rows = []
+            for h in range(len(tensor) // D):
+                for j in range(D):
+                    rows.append(tensor[h * D + (2 * j if j < D // 2 else 2 * (j - D // 2) + 1)])
+            tensor = torch.stack(rows)
+        if parts[0] in top:
+            word = top[parts[0]]
+        else:
+            word = f"model.layers.{parts[1]}.{words[parts[-2]]}"
         tensors[f"{word}.weight"] = tensor.detach().clone()
     return tensors
 
 
+def write_config(folder, config):
+    """config.json without the keys whose value is "absent"."""
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def edit(folder, **changes):
-    file = folder / "config.json"
-    merged = {**json.loads(file.read_text(encoding="utf-8")), **changes}
-    file.write_text(json.dumps({key: value for key, value in merged.items() if value != "absent"}), encoding="utf-8")
+    write_config(folder, {**read(folder / "config.json"), **changes})
     return folder
 
 
 def same(a, b):
     a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
-    return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name]) for name, x in a.items())
+    return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name])
+                                        for name, x in a.items())
 
 
 def stored(folder):
     """{name: tensor} of all safetensors files of a folder."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in safetensors.torch.load_file(file).items()}
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= safetensors.torch.load_file(file)
+    return tensors
 
 
 def cut(folder, parts, index=True, binary=False):
     """Cut the weights of a folder into several files."""
-    tensors, stem, suffix = stored(folder), *(("pytorch_model", "bin") if binary else ("model", "safetensors"))
+    tensors = stored(folder)
+    stem, suffix = ("pytorch_model", "bin") if binary else ("model", "safetensors")
     (folder / "model.safetensors").unlink()
     names, where = list(tensors), {}
     for n in range(parts):
-        file = f"{stem}.{suffix}" if parts == 1 else f"{stem}-{n + 1:05d}-of-{parts:05d}.{suffix}"
+        file = f"{stem}-{n + 1:05d}-of-{parts:05d}.{suffix}" if parts > 1 else f"{stem}.{suffix}"
         part = {name: tensors[name] for name in names[n::parts]}
-        torch.save(part, folder / file) if binary else safetensors.torch.save_file(part, folder / file)
+        if binary:
+            torch.save(part, folder / file)
+        else:
+            safetensors.torch.save_file(part, folder / file)
         where |= dict.fromkeys(part, file)
     if index and parts > 1:
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
+        text = json.dumps({"metadata": {}, "weight_map": where})
+        (folder / f"{stem}.{suffix}.index.json").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -147,44 +194,52 @@ def folder(tmp_path):
     return by_hand(tmp_path / "hf")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The layout
 
 def test_the_picture_of_the_docstring():
-    assert head_order(8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7] and head_order(8).argsort().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert hugging_face_name("layers.31.attention.wk.weight") == "model.layers.31.self_attn.k_proj.weight"
+    assert head_order(8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert head_order(8).argsort().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert (hugging_face_name("layers.31.attention.wk.weight")
+            == "model.layers.31.self_attn.k_proj.weight")
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 6}, {"head_dim": 6, "dim": 36}])
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 6},
+                                     {"head_dim": 6, "dim": 36}])
 def test_a_folder_made_by_hand(tmp_path, changes, capsys):
     model = make(**changes)
-    folder = by_hand(tmp_path / "hf", model, tie_word_embeddings=model.config.tied, head_dim=changes.get("head_dim", 8),
+    folder = by_hand(tmp_path / "hf", model, tie_word_embeddings=model.config.tied,
+                     head_dim=changes.get("head_dim", 8),
                      num_key_value_heads=model.config.n_kv_heads)
     loaded = load_model(folder)
-    assert same(loaded, model) and torch.equal(loaded(TEXT), model(TEXT)) and loaded.path == str(folder)
+    assert same(loaded, model) and torch.equal(loaded(TEXT), model(TEXT))
+    assert loaded.path == str(folder)
     assert loaded.config == model.config and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["sharded", "no index", "bin", "bins", "bins without index", "inv_freq", "tied", "mistral",
-                                  "1 file beside", "half beside", "old name", "tied, by its other name"])
+@pytest.mark.parametrize("form", ["sharded", "no index", "bin", "bins", "bins without index",
+                                  "inv_freq", "tied", "mistral", "1 file beside", "half beside",
+                                  "old name", "tied, by its other name"])
 def test_forms_of_the_weights(tmp_path, form):
     model = make(tied="tied" in form)
     folder = by_hand(tmp_path / "hf", model, tie_word_embeddings=model.config.tied)
-    if form == "inv_freq":                                                         # transformers before 4.32 stored it in each layer
-        tensors = {**stored(folder), **{f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(4) for n in range(2)}}
+    tensors = stored(folder)
+    if form == "inv_freq":                       # transformers before 4.32 stored it in each layer
+        for n in range(2):
+            tensors[f"model.layers.{n}.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    elif form == "tied":                                                           # written out all the same, which is no contradiction
-        tensors = stored(folder)
+    elif form == "tied":                         # written out all the same: no contradiction
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
     elif form == "tied, by its other name":
-        tensors = stored(folder)
         tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
     elif form == "mistral":
-        edit(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
-        (folder / "params.json").write_text("{}")                                  # Mistral's own format lies beside
+        edit(folder, architectures=["MistralForCausalLM"], model_type="mistral",
+             sliding_window=None)
+        (folder / "params.json").write_text("{}")  # Mistral's own format lies beside
         (folder / "consolidated.safetensors").write_bytes(b"x")
+        (folder / "adapter_model.safetensors").write_bytes(b"x")
         (folder / "model.safetensors").rename(folder / "weights.safetensors")
     elif form == "1 file beside":
         (folder / "adapter_model.safetensors").write_bytes(b"x")
@@ -195,8 +250,22 @@ def test_forms_of_the_weights(tmp_path, form):
     elif form == "old name":
         edit(folder, architectures=["LLaMAForCausalLM"])
     else:
-        cut(folder, 1 if form == "bin" else 3, "no" not in form and "without" not in form, "bin" in form)
+        cut(folder, 1 if form == "bin" else 3, "no" not in form and "without" not in form,
+            "bin" in form)
     assert same(load_model(folder), model)
+
+
+@pytest.mark.parametrize("row", [0, 20, 47])
+def test_a_tied_output_that_differs_in_one_row_is_refused(tmp_path, row, monkeypatch):
+    folder = by_hand(tmp_path / "hf", make(tied=True), tie_word_embeddings=True)
+    tensors = stored(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][row, 3] += 1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    for at_once in (2**26, 1):                                             # all rows, one by one
+        monkeypatch.setattr("weights.hugging_face.REMAP", at_once)
+        with pytest.raises(UserError, match="lm_head.weight is not the embedding"):
+            load_model(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -207,74 +276,94 @@ def test_dtypes(tmp_path, dtype):
 
 
 def test_mapped_anew_between_tensors(folder, monkeypatch):
-    monkeypatch.setattr(huggingface, "REMAP", 1)
-    assert same(load_model(folder), make())
+    opened = []
+    open_weights = weights.hugging_face.open_weights
+    monkeypatch.setattr("weights.hugging_face.open_weights",
+                        lambda file: opened.append(file) or open_weights(file))
+    assert same(load_model(folder), make()) and len(opened) < 10
+    monkeypatch.setattr("weights.hugging_face.REMAP", 1)
+    assert same(load_model(folder), make()) and len(opened) > 20
     assert same(load_model(cut(folder, 2, binary=True)), make())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # config.json: RoPE and windows
+
+PI = {"type": "linear", "factor": 4}
+
 
 @pytest.mark.parametrize("changes, window, original, rope", [
     ({}, 32, 32, RopeConfig(rope_theta=1000.0)),
     ({"rope_theta": "absent"}, 32, 32, RopeConfig()),
-    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 32, 32, RopeConfig(rope_theta=5e5)),         # the inner one wins
-    ({"rope_scaling": {"type": "linear", "factor": 4}}, 32, 8, RopeConfig("linear", 4, 8, 1000.0)),
-    ({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}, "original_max_position_embeddings": 16}, 32, 16,
-     RopeConfig("linear", 4, 16, 1000.0)),
-    ({"rope_scaling": {"type": "dynamic", "factor": 4}}, 128, 32, RopeConfig("dynamic", 4, 32, 1000.0)),
-    ({"rope_scaling": {"type": "dynamic", "factor": 4, "original_max_position_embeddings": 32}}, 128, 32,
+    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 32, 32,
+     RopeConfig(rope_theta=5e5)),                                          # the inner one wins
+    ({"rope_scaling": PI}, 32, 8, RopeConfig("linear", 4, 8, 1000.0)),
+    ({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0},
+      "original_max_position_embeddings": 16}, 32, 16, RopeConfig("linear", 4, 16, 1000.0)),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4}}, 128, 32,
      RopeConfig("dynamic", 4, 32, 1000.0)),
-    ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 16, "finetuned": True}}, 32, 16,
-     RopeConfig("yarn", 2, 16, 1000.0)),
-    ({"rope_scaling": {"type": "yarn", "factor": None}, "original_max_position_embeddings": 8}, 32, 8, RopeConfig("yarn", 4, 8, 1000.0)),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 4}}, 32, 4,
-     RopeConfig("llama3", 8, 4, 1000.0)),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4, "original_max_position_embeddings": 32}},
+     128, 32, RopeConfig("dynamic", 4, 32, 1000.0)),
+    ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 16,
+                       "finetuned": True}}, 32, 16, RopeConfig("yarn", 2, 16, 1000.0)),
+    ({"rope_scaling": {"type": "yarn", "factor": None}, "original_max_position_embeddings": 8},
+     32, 8, RopeConfig("yarn", 4, 8, 1000.0)),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 4}},
+     32, 4, RopeConfig("llama3", 8, 4, 1000.0)),
     ({"rope_scaling": {"type": "su", **FACTORS}, "original_max_position_embeddings": 8}, 32, 8,
      RopeConfig("longrope", 4, 8, 1000.0, options=FACTORS)),
     ({"partial_rotary_factor": 1.0}, 32, 32, RopeConfig(rope_theta=1000.0)),
-    ({"rope_scaling": {"rope_type": "proportional", "factor": 2}, "partial_rotary_factor": 0.5}, 32, 16,
-     RopeConfig("proportional", 2, None, 1000.0, partial_rotary_factor=0.5)),
+    ({"rope_scaling": {"rope_type": "proportional", "factor": 2}, "partial_rotary_factor": 0.5},
+     32, 16, RopeConfig("proportional", 2, None, 1000.0, partial_rotary_factor=0.5)),
     ({"rope_scaling": None, "rope_parameters": {}}, 32, 32, RopeConfig(rope_theta=1000.0)),
-    ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}},
+    ({"rope_scaling": {"type": "linear", "factor": 2},
+      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}},
      32, 16, RopeConfig("linear", 2, 16, 1000.0)),
     ({"rope_scaling": {"type": "default", "factor": 4}}, 32, 32, RopeConfig(rope_theta=1000.0)),
 ])
 def test_windows_and_dialects(folder, changes, window, original, rope, capsys):
     config = load_config(edit(folder, **changes))
-    assert (config.max_seq_len, original_window(config), config.rope) == (window, original, rope)
+    assert (config.max_seq_len, config.original_window, config.rope) == (window, original, rope)
     assert not capsys.readouterr().out
 
 
 def test_what_is_assumed_is_said(folder, capsys):
     dynamic = {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 8}
     config = load_model(edit(folder, rope_scaling=dynamic)).config
-    assert original_window(config) == 32 and config.max_seq_len == 64
-    assert capsys.readouterr().out.count("8 is ignored: dynamic begins at max_position_embeddings, 32") == 1
-    assert load_config(edit(folder, rope_scaling=None, max_position_embeddings="absent", rms_norm_eps="absent")).max_seq_len == 2048
+    assert config.original_window == 32 and config.max_seq_len == 64
+    ignored = "8 is ignored: dynamic begins at max_position_embeddings, 32"
+    assert capsys.readouterr().out.count(ignored) == 1
+    edit(folder, rope_scaling=None, max_position_embeddings="absent", rms_norm_eps="absent")
+    assert load_config(folder).max_seq_len == 2048
     assert "does not say max_position_embeddings" in capsys.readouterr().out
-    edit(folder, architectures="absent", model_type="mistral", sliding_window=32, max_position_embeddings=32)
+    edit(folder, architectures="absent", model_type="mistral", sliding_window=32,
+         max_position_embeddings=32)
     assert load_model(folder).config.max_seq_len == 32
-    assert capsys.readouterr().out.count("sliding_window 32 is ignored: it makes no difference up to 32 tokens") == 1
-    assert load_config(folder).norm_eps == 1e-6                                    # transformers' default
+    ignored = "sliding_window 32 is ignored: it makes no difference up to 32 tokens"
+    assert capsys.readouterr().out.count(ignored) == 1
+    assert load_config(folder).norm_eps == 1e-6                            # transformers' default
 
 
-@pytest.mark.parametrize("dim, ffn_dim, multiplier", [(4096, 11008, None), (5120, 13824, None), (8192, 22016, None), (8192, 28672, 1.3125),
-                                                      (4096, 14336, 1.3126), (2048, 8192, 1.5001), (2048, 5632, None), (576, 1536, None)])
+@pytest.mark.parametrize("dim, ffn_dim, multiplier", [
+    (4096, 11008, None), (5120, 13824, None), (8192, 22016, None), (8192, 28672, 1.3125),
+    (4096, 14336, 1.3126), (2048, 8192, 1.5001), (2048, 5632, None), (576, 1536, None)])
 def test_official_widths_follow_from_metas_rule(dim, ffn_dim, multiplier):
-    rule = metas_rule(dim, ffn_dim)
-    assert ModelConfig(dim=dim, n_heads=1, n_layers=1, **rule).ffn_dim == ffn_dim and rule["multiple_of"] == 256
-    assert rule.get("ffn_dim_multiplier") == (multiplier and pytest.approx(multiplier, abs=1e-4))
+    rule = meta_ffn_rule(dim, ffn_dim)
+    assert ModelConfig(dim=dim, n_heads=1, n_layers=1, **rule).ffn_dim == ffn_dim
+    assert rule["multiple_of"] == 256
+    expected = multiplier and pytest.approx(multiplier, abs=1e-4)
+    assert rule.get("ffn_dim_multiplier") == expected
 
 
 def test_any_width_survives_metas_layout(tmp_path):
     for width in (1, 37, 95, 96, 97, 640):
         model = make(ffn_dim=width)
-        export(by_hand(tmp_path / f"{width}", model, intermediate_size=width), "meta", tmp_path / f"{width}.meta")
+        source = by_hand(tmp_path / f"{width}", model, intermediate_size=width)
+        export(source, "meta", tmp_path / f"{width}.meta")
         assert same(load_model(tmp_path / f"{width}.meta"), model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformers itself: in
 
 @pytest.mark.parametrize("kind", SPOKEN)
@@ -292,18 +381,20 @@ def test_logits_equal_transformers(tmp_path, transformers, kind):
         (tmp_path / "old" / file.name).write_bytes(file.read_bytes())
     edit(tmp_path / "old", rope_parameters="absent", rope_scaling=old, rope_theta=1000.0)
     assert load_config(tmp_path / "old") == ours.config
-    if kind != "default":                                                          # the lengths are such that the method matters
-        plain = load_model(tmp_path / "new", rope={"rope_type": "default", "partial_rotary_factor": 1.0})
+    if kind != "default":                             # the lengths are such that the method matters
+        plain = load_model(tmp_path / "new", rope={"rope_type": "default",
+                                                   "partial_rotary_factor": 1.0})
         assert (ours(TEXT) - plain(TEXT)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("form", ["tied", "one key head", "no groups", "sharded", "head_dim derived", "mistral", "mistral, sliding",
-                                  "bfloat16"])
+@pytest.mark.parametrize("form", ["tied", "one key head", "no groups", "sharded",
+                                  "head_dim derived", "mistral", "mistral, sliding", "bfloat16"])
 def test_shapes_equal_transformers(tmp_path, transformers, form):
     changes = {"tied": {"tie_word_embeddings": True}, "one key head": {"num_key_value_heads": 1},
-               "no groups": {"num_key_value_heads": None}, "head_dim derived": {"head_dim": None}}.get(form, {})
+               "no groups": {"num_key_value_heads": None},
+               "head_dim derived": {"head_dim": None}}.get(form, {})
     if "mistral" in form:
-        config = transformers.MistralConfig(**{key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type")},
+        config = transformers.MistralConfig(**without_label(CONFIG),
                                             sliding_window=L if "sliding" in form else None)
         model = randomize(transformers.MistralForCausalLM(config))
     else:
@@ -315,8 +406,8 @@ def test_shapes_equal_transformers(tmp_path, transformers, form):
     ours = load_model(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert difference(ours, model, (20, L) if "sliding" in form else (20, 90)) < 1e-4
-    if "sliding" in form:
-        assert difference(ours, model, (L + 1,)) > 1e-2, "what is printed when such a model is loaded says so"
+    if "sliding" in form:  # as is printed when such a model is loaded
+        assert difference(ours, model, (L + 1,)) > 1e-2
     if form == "head_dim derived":
         edit(tmp_path, head_dim="absent")
         assert load_config(tmp_path).head_dim == 6
@@ -325,14 +416,16 @@ def test_shapes_equal_transformers(tmp_path, transformers, form):
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
 def test_biases_are_refused(tmp_path, transformers, key):
     theirs(transformers, **{key: True}).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"config.json: {key} is true, and LLaMA's layers have no biases"):
+    with pytest.raises(UserError, match=f"config.json: {key} is true, and LLaMA's layers have no "
+                                        "biases"):
         load_model(tmp_path)
-    edit(tmp_path, **{key: False})                                                 # mislabelled
-    with pytest.raises(UserError, match=r"model.safetensors: model.layers.0.\w+.\w+_proj.bias is no tensor of the LLaMA"):
+    edit(tmp_path, **{key: False})                                         # mislabelled
+    with pytest.raises(UserError, match=r"model.safetensors: model.layers.0.\w+.\w+_proj.bias is "
+                                        "no tensor of the LLaMA"):
         load_model(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformers itself: out
 
 OURS = {
@@ -340,7 +433,8 @@ OURS = {
     "linear": RopeConfig("linear", 4.0, L, 1000.0),
     "dynamic": RopeConfig("dynamic", 3.0, L, 1000.0),
     "yarn": RopeConfig("yarn", 4.0, L, 1000.0, options={"beta_fast": 4.0, "beta_slow": 0.5}),
-    "yarn as printed": RopeConfig("yarn", 4.0, L, 1000.0, options={"ramp": "turns", "beta_fast": 4.0}),
+    "yarn as printed": RopeConfig("yarn", 4.0, L, 1000.0,
+                                  options={"ramp": "turns", "beta_fast": 4.0}),
     "llama3": RopeConfig("llama3", 8.0, L, 1000.0),
     "longrope": RopeConfig("longrope", 4.0, L, 1000.0, options=FACTORS),
     "proportional": RopeConfig("proportional", 2.0, None, 1000.0, partial_rotary_factor=0.5),
@@ -361,34 +455,41 @@ def extended(kind, **changes):
 @pytest.mark.parametrize("kind", OURS)
 def test_transformers_computes_the_same_with_what_is_written(tmp_path, transformers, kind):
     model = extended(kind, tied=kind == "linear")
-    export_hugging_face(model, tmp_path / "out")
-    original = (tmp_path / "out/config.json").read_bytes()
+    out = tmp_path / "out"
+    export_hugging_face(model, out)
+    original = (out / "config.json").read_bytes()
     written = json.loads(original)
-    for form in ("rope_parameters", "rope_scaling"):                               # transformers 5's words, and those of all before it
+    # transformers 5's words, and those of all before it
+    for form in ("rope_parameters", "rope_scaling"):
         if form == "rope_scaling" and kind in ("default", "proportional"):
             continue
-        edit(tmp_path / "out", **{key: written[key] if key == form else "absent" for key in ("rope_parameters", "rope_scaling")})
-        read, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-        assert not any(report.values()) and read.dtype == torch.float32
-        assert difference(model, read.eval()) < 1e-4
-        assert read.config.max_position_embeddings == (L if kind == "dynamic" else model.config.max_seq_len)
-    (tmp_path / "out/config.json").write_bytes(original)
-    again = load_model(tmp_path / "out")                                           # and so do we
+        edit(out, **{"rope_parameters": "absent", "rope_scaling": "absent", form: written[form]})
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            out, output_loading_info=True)
+        assert not any(report.values()) and loaded.dtype == torch.float32
+        assert difference(model, loaded.eval()) < 1e-4
+        expected = L if kind == "dynamic" else model.config.max_seq_len
+        assert loaded.config.max_position_embeddings == expected
+    (out / "config.json").write_bytes(original)
+    again = load_model(out)                                                # and so do we
     assert same(again, model) and torch.allclose(again(TEXT), model(TEXT), atol=1e-5)
-    assert again.config.max_seq_len == model.config.max_seq_len and original_window(again.config) == L
-    export(tmp_path / "out", "meta", tmp_path / "meta")
+    assert again.config.max_seq_len == model.config.max_seq_len
+    assert again.config.original_window == L
+    export(out, "meta", tmp_path / "meta")
     export(tmp_path / "meta", "hf", tmp_path / "out2")
-    for file in (tmp_path / "out").iterdir():
+    for file in out.iterdir():
         assert file.read_bytes() == (tmp_path / "out2" / file.name).read_bytes(), file.name
     if kind in SPOKEN:
         assert again.config.rope.rope_type == kind
 
 
 @pytest.mark.parametrize("rope, words", [
-    (RopeConfig("dynamic_yarn", 4.0, L), "dynamic_yarn: transformers has no words"), (RopeConfig("nope"), "nope: transformers"),
-    (RopeConfig("alibi"), "alibi"), (RopeConfig("xpos"), "xpos"), (RopeConfig("drope", 1.0, L), "drope"),
-    (RopeConfig("clex", 4.0, L), "clex"),
-    (RopeConfig("dynamic", 4.0, L, resonance=True), "dynamic"), (RopeConfig(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    (RopeConfig("dynamic_yarn", 4.0, L), "dynamic_yarn: transformers has no words"),
+    (RopeConfig("nope"), "nope: transformers"),
+    (RopeConfig("alibi"), "alibi"), (RopeConfig("xpos"), "xpos"),
+    (RopeConfig("drope", 1.0, L), "drope"), (RopeConfig("clex", 4.0, L), "clex"),
+    (RopeConfig("dynamic", 4.0, L, resonance=True), "dynamic"),
+    (RopeConfig(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
     (RopeConfig(random_positions=64), "random_positions")])
 def test_what_transformers_cannot_say_is_refused(tmp_path, rope, words):
     with pytest.raises(UserError, match=words):
@@ -398,12 +499,12 @@ def test_what_transformers_cannot_say_is_refused(tmp_path, rope, words):
 
 def test_refused_before_the_weights_are_read(tmp_path, monkeypatch):
     save_model(make(rope=RopeConfig("clex", 4.0, L)), tmp_path / "meta")
-    monkeypatch.setattr(huggingface, "load_model", None)
+    monkeypatch.setattr("weights.export.load_model", None)
     with pytest.raises(UserError, match="clex: transformers has no words"):
         export(tmp_path / "meta", "hf", tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Round trips
 
 def mixed(model):
@@ -413,53 +514,66 @@ def mixed(model):
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 6}, {"head_dim": 6}, {"ffn_dim": 37}])
-@pytest.mark.parametrize("cast", [lambda model: model, lambda model: model.bfloat16(), mixed], ids=["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 6}, {"head_dim": 6},
+                                     {"ffn_dim": 37}])
+@pytest.mark.parametrize("cast", [lambda model: model, lambda model: model.bfloat16(), mixed],
+                         ids=["float32", "bfloat16", "mixed"])
 def test_round_trips_are_exact(tmp_path, changes, cast):
-    model = cast(make(**changes, rope=RopeConfig("yarn", 4.0, L, 1000.0), max_seq_len=4 * L))
+    rope = RopeConfig("yarn", 4.0, L, 1000.0)
+    model = cast(make(**changes, rope=rope, max_seq_len=4 * L))
     save_model(model, tmp_path / "meta")
-    for source, to, out in (("meta", "hf", "hf"), ("hf", "meta", "meta2"), ("meta2", "hf", "hf2"), ("meta2", "meta", "meta3")):
+    for source, to, out in (("meta", "hf", "hf"), ("hf", "meta", "meta2"), ("meta2", "hf", "hf2"),
+                            ("meta2", "meta", "meta3")):
         export(tmp_path / source, to, tmp_path / out)
     for out in ("hf", "meta2", "hf2", "meta3"):
         loaded = load_model(tmp_path / out, dtype=None)
-        assert same(loaded, model) and loaded.config.rope == model.config.rope and loaded.config.max_seq_len == 4 * L
-    assert same(stored(tmp_path / "hf"), stored(tmp_path / "hf2")) and same(stored(tmp_path / "hf"), translate(model))
-    assert (tmp_path / "hf/config.json").read_bytes() == (tmp_path / "hf2/config.json").read_bytes()
-    first, last = (torch.load(tmp_path / out / "consolidated.00.pth", weights_only=True) for out in ("meta", "meta3"))
+        assert same(loaded, model) and loaded.config.rope == model.config.rope
+        assert loaded.config.max_seq_len == 4 * L
+    assert same(stored(tmp_path / "hf"), stored(tmp_path / "hf2"))
+    assert same(stored(tmp_path / "hf"), translate(model))
+    first, second = (tmp_path / out / "config.json" for out in ("hf", "hf2"))
+    assert first.read_bytes() == second.read_bytes()
+    first, last = (torch.load(tmp_path / out / "consolidated.00.pth", weights_only=True)
+                   for out in ("meta", "meta3"))
     assert same(first, last)
 
 
 def test_window_of_a_model_tuned_without_scaling_survives(tmp_path):
-    model = make(rope=RopeConfig("default", original_max_position_embeddings=L), max_seq_len=4 * L)
+    rope = RopeConfig("default", original_max_position_embeddings=L)
+    model = make(rope=rope, max_seq_len=4 * L)
     export_hugging_face(model, tmp_path / "hf")
-    assert load_config(tmp_path / "hf").rope == model.config.rope and load_config(tmp_path / "hf").max_seq_len == 4 * L
+    assert load_config(tmp_path / "hf").rope == model.config.rope
+    assert load_config(tmp_path / "hf").max_seq_len == 4 * L
 
 
 def test_several_files_and_an_index(tmp_path, transformers):
-    model = extended("llama3")
-    export_hugging_face(model, tmp_path / "hf", shard_bytes=20_000)
-    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text(encoding="utf-8"))
-    files = sorted(file.name for file in (tmp_path / "hf").glob("*.safetensors"))
+    model, out = extended("llama3"), tmp_path / "hf"
+    export_hugging_face(model, out, shard_bytes=20_000)
+    index = read(out / "model.safetensors.index.json")
+    files = sorted(file.name for file in out.glob("*.safetensors"))
     assert len(files) > 2 and files == sorted(set(index["weight_map"].values()))
-    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors"
+                     for n in range(1, len(files) + 1)]
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
     for file in files:
-        part = safetensors.torch.load_file(tmp_path / "hf" / file)
-        assert all(index["weight_map"][name] == file for name in part) and sum(t.nbytes for t in part.values()) <= 20_000
-    assert same(load_model(tmp_path / "hf"), model) and same(stored(tmp_path / "hf"), translate(model))
-    assert difference(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()) < 1e-4
+        part = safetensors.torch.load_file(out / file)
+        assert all(index["weight_map"][name] == file for name in part)
+        assert sum(t.nbytes for t in part.values()) <= 20_000
+    assert same(load_model(out), model) and same(stored(out), translate(model))
+    assert difference(model, transformers.AutoModelForCausalLM.from_pretrained(out).eval()) < 1e-4
 
 
 def test_another_dtype(tmp_path):
     model = make()
     export_hugging_face(model, tmp_path / "a", dtype=torch.bfloat16)
     save_model(model, tmp_path / "meta")
-    weights.main(["export", "--model", str(tmp_path / "meta"), "--to", "hf", "--out", str(tmp_path / "b"), "--dtype", "bfloat16"])
-    weights.main(["export", "--model", str(tmp_path / "meta"), "--to", "meta", "--out", str(tmp_path / "c"), "--dtype", "bfloat16"])
+    for to, out in (("hf", "b"), ("meta", "c")):
+        weights_command(["export", "--model", str(tmp_path / "meta"), "--to", to,
+                         "--out", str(tmp_path / out), "--dtype", "bfloat16"])
     half = make().bfloat16()
     for name in "abc":
         assert same(load_model(tmp_path / name, dtype=None), half)
-    assert json.loads((tmp_path / "a/config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
+    assert read(tmp_path / "a/config.json")["torch_dtype"] == "bfloat16"
     with torch.no_grad():
         model.output.weight[3, 4] = 70_000.0
     with pytest.raises(UserError, match="output.weight reaches 7e.04, too large for torch.float16"):
@@ -467,12 +581,12 @@ def test_another_dtype(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "meta"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A folder is written whole or not at all
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, folder):
     for to in ("hf", "meta"):
-        with pytest.raises(UserError, match=r"--out .*: exists and is not empty: name a new folder"):
+        with pytest.raises(UserError, match="--out .*: exists and is not empty: name a new folder"):
             export(folder, to, folder)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -483,7 +597,8 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, folder):
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    """A disk that is full at the n-th file: one error that names it, and no folder. Afterwards it works."""
+    """A disk that is full at the n-th file: one error that names it, and no folder. Afterwards it
+    works."""
     flush, calls = os.fsync, 0
 
     def full(descriptor):
@@ -494,7 +609,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         flush(descriptor)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as error:
-        export_hugging_face(make(), tmp_path / "out")                              # config.json takes two calls, the folder's included
+        export_hugging_face(make(), tmp_path / "out")  # config.json takes two, one for the folder
     assert str(error.value.filename).endswith("model.safetensors") and not list(tmp_path.iterdir())
     export_hugging_face(make(), tmp_path / "out")
     assert same(load_model(tmp_path / "out"), make())
@@ -502,7 +617,8 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_killed_at_every_step(tmp_path):
-    """An export in a process that is killed just before its n-th rename leaves no folder, or a whole one, and the next succeeds."""
+    """An export in a process that is killed just before its n-th rename leaves no folder, or a
+    whole one, and the next succeeds."""
     for step in range(1, 30):
         out = tmp_path / str(step)
         child = os.fork()
@@ -530,7 +646,7 @@ def test_killed_at_every_step(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused
 
 def resave(change):
@@ -542,9 +658,23 @@ def resave(change):
     return spoil
 
 
+def added(name, tensor):
+    """The weights with one more, or another, tensor."""
+    return resave(lambda tensors: tensors.update({name: tensor}))
+
+
+def without(name):
+    return resave(lambda tensors: {k: v for k, v in tensors.items() if k != name})
+
+
+def cast(name, dtype):
+    return resave(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+
 def header(text):
     """A safetensors file of this header."""
-    return lambda folder: (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"\0" * 64)
+    data = len(text).to_bytes(8, "little") + text.encode() + b"\0" * 64
+    return write("model.safetensors", data)
 
 
 def write(name, data):
@@ -556,6 +686,11 @@ def index_of(value):
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps(value))
     return spoil
+
+
+def mapped_to(file):
+    """An index that names this file."""
+    return index_of({"weight_map": {"a": file}})
 
 
 class Hostile:
@@ -576,7 +711,8 @@ def in_bin(change, compress=False):
         tensors, data = stored(folder), io.BytesIO()
         torch.save({**tensors, Q: change(tensors)}, data)
         (folder / "model.safetensors").unlink()
-        with zipfile.ZipFile(data) as old, zipfile.ZipFile(folder / "pytorch_model.bin", "w", 8 if compress else 0) as new:
+        file, compression = folder / "pytorch_model.bin", 8 if compress else 0
+        with zipfile.ZipFile(data) as old, zipfile.ZipFile(file, "w", compression) as new:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
     return spoil
@@ -589,100 +725,144 @@ def truncated(fraction):
     return spoil
 
 
+def missing_part(folder):
+    (cut(folder, 3, index=False) / "model-00002-of-00003.safetensors").unlink()
+
+
+def stored_twice(folder):
+    cut(folder, 2, index=False)
+    safetensors.torch.save_file({Q: torch.zeros(1)}, folder / "more.safetensors")
+
+
 def config(**changes):
     return lambda folder: edit(folder, **changes)
 
 
+def mistral(**changes):
+    return config(architectures=["MistralForCausalLM"], **changes)
+
+
+def scaled(**rope):
+    return config(rope_scaling=rope)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+Q_NORM = "model.layers.0.self_attn.q_norm.weight"
 DAMAGED = "model.safetensors: damaged, cut off, or no safetensors file"
+NO_JSON = "config.json: not a JSON file"
 WRONG = [
     # the label
-    (config(architectures=["Qwen2ForCausalLM"]), 'config.json: architecture "Qwen2ForCausalLM": only LLaMA.s loads'),
-    (config(architectures=["LlamaForSequenceClassification"]), "architecture .LlamaForSequenceClassification"),
+    (config(architectures=["Qwen2ForCausalLM"]),
+     'config.json: architecture "Qwen2ForCausalLM": only LLaMA.s loads'),
+    (config(architectures=["LlamaForSequenceClassification"]),
+     "architecture .LlamaForSequenceClassification"),
     (config(architectures="absent", model_type="gpt2"), "config.json: architecture null"),
-    (config(architectures=7), "architecture 7"), (config(architectures=["LlamaForCausalLM", "X"]), "architecture .+X"),
-    (config(architectures=["MistralForCausalLM"], sliding_window=31), "sliding_window 31: attention here sees the whole text"),
-    (config(architectures=["MistralForCausalLM"], max_position_embeddings=8192), "sliding_window 4096"),
-    (config(architectures=["MistralForCausalLM"], sliding_window="\x1b" * 999), r"sliding_window '.x1b"),
-    (config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None, num_key_value_heads="absent"),
+    (config(architectures=7), "architecture 7"),
+    (config(architectures=["LlamaForCausalLM", "X"]), "architecture .+X"),
+    (mistral(sliding_window=31), "sliding_window 31: attention here sees the whole text"),
+    (mistral(max_position_embeddings=8192), "sliding_window 4096"),
+    (mistral(sliding_window="\x1b" * 999), r"sliding_window '.x1b"),
+    (mistral(model_type="mistral", sliding_window=None, num_key_value_heads="absent"),
      "num_key_value_heads is missing"),
-    (config(attention_bias=True), "attention_bias is true"), (config(mlp_bias=True), "mlp_bias is true"),
+    (config(attention_bias=True), "attention_bias is true"),
+    (config(mlp_bias=True), "mlp_bias is true"),
     (config(hidden_act="gelu"), "hidden_act 'gelu': LLaMA's is silu"),
-    (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config 'gptq': quantised weights do not load"),
+    (config(quantization_config={"quant_method": "gptq", "bits": 4}),
+     "quantization_config 'gptq': quantised weights do not load"),
     (config(quantization_config=True), "quantization_config True: quantised"),
-    (config(quantization_config={"quant_method": "a\nb\x1b" * 99}), r"quantization_config 'a.nb.x1b"),
-    (config(hidden_act="\n" * 999), r"hidden_act '.n"), (config(attention_bias="x" * 999), 'attention_bias is "xx'),
+    (config(quantization_config={"quant_method": "a\nb\x1b" * 99}),
+     r"quantization_config 'a.nb.x1b"),
+    (config(hidden_act="\n" * 999), r"hidden_act '.n"),
+    (config(attention_bias="x" * 999), 'attention_bias is "xx'),
     # the numbers
-    (config(hidden_size="3" * 999), "hidden_size = '33"), (config(rms_norm_eps=[0] * 999), "rms_norm_eps = .0, 0"),
+    (config(hidden_size="3" * 999), "hidden_size = '33"),
+    (config(rms_norm_eps=[0] * 999), "rms_norm_eps = .0, 0"),
     (config(hidden_size="36"), "hidden_size = '36': has to be a positive whole number"),
     (config(num_hidden_layers=True), "num_hidden_layers = True"),
-    (config(vocab_size="absent"), "vocab_size is missing"), (config(intermediate_size=0), "intermediate_size = 0"),
+    (config(vocab_size="absent"), "vocab_size is missing"),
+    (config(intermediate_size=0), "intermediate_size = 0"),
     (config(num_hidden_layers=2**40), "num_hidden_layers = 1099511627776"),
     (config(num_hidden_layers=3), "have 2 layers, .* num_hidden_layers 3"),
     (config(num_hidden_layers=2**30), "have 2 layers"),
     (config(vocab_size=2**31 - 1), r"embed_tokens.weight is \[48, 36\], and config.json"),
-    (config(num_attention_heads=2**30), r"q_proj.weight is \[48, 36\], and config.json makes it \[8589934592, 36\]"),
-    (config(num_key_value_heads=4), "n_heads 6 has to be a multiple of n_kv_heads 4"), (config(num_key_value_heads=1), "k_proj.weight is"),
+    (config(num_attention_heads=2**30),
+     r"q_proj.weight is \[48, 36\], and config.json makes it \[8589934592, 36\]"),
+    (config(num_key_value_heads=4), "n_heads 6 has to be a multiple of n_kv_heads 4"),
+    (config(num_key_value_heads=1), "k_proj.weight is"),
     (config(head_dim=7), "head_dim = 7"), (config(head_dim="absent"), "q_proj.weight is"),
     (config(intermediate_size=41), "gate_proj.weight is"),
-    (config(rms_norm_eps="small"), "rms_norm_eps = 'small'"), (config(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
-    (config(rope_theta=-1), "rope_theta"), (config(max_position_embeddings=1.5), "max_position_embeddings = 1.5"),
-    (config(tie_word_embeddings=True), "lm_head.weight is not the embedding, and config.json has tie_word_embeddings true"),
+    (config(rms_norm_eps="small"), "rms_norm_eps = 'small'"),
+    (config(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
+    (config(rope_theta=-1), "rope_theta"),
+    (config(max_position_embeddings=1.5), "max_position_embeddings = 1.5"),
+    (config(tie_word_embeddings=True),
+     "lm_head.weight is not the embedding, and config.json has tie_word_embeddings true"),
     # RoPE
-    (config(rope_scaling={"type": "yam", "factor": 2}), "rope_type 'yam' is unknown"), (config(rope_scaling=[1]), "has to be an object"),
-    (config(rope_scaling={"factor": 2}), "factor 2 without a method"), (config(rope_scaling={"type": ["linear"]}), "rope_type"),
-    (config(rope_scaling={"type": "linear", "factor": 2}, rope_parameters={"rope_type": "linear", "factor": 3}), "contradict each other"),
-    (config(rope_scaling={"type": "linear", "rope_type": "yarn", "factor": 2}), "contradict each other"),
-    (config(partial_rotary_factor=0.5), "partial_rotary_factor 0.5: transformers' LLaMA turns whole heads"),
-    (config(rope_scaling={"rope_type": "clex", "factor": 2.0}), "rope_type clex: .* only Meta's layout has this model"),
+    (scaled(type="yam", factor=2), "rope_type 'yam' is unknown"),
+    (config(rope_scaling=[1]), "has to be an object"),
+    (scaled(factor=2), "factor 2 without a method"), (scaled(type=["linear"]), "rope_type"),
+    (config(rope_scaling={"type": "linear", "factor": 2},
+            rope_parameters={"rope_type": "linear", "factor": 3}), "contradict each other"),
+    (scaled(type="linear", rope_type="yarn", factor=2), "contradict each other"),
+    (config(partial_rotary_factor=0.5),
+     "partial_rotary_factor 0.5: transformers' LLaMA turns whole heads"),
+    (scaled(rope_type="clex", factor=2.0), "rope_type clex: .* only Meta's layout has this model"),
     (config(rope_scaling=["\n"] * 999), "has to be an object"),
-    (config(rope_parameters={"full_attention": {"rope_type": "default"}}), "unknown key 'full_attention'"),
-    (config(rope_scaling={"type": "longrope", "factor": 2, "short_factor": [1.0], "long_factor": [1.0]}),
+    (config(rope_parameters={"full_attention": {"rope_type": "default"}}),
+     "unknown key 'full_attention'"),
+    (scaled(type="longrope", factor=2, short_factor=[1.0], long_factor=[1.0]),
      "1 short and 1 long factors for 4"),
     # files
-    (write("config.json", b"{"), "config.json: not a JSON file"), (write("config.json", b"[" * 100_000), "config.json: not a JSON file"),
-    (write("config.json", b'{"hidden_size": ' + b"9" * 10_000 + b"}"), "config.json: not a JSON file"),
-    (write("config.json", b"[]"), "config.json: holds no object"), (write("config.json", b"\xff\xfe"), "config.json: not a JSON file"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no pytorch_model.bin"),
+    (write("config.json", b"{"), NO_JSON), (write("config.json", b"[" * 100_000), NO_JSON),
+    (write("config.json", b'{"hidden_size": ' + b"9" * 10_000 + b"}"), NO_JSON),
+    (write("config.json", b"[]"), "config.json: holds no object"),
+    (write("config.json", b"\xff\xfe"), NO_JSON),
+    (lambda folder: (folder / "model.safetensors").unlink(),
+     "no model.safetensors and no pytorch_model.bin"),
     (truncated(0), DAMAGED), (truncated(0.1), DAMAGED), (truncated(0.9), DAMAGED),
     (write("model.safetensors", b"version https://git-lfs"), DAMAGED),
     (header("{" * 50_000), DAMAGED),
-    (header('{"a": {"dtype": "F32", "shape": [999999999999, 99999999999], "data_offsets": [0, 64]}}'), DAMAGED),
+    (header('{"a": {"dtype": "F32", "shape": [999999999999, 99999999999], '
+            '"data_offsets": [0, 64]}}'), DAMAGED),
     (header('{"a": {"dtype": "F32", "shape": [16], "data_offsets": [-1, 64]}}'), DAMAGED),
-    (pickled("pytorch_model.bin"), "pytorch_model.bin: refused, since loading it would run code"),
+    (pickled("pytorch_model.bin"),
+     "pytorch_model.bin: refused, since loading it would run code"),
     (pickled("model.safetensors"), DAMAGED),
     (in_bin(lambda t: t[Q].to_sparse()), f"pytorch_model.bin: {Q} is sparse or without values"),
     (in_bin(lambda t: t[Q].to("meta")), f"pytorch_model.bin: {Q} is sparse or without values"),
-    (in_bin(lambda t: torch.zeros(1, 1).expand(48, 36)), f"pytorch_model.bin: {Q} repeats the numbers that the file holds"),
-    (in_bin(lambda t: t[Q], compress=True), r"pytorch_model.bin: damaged, cut off.*\(its records are compressed\)"),
-    (index_of({"weight_map": {"a": "../model.safetensors"}}),
+    (in_bin(lambda t: torch.zeros(1, 1).expand(48, 36)),
+     f"pytorch_model.bin: {Q} repeats the numbers that the file holds"),
+    (in_bin(lambda t: t[Q], compress=True),
+     r"pytorch_model.bin: damaged, cut off.*\(its records are compressed\)"),
+    (mapped_to("../model.safetensors"),
      r"names the file '../model.safetensors': only .safetensors files of the same folder"),
-    (index_of({"weight_map": {"a": "/etc/passwd"}}), "names the file '/etc/passwd'"),
-    (index_of({"weight_map": {"a": "x" * 999 + ".safetensors"}}), "names the file 'xxx"),
-    (index_of({"weight_map": {"a": "x.bin"}}), "names the file 'x.bin'"),
-    (index_of({"weight_map": {"a": "a\0.safetensors"}}), "names the file"), (index_of({"weight_map": {"a": 3}}), "has no weight_map"),
+    (mapped_to("/etc/passwd"), "names the file '/etc/passwd'"),
+    (mapped_to("x" * 999 + ".safetensors"), "names the file 'xxx"),
+    (mapped_to("x.bin"), "names the file 'x.bin'"),
+    (mapped_to("a\0.safetensors"), "names the file"), (mapped_to(3), "has no weight_map"),
     (index_of({"weight_map": {}}), "has no weight_map"), (index_of([]), "holds no object"),
-    (index_of({"weight_map": {"a": "b.safetensors"}}), "b.safetensors: no such file, but the index names it"),
-    (lambda folder: (cut(folder, 3, index=False) / "model-00002-of-00003.safetensors").unlink(), "2 of 3 parts of the weights"),
-    (lambda folder: cut(folder, 2, index=False) and safetensors.torch.save_file({Q: torch.zeros(1)}, folder / "more.safetensors"),
-     f"{Q} is in .* too"),
+    (mapped_to("b.safetensors"), "b.safetensors: no such file, but the index names it"),
+    (missing_part, "2 of 3 parts of the weights"), (stored_twice, f"{Q} is in .* too"),
     # tensors
-    (resave(lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}),
-     r"lm_head.weight is missing \(or is tie_word_embeddings true"),
-    (resave(lambda t: {k: v for k, v in t.items() if k != Q}), f"model.safetensors: {Q} is missing"),
-    (resave(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})), "q_proj.bias is no tensor of the LLaMA"),
-    (resave(lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.zeros(8)})), "q_norm.weight is no tensor of the LLaMA"),
-    (resave(lambda t: t.update({"a\n\x1b[31m": torch.zeros(1)})), r"damaged .a tensor is called 'a.n"),
-    (resave(lambda t: t.update({"a" * 999: torch.zeros(1)})), r"damaged .a tensor is called 'aaa"),
+    (without("lm_head.weight"), r"lm_head.weight is missing \(or is tie_word_embeddings true"),
+    (without(Q), f"model.safetensors: {Q} is missing"),
+    (added(BIAS, torch.zeros(48)), "q_proj.bias is no tensor of the LLaMA"),
+    (added(Q_NORM, torch.zeros(8)), "q_norm.weight is no tensor of the LLaMA"),
+    (added("a\n\x1b[31m", torch.zeros(1)), r"damaged .a tensor is called 'a.n"),
+    (added("a" * 999, torch.zeros(1)), r"damaged .a tensor is called 'aaa"),
     (resave(lambda t: {k.removeprefix("model."): v for k, v in t.items()}), "have 0 layers"),
-    (resave(lambda t: t.update({Q: torch.zeros(36, 48)})), rf"{Q} is \[36, 48\], and config.json makes it \[48, 36\]"),
-    (resave(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), f"{Q} is torch.float8_e4m3fn: quantised weights do not load"),
-    (resave(lambda t: t.update({Q: t[Q].to(torch.int8)})), f"{Q} is torch.int8: quantised weights do not load"),
+    (added(Q, torch.zeros(36, 48)),
+     rf"{Q} is \[36, 48\], and config.json makes it \[48, 36\]"),
+    (cast(Q, torch.float8_e4m3fn),
+     f"{Q} is torch.float8_e4m3fn: quantised weights do not load"),
+    (cast(Q, torch.int8), f"{Q} is torch.int8: quantised weights do not load"),
     (resave(lambda t: t.update({Q: t[Q] / 0})), "attention.wq.weight holds NaN or infinity"),
 ]
 
 
-@pytest.mark.parametrize("spoil, words", WRONG, ids=[f"{n} {words[:40]}" for n, (_, words) in enumerate(WRONG)])
+@pytest.mark.parametrize("spoil, words", WRONG,
+                         ids=[f"{n} {words[:40]}" for n, (_, words) in enumerate(WRONG)])
 def test_what_does_not_load_is_one_line(folder, spoil, words, capsys):
     spoil(folder)
     with pytest.raises(UserError, match=words) as error:
@@ -692,7 +872,8 @@ def test_what_does_not_load_is_one_line(folder, spoil, words, capsys):
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path):
-    """Bytes changed at random in the header of the weights and in config.json: a line, or a model of finite numbers."""
+    """Bytes changed at random in the header of the weights and in config.json: a line, or a model
+    of finite numbers."""
     folder, generator, refused = by_hand(tmp_path / "hf"), random.Random(0), 0
     whole = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
     start = 8 + int.from_bytes(whole["model.safetensors"][:8], "little")
@@ -700,7 +881,8 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
         name = ("model.safetensors", "config.json")[n % 2]
         data = bytearray(whole[name])
         for _ in range(2):
-            byte = generator.choice([0, 34, 44, 48, 57, 91, 123, 125, 255, generator.randrange(256)])
+            byte = generator.choice([0, 34, 44, 48, 57, 91, 123, 125, 255,
+                                     generator.randrange(256)])
             data[generator.randrange(min(start, len(data)))] = byte
         for other in whole:
             (folder / other).write_bytes(data if other == name else whole[other])
@@ -714,56 +896,75 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
 
 def test_a_mistake_is_one_line_and_exit_code_2(folder):
     truncated(0.5)(folder)
-    command = [sys.executable, "weights.py", "export", "--model", folder, "--to", "meta", "--out", folder.parent / "out"]
+    out = folder.parent / "out"
+    command = [sys.executable, "-m", "weights", "export", "--model", folder, "--to", "meta",
+               "--out", out]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert (shown.returncode, shown.stdout) == (2, "") and not (folder.parent / "out").exists()
-    assert shown.stderr.startswith(f"error: {folder}/model.safetensors: damaged, cut off") and shown.stderr.count("\n") == 1
+    assert (shown.returncode, shown.stdout) == (2, "") and not out.exists()
+    assert shown.stderr.startswith(f"error: {folder}/model.safetensors: damaged, cut off")
+    assert shown.stderr.count("\n") == 1
 
 
 def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match="model.safetensors: reading it needs a package: pip install safetensors"):
+    with pytest.raises(UserError, match="model.safetensors: reading it needs a package: pip "
+                                        "install safetensors"):
         load_model(folder)
     (folder / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="tokenizer.json: reading it needs a package: pip install tokenizers"):
+    with pytest.raises(UserError, match="tokenizer.json: reading it needs a package: pip install "
+                                        "tokenizers"):
         load_tokenizer(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
-TEXTS = ["hello world", "def f(x):\n    return x + 1\n", "  two  spaces \n\n\t tab ", "1234567", "\u00e9 \u6f22\u5b57 \U0001f642",
-         "", "\n", "a", "The grass is green. The sky is blue. The sun is yellow. Here we go."]
+TEXTS = ["hello world", "def f(x):\n    return x + 1\n", "  two  spaces \n\n\t tab ", "1234567",
+         "\u00e9 \u6f22\u5b57 \U0001f642", "", "\n", "a",
+         "The grass is green. The sky is blue. The sun is yellow. Here we go."]
 
 
 @pytest.fixture(scope="module")
 def json_folder(tmp_path_factory):
-    """A byte-level BPE tokenizer.json as LLaMA 3's: it adds BOS by its post-processor, and truncates, which nobody asked for here."""
+    """A byte-level BPE tokenizer.json as LLaMA 3's: it adds BOS by its post-processor, and
+    truncates, which nobody asked for here."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|begin|>", "<|end|>", "<|user|>"], show_progress=False,
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False,
+                                  special_tokens=["<|begin|>", "<|end|>", "<|user|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     model.train_from_iterator(TEXTS * 4, trainer)
-    model.post_processor = processors.TemplateProcessing(single="<|begin|> $A <|end|>", pair=None,
-                                                         special_tokens=[("<|begin|>", 0), ("<|end|>", 1)])
-    model.enable_truncation(4), model.enable_padding(length=16, pad_id=1, pad_token="<|end|>")
+    model.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A <|end|>", pair=None,
+        special_tokens=[("<|begin|>", 0), ("<|end|>", 1)])
+    model.enable_truncation(4)
+    model.enable_padding(length=16, pad_id=1, pad_token="<|end|>")
     folder = tmp_path_factory.mktemp("json")
     model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
-                                                              "add_bos_token": True,
-                                                              "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>",
+         "add_bos_token": True, "eos_token": {"__type": "AddedToken", "content": "<|end|>"}}))
     return folder
 
 
+def copy_files(source, folder):
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
 def test_tokenizer_json_makes_the_ids_of_transformers(json_folder, transformers):
-    ours, reference = load_tokenizer(json_folder), transformers.AutoTokenizer.from_pretrained(json_folder)
+    ours = load_tokenizer(json_folder)
+    reference = transformers.AutoTokenizer.from_pretrained(json_folder)
     assert isinstance(ours, JsonTokenizer) and ours.vocab_size == len(reference) == 300
-    assert (ours.bos_id, ours.eos_id, ours.dummy_prefix, ours.add_bos) == (0, 1, False, True) and len(ours.sha256) == 64
+    assert (ours.bos_id, ours.eos_id, ours.dummy_prefix, ours.add_bos) == (0, 1, False, True)
+    assert len(ours.sha256) == 64
     for text in [*TEXTS, "x<|user|>y", "word " * 200]:
         ids = reference(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text) == ids and ours.encode(text, bos=True) == [0, *ids] and ours.encode(text, eos=True) == [*ids, 1]
+        assert ours.encode(text) == ids
+        assert ours.encode(text, bos=True) == [0, *ids] and ours.encode(text, eos=True) == [*ids, 1]
         assert ours.decode(ours.encode(text, bos=True, eos=True)) == text.replace("<|user|>", "")
     assert ours.encode_batch(TEXTS, bos=True) == [[0, *ours.encode(text)] for text in TEXTS]
     with pytest.raises(UserError, match="half of a surrogate pair"):
@@ -777,22 +978,33 @@ def test_a_space_in_front_is_noticed(tmp_path, json_folder):
     model = Tokenizer.from_file(str(json_folder / "tokenizer.json"))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     model.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|end|>"}, "eos_token": "<|user|>"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+        {"bos_token": {"content": "<|end|>"}, "eos_token": "<|user|>"}))
     tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
-    assert tokenizer.dummy_prefix and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, 2, None)
+    assert tokenizer.dummy_prefix
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, 2, None)
+
+
+NO_TOKENIZER = "tokenizer.json: not a tokenizer.json, or not a whole one"
 
 
 @pytest.mark.parametrize("beside, words", [
     ({}, "which token is BOS. Say so in a tokenizer_config.json"),
     ({"tokenizer_config.json": {"bos_token": "<|begin|>"}}, "which token is EOS"),
-    ({"tokenizer_config.json": {"bos_token": "<s>"}}, "tokenizer_config.json: BOS is '<s>', which tokenizer.json does not have"),
-    ({"config.json": {"bos_token_id": 0, "eos_token_id": [900, 1]}}, "config.json: EOS is 900, which"),
+    ({"tokenizer_config.json": {"bos_token": "<s>"}},
+     "tokenizer_config.json: BOS is '<s>', which tokenizer.json does not have"),
+    ({"config.json": {"bos_token_id": 0, "eos_token_id": [900, 1]}},
+     "config.json: EOS is 900, which"),
     ({"config.json": []}, "config.json: holds no object"),
-    ({"tokenizer.json": {}}, "tokenizer.json: not a tokenizer.json, or not a whole one"),
-    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": []}}}, "tokenizer.json: has no pieces"),
-    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},  # a panic inside the package
-                         "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}}, "tokenizer.json: not a tokenizer.json"),
-    ({"tokenizer_config.json": {"bos_token": "\x1b\n" * 999}}, r"tokenizer_config.json: BOS is '.x1b.n"),
+    ({"tokenizer.json": {}}, NO_TOKENIZER),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": []}}},
+     "tokenizer.json: has no pieces"),
+    ({"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+                         # a panic inside the package
+                         "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}},
+     "tokenizer.json: not a tokenizer.json"),
+    ({"tokenizer_config.json": {"bos_token": "\x1b\n" * 999}},
+     r"tokenizer_config.json: BOS is '.x1b.n"),
 ])
 def test_tokenizer_json_errors(tmp_path, json_folder, beside, words):
     (tmp_path / "tokenizer.json").write_bytes((json_folder / "tokenizer.json").read_bytes())
@@ -804,19 +1016,22 @@ def test_tokenizer_json_errors(tmp_path, json_folder, beside, words):
 
 
 def test_a_text_that_a_tokenizer_json_has_no_tokens_for(tmp_path):
-    model = {"type": "WordPiece", "unk_token": "x", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": {"a": 0}}
+    model = {"type": "WordPiece", "unk_token": "x", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": 100, "vocab": {"a": 0}}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a", "eos_token": "a"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a",
+                                                                "eos_token": "a"}))
     with pytest.raises(UserError, match="tokenizer.json: cannot encode this text .WordPiece error"):
         load_tokenizer(tmp_path).encode("b")
 
 
 def test_which_tokenizer_of_a_folder(tmp_path, json_folder, tokenizer):
-    for file in json_folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    copy_files(json_folder, tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert load_tokenizer(tmp_path, 300).path == load_tokenizer(tmp_path / "tokenizer.json").path == tmp_path / "tokenizer.json"
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")                  # LLaMA 3's tiktoken file, which says the same
+    file = tmp_path / "tokenizer.json"
+    assert load_tokenizer(tmp_path, 300).path == load_tokenizer(file).path == file
+    # LLaMA 3's tiktoken file, which says the same
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
@@ -825,26 +1040,32 @@ def test_which_tokenizer_of_a_folder(tmp_path, json_folder, tokenizer):
 def test_a_vocabulary_may_be_rounded_up(json_folder, tokenizer):
     for given, size in ((json_folder, 300), (tokenizer.path, tokenizer.vocab_size)):
         rounded = load_tokenizer(given, size + 20)
-        assert rounded.vocab_size == size and rounded.decode([*rounded.encode("hello"), size + 19]) == "hello"
+        assert rounded.vocab_size == size
+        assert rounded.decode([*rounded.encode("hello"), size + 19]) == "hello"
         with pytest.raises(UserError, match="is not in the vocabulary"):
             rounded.decode([size + 20])
         for wrong in (size - 1, 3 * size):
-            with pytest.raises(UserError, match=f"has {size} pieces, and the model's vocabulary {wrong}"):
+            with pytest.raises(UserError, match=f"has {size} pieces, and the model's vocabulary "
+                                                f"{wrong}"):
                 load_tokenizer(given, wrong)
 
 
 def test_tokenizers_travel_with_an_export(tmp_path, json_folder, tokenizer, transformers):
-    """SentencePiece: transformers makes the same ids of what we write, BOS in front. tokenizer.json: with the words for BOS and EOS."""
+    """SentencePiece: transformers makes the same ids of what we write, BOS in front.
+    tokenizer.json: with the words for BOS and EOS."""
     save_model(make(vocab_size=1024), tmp_path / "meta", tokenizer)
     export(tmp_path / "meta", "hf", tmp_path / "hf")
     for kind in (transformers.AutoTokenizer, transformers.LlamaTokenizer):
         reference = kind.from_pretrained(tmp_path / "hf")
-        assert (reference.bos_token_id, reference.eos_token_id, len(reference)) == (tokenizer.bos_id, tokenizer.eos_id, 1024)
+        assert reference.bos_token_id == tokenizer.bos_id
+        assert reference.eos_token_id == tokenizer.eos_id and len(reference) == 1024
         for text in TEXTS:
-            assert reference(text)["input_ids"] == tokenizer.encode(text, bos=True)
-            assert reference.decode(tokenizer.encode(text, bos=True), skip_special_tokens=True) == text
-    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
-    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
+            ids = tokenizer.encode(text, bos=True)
+            assert reference(text)["input_ids"] == ids
+            assert reference.decode(ids, skip_special_tokens=True) == text
+    config = read(tmp_path / "hf/config.json")
+    assert config["bos_token_id"] == tokenizer.bos_id
+    assert config["eos_token_id"] == tokenizer.eos_id
     export(tmp_path / "hf", "meta", tmp_path / "meta2")
     assert load_tokenizer(tmp_path / "meta2", 1024).sha256 == tokenizer.sha256
 
@@ -854,32 +1075,37 @@ def test_tokenizers_travel_with_an_export(tmp_path, json_folder, tokenizer, tran
     export(tmp_path / "json.hf", "meta", tmp_path / "json.meta")
     for name in ("json", "json.hf", "json.meta"):
         loaded = load_tokenizer(tmp_path / name, 304)
-        assert (loaded.sha256, loaded.bos_id, loaded.eos_id, loaded.add_bos) == (load_tokenizer(json_folder).sha256, 0, 1, True)
-    assert (tmp_path / "json.hf/chat_template.jinja").exists() and (tmp_path / "json.meta/chat_template.jinja").exists()
+        assert loaded.sha256 == load_tokenizer(json_folder).sha256
+        assert (loaded.bos_id, loaded.eos_id, loaded.add_bos) == (0, 1, True)
+    assert (tmp_path / "json.hf/chat_template.jinja").exists()
+    assert (tmp_path / "json.meta/chat_template.jinja").exists()
     export(tmp_path / "json.meta", "hf", tmp_path / "json.hf2")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "json.hf").iterdir() if "tokenizer" in file.name} == \
-        {file.name: file.read_bytes() for file in (tmp_path / "json.hf2").iterdir() if "tokenizer" in file.name}
+    first, second = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()
+                      if "tokenizer" in file.name} for out in ("json.hf", "json.hf2"))
+    assert first == second
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "json.hf").eos_token_id == 1
 
 
 def test_ids_that_end_a_text_are_kept(tmp_path, json_folder):
     """LLaMA 3's chat models end at any of several tokens, which only config.json says."""
-    folder = by_hand(tmp_path / "hf", make(vocab_size=300), vocab_size=300, bos_token_id=0, eos_token_id=[1, 2], pad_token_id=2)
-    for file in json_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = by_hand(tmp_path / "hf", make(vocab_size=300), vocab_size=300, bos_token_id=0,
+                     eos_token_id=[1, 2], pad_token_id=2)
+    copy_files(json_folder, folder)
     export(folder, "hf", tmp_path / "again")
     export(folder, "meta", tmp_path / "meta")
     export(tmp_path / "meta", "hf", tmp_path / "and again")
     for out in ("again", "and again"):
-        config = json.loads((tmp_path / out / "config.json").read_text(encoding="utf-8"))
-        assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, [1, 2], 2)
+        config = read(tmp_path / out / "config.json")
+        assert config["bos_token_id"] == 0
+        assert config["eos_token_id"] == [1, 2] and config["pad_token_id"] == 2
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_how_to_generate_travels_with_an_export(tmp_path, json_folder, transformers, with_tokenizer):
+def test_how_to_generate_travels_with_an_export(tmp_path, json_folder, transformers,
+                                                with_tokenizer):
     folder = by_hand(tmp_path / "hf", make(vocab_size=300), vocab_size=300, eos_token_id=1)
-    for file in json_folder.iterdir() if with_tokenizer else []:
-        (folder / file.name).write_bytes(file.read_bytes())
+    if with_tokenizer:
+        copy_files(json_folder, folder)
     said = {"bos_token_id": 0, "eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}
     (folder / "generation_config.json").write_text(json.dumps(said))
     export(folder, "hf", tmp_path / "a")
@@ -887,9 +1113,11 @@ def test_how_to_generate_travels_with_an_export(tmp_path, json_folder, transform
         export(folder, "meta", tmp_path / "b")
         export(tmp_path / "b", "hf", tmp_path / "c")
     for out in "ac" if with_tokenizer else "a":
-        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out).generation_config
-        assert (read.eos_token_id, read.temperature, read.do_sample) == ([1, 2], 0.6, True)
-    assert json.loads((tmp_path / "a/config.json").read_text(encoding="utf-8"))["eos_token_id"] == 1, "config.json's own, as it was"
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out)
+        how = loaded.generation_config
+        assert (how.eos_token_id, how.temperature, how.do_sample) == ([1, 2], 0.6, True)
+    config = read(tmp_path / "a/config.json")
+    assert config["eos_token_id"] == 1, "config.json's own, as it was"
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="generation_config.json: not a JSON file"):
         export(folder, "hf", tmp_path / "d")
@@ -897,10 +1125,12 @@ def test_how_to_generate_travels_with_an_export(tmp_path, json_folder, transform
 
 def test_info(folder, json_folder, capsys):
     edit(folder, rope_scaling={"type": "linear", "factor": 4})
-    weights.main(["info", "--model", str(folder)])
+    weights_command(["info", "--model", str(folder)])
     shown = capsys.readouterr().out
-    for words in ("2 layers", "6 heads of 8, 2 key/value heads", "32 tokens, original 8", "tokenizer   none"):
+    for words in ("2 layers", "6 heads of 8, 2 key/value heads", "32 tokens, original 8",
+                  "tokenizer   none"):
         assert words in shown
     save_model(make(vocab_size=300), folder.parent / "meta", load_tokenizer(json_folder))
-    weights.main(["info", "--model", str(folder.parent / "meta")])
-    assert "300 pieces, BOS 0 and EOS 1 where asked for; transformers adds BOS unasked" in capsys.readouterr().out
+    weights_command(["info", "--model", str(folder.parent / "meta")])
+    assert ("300 pieces, BOS 0 and EOS 1 where asked for; transformers adds BOS unasked"
+            in capsys.readouterr().out)

@@ -1,4 +1,5 @@
-"""plot.py: every result becomes a PNG of README size, whatever is infinite in it, and nothing of torch is needed for that."""
+"""plot.py: every result becomes a PNG of README size, whatever is infinite in it, and nothing of
+torch is needed for that."""
 import json
 import math
 import subprocess
@@ -10,29 +11,34 @@ import pytest
 from matplotlib import pyplot
 
 import plot
+from common.errors import UserError
 
 ROOT = Path(plot.__file__).parent
 LENGTHS = [128, 256, 512, 1024]
 
 
 def finetune(**perplexities):
-    rows = [{"name": name, "perplexity": dict(zip(map(str, LENGTHS), values)),
-             "passkey": dict(zip(map(str, LENGTHS), [1.0, 0.9, 0.1, 0.0]))} for name, values in perplexities.items()]
+    passkeys = dict(zip(map(str, LENGTHS), [1.0, 0.9, 0.1, 0.0]))
+    rows = [{"name": name, "perplexity": dict(zip(map(str, LENGTHS), values)), "passkey": passkeys}
+            for name, values in perplexities.items()]
     return {"rows": rows, "lengths": LENGTHS, "original_window": 256, "window": 512}
 
 
-FINETUNE = finetune(extrapolation=[6.4, 6.0, 20.4, 35.0], pi_zero_shot=[10.6, 10.3, 10.1, 31.0], pi_finetuned=[6.5, 6.1, 6.0, 25.0],
-                    direct_finetuned=[6.4, 6.1, 6.2, 24.0])
+FINETUNE = finetune(extrapolation=[6.4, 6.0, 20.4, 35.0], pi_zero_shot=[10.6, 10.3, 10.1, 31.0],
+                    pi_finetuned=[6.5, 6.1, 6.0, 25.0], direct_finetuned=[6.4, 6.1, 6.2, 24.0])
 
 
 def ppl(window, perplexity, model="data/tiny", **rope):
-    return {"model": model, "rope": {"rope_type": "default", "rope_theta": 10000.0, **rope}, "window": window, "perplexity": perplexity}
+    return {"model": model, "rope": {"rope_type": "default", "rope_theta": 10000.0, **rope},
+            "window": window, "perplexity": perplexity}
 
 
 def passkey(lengths=(128, 256), depths=5):
-    return {"model": "data/tiny", "rope": {"rope_type": "linear", "factor": 2.0}, "lengths": list(lengths), "trials": 10, "k_max": 100,
-            "depths": [d / max(1, depths - 1) for d in range(depths)], "accuracy": {str(n): 0.25 for n in lengths},
-            "accuracy_by_depth": {str(n): [(d + i) % 2 / 2 for d in range(depths)] for i, n in enumerate(lengths)}}
+    grid = {str(n): [(d + i) % 2 / 2 for d in range(depths)] for i, n in enumerate(lengths)}
+    return {"model": "data/tiny", "rope": {"rope_type": "linear", "factor": 2.0},
+            "lengths": list(lengths), "trials": 10, "k_max": 100,
+            "depths": [d / max(1, depths - 1) for d in range(depths)],
+            "accuracy": {str(n): 0.25 for n in lengths}, "accuracy_by_depth": grid}
 
 
 def training(n=50):
@@ -40,9 +46,18 @@ def training(n=50):
     return lines + [{"step": 10 * n, "val_loss": 2.1, "val_perplexity": 8.2}]
 
 
+def compare(perplexities=(6.0, 20.0, None), passkeys=(1.0, 0.5, 0.0)):
+    lengths = ["256", "512", "1024"]
+    rows = [{"name": name, "perplexity": dict(zip(lengths, perplexities)),
+             "passkey": dict(zip(lengths, passkeys))} for name in ("default", "linear x2")]
+    return {"methods": rows, "lengths": [256, 512, 1024], "original_window": 256,
+            "model": "data/tiny"}
+
+
 @pytest.fixture
 def kept(monkeypatch):
-    """The figures stay open when they have been saved, so that a test can read them. Yields the latest."""
+    """The figures stay open when they have been saved, so that a test can read them. Yields the
+    latest."""
     monkeypatch.setattr(plot.plt, "close", lambda figure: None)
     yield lambda: pyplot.figure(pyplot.get_fignums()[-1])
     monkeypatch.undo()
@@ -51,14 +66,21 @@ def kept(monkeypatch):
 
 def shown(axis):
     """{label: {x: y}} of the lines of an axis that have a name."""
-    return {line.get_label(): dict(zip(*map(list, line.get_data()))) for line in axis.get_lines() if not line.get_label().startswith("_")}
+    return {line.get_label(): dict(zip(*map(list, line.get_data())))
+            for line in axis.get_lines() if not line.get_label().startswith("_")}
+
+
+def words(texts):
+    return [text.get_text() for text in texts]
 
 
 def check_png(path, wide=(900, 1600), high=(150, 800)):
-    """A PNG of a size to be read at a README's width, with something drawn on white, and nothing cut off at its edges."""
+    """A PNG of a size to be read at a README's width, with something drawn on white, and nothing
+    cut off at its edges."""
     assert path.read_bytes().startswith(b"\x89PNG")
     image = matplotlib.image.imread(path)[..., :3]
-    assert wide[0] <= image.shape[1] <= wide[1] and high[0] <= image.shape[0] <= high[1], image.shape
+    assert wide[0] <= image.shape[1] <= wide[1], image.shape
+    assert high[0] <= image.shape[0] <= high[1], image.shape
     assert (image.min(axis=2) < 0.9).mean() > 0.01
     for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
         assert edge.min() > 0.99
@@ -67,15 +89,21 @@ def check_png(path, wide=(900, 1600), high=(150, 800)):
 
 @pytest.mark.parametrize("figure, content", [
     (plot.plot_finetune, FINETUNE),
-    (plot.plot_finetune, finetune(extrapolation=[6.4, 6.0, None, None], pi_finetuned=[None, None, None, None])),
-    (plot.plot_finetune, finetune(extrapolation=[6.4, 6.0, 3e5, math.inf], pi_finetuned=[6.5, math.nan, 6.0, 25.0])),
-    (plot.plot_finetune, finetune(extrapolation=[None] * 4)), (plot.plot_finetune, finetune(extrapolation=[6.01, 6.02, 6.03, 6.04])),
-    (plot.plot_perplexity, [ppl(128, 6.4), ppl(256, 6.0), ppl(512, None), ppl(256, 7.0, rope_type="linear", factor=4.0)]),
+    (plot.plot_finetune, finetune(extrapolation=[6.4, 6.0, None, None],
+                                  pi_finetuned=[None, None, None, None])),
+    (plot.plot_finetune, finetune(extrapolation=[6.4, 6.0, 3e5, math.inf],
+                                  pi_finetuned=[6.5, math.nan, 6.0, 25.0])),
+    (plot.plot_finetune, finetune(extrapolation=[None] * 4)),
+    (plot.plot_finetune, finetune(extrapolation=[6.01, 6.02, 6.03, 6.04])),
+    (plot.plot_perplexity, [ppl(128, 6.4), ppl(256, 6.0), ppl(512, None),
+                            ppl(256, 7.0, rope_type="linear", factor=4.0)]),
     (plot.plot_perplexity, [ppl(256, 6.0)]), (plot.plot_perplexity, [ppl(256, None)]),
-    (plot.plot_passkey, passkey()), (plot.plot_passkey, passkey([256], 1)), (plot.plot_passkey, passkey(LENGTHS, 32)),
-    (plot.plot_training, training()), (plot.plot_training, training(1)), (plot.plot_training, training()[:-1])])
+    (plot.plot_passkey, passkey()), (plot.plot_passkey, passkey([256], 1)),
+    (plot.plot_passkey, passkey(LENGTHS, 32)),
+    (plot.plot_training, training()), (plot.plot_training, training(1)),
+    (plot.plot_training, training()[:-1])])
 def test_each_figure_is_a_png_of_readme_size(tmp_path, figure, content):
-    before = pyplot.get_fignums()  # what another test of the session left open is not this figure's doing
+    before = pyplot.get_fignums()  # another test of the session may have left a figure open
     path = figure(content, tmp_path / "new" / "figure.png")
     assert path == tmp_path / "new" / "figure.png" and list(path.parent.iterdir()) == [path]
     check_png(path)
@@ -90,117 +118,215 @@ def test_finetune_draws_each_row_in_both_panels(tmp_path, kept):
     assert shown(right)["fine-tuned directly"] == {128: 1.0, 256: 0.9, 512: 0.1, 1024: 0.0}
     assert len(shown(left)) == len(shown(right)) == 4
     for axis in (left, right):
-        assert [text.get_text() for text in axis.get_xticklabels()] == ["128", "256", "512", "1024"]
+        assert words(axis.get_xticklabels()) == ["128", "256", "512", "1024"]
         assert {text.get_text(): text.xy[0] for text in axis.texts} == {"L": 256, "L'": 512}
-    assert left.get_yscale() == left.get_xscale() == right.get_xscale() == "log" and right.get_yscale() == "linear"
+    assert left.get_yscale() == left.get_xscale() == right.get_xscale() == "log"
+    assert right.get_yscale() == "linear"
     assert "perplexity" in left.get_ylabel() and "passkey" in right.get_ylabel()
-    assert [text.get_text() for text in left.get_yticklabels()] == ["6", "8", "10", "15", "20", "30"]
-    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in left.get_lines()[:4]]
+    assert words(left.get_yticklabels()) == ["6", "8", "10", "15", "20", "30"]
+    styles = [(line.get_color(), line.get_linestyle(), line.get_marker())
+              for line in left.get_lines()[:4]]
     assert all(len(set(part)) == 4 for part in zip(*styles)), "told apart without colour, too"
     legend, = kept().legends
-    assert legend.get_window_extent().y0 >= max(axis.get_tightbbox().y1 for axis in (left, right)) - 1, "the legend covers something"
+    top = max(axis.get_tightbbox().y1 for axis in (left, right))
+    assert legend.get_window_extent().y0 >= top - 1, "the legend covers something"
 
 
 def test_what_finetune_hands_over_and_what_its_file_says_are_one_figure(tmp_path):
     """Lengths are numbers in the program and text in JSON, infinities are null there."""
-    rows = [{**row, "perplexity": {int(n): math.inf if n == "512" else v for n, v in row["perplexity"].items()},
-             "passkey": {int(n): v for n, v in row["passkey"].items()}} for row in FINETUNE["rows"]]
-    null = [{**row, "perplexity": {**row["perplexity"], "512": None}} for row in FINETUNE["rows"]]
-    one = plot.plot_finetune({**FINETUNE, "rows": rows}, tmp_path / "one.png").read_bytes()
-    two = plot.plot_finetune({**FINETUNE, "rows": null}, tmp_path / "two.png").read_bytes()
-    assert one == two != plot.plot_finetune(FINETUNE, tmp_path / "three.png").read_bytes()
+    rows = []
+    null = []
+    for row in FINETUNE["rows"]:
+        perplexity = {int(n): math.inf if n == "512" else v for n, v in row["perplexity"].items()}
+        passkeys = {int(n): v for n, v in row["passkey"].items()}
+        rows.append({**row, "perplexity": perplexity, "passkey": passkeys})
+        null.append({**row, "perplexity": {**row["perplexity"], "512": None}})
+    one = plot.plot_finetune({**FINETUNE, "rows": rows}, tmp_path / "one.png")
+    two = plot.plot_finetune({**FINETUNE, "rows": null}, tmp_path / "two.png")
+    three = plot.plot_finetune(FINETUNE, tmp_path / "three.png")
+    assert one.read_bytes() == two.read_bytes() != three.read_bytes()
 
 
 @pytest.mark.parametrize("low, high, ticks", [
-    (5.5, 40, ["6", "8", "10", "15", "20", "30", "40"]), (2, 900, ["2", "5", "10", "20", "50", "100", "200", "500"]),
-    (5, 2e6, ["10", "100", "1,000", "10,000", "100,000", "1,000,000"]), (6.09, 6.36, ["6.1", "6.15", "6.2", "6.25", "6.3", "6.35"]),
+    (5.5, 40, ["6", "8", "10", "15", "20", "30", "40"]),
+    (2, 900, ["2", "5", "10", "20", "50", "100", "200", "500"]),
+    (5, 2e6, ["10", "100", "1,000", "10,000", "100,000", "1,000,000"]),
+    (6.09, 6.36, ["6.1", "6.15", "6.2", "6.25", "6.3", "6.35"]),
     (8.9, 11.1, ["9", "9.5", "10", "10.5", "11"])])
 def test_perplexity_ticks_are_round_numbers_and_few(low, high, ticks):
     figure, axis = pyplot.subplots()
     axis.plot([1, 2], [low, high])
     axis.set_ylim(low, high)
     plot.perplexity_axis(axis)
-    assert [text.get_text() for text in axis.get_yticklabels()] == ticks
+    assert words(axis.get_yticklabels()) == ticks
     pyplot.close(figure)
 
 
 def test_where_all_is_infinite_the_axis_is_still_one_of_perplexities(tmp_path, kept):
     plot.plot_finetune(finetune(extrapolation=[None] * 4), tmp_path / "figure.png")
-    assert [text.get_text() for text in kept().axes[0].get_yticklabels()] == ["1", "2", "5", "10", "20", "50", "100", "200", "500", "1,000"]
+    ticks = ["1", "2", "5", "10", "20", "50", "100", "200", "500", "1,000"]
+    assert words(kept().axes[0].get_yticklabels()) == ticks
 
 
 def test_perplexity_has_a_line_for_each_model_and_scaling(tmp_path, kept):
-    namesakes = [ppl(256, 5.0, model="/somewhere/out/pi-x2"), ppl(256, 4.0, model="/elsewhere/out/pi-x2")]
-    plot.plot_perplexity([ppl(512, None), ppl(256, 6.0), ppl(128, 6.4), ppl(512, 7.0, rope_type="linear", factor=2.0), *namesakes],
+    namesakes = [ppl(256, 5.0, model="/somewhere/out/pi-x2"),
+                 ppl(256, 4.0, model="/elsewhere/out/pi-x2")]
+    plot.plot_perplexity([ppl(512, None), ppl(256, 6.0), ppl(128, 6.4),
+                          ppl(512, 7.0, rope_type="linear", factor=2.0), *namesakes],
                          tmp_path / "figure.png")
     axis, = kept().axes
-    assert list(shown(axis)["data/tiny, plain RoPE"].items()) == [(128, 6.4), (256, 6.0)]  # sorted; what is infinite is left out
+    plain = shown(axis)["data/tiny, plain RoPE"]
+    assert list(plain.items()) == [(128, 6.4), (256, 6.0)]  # sorted; infinite values are left out
     assert shown(axis)["data/tiny, linear x2"] == {512: 7.0}
-    assert [line.get_label() for line in axis.get_lines()].count("out/pi-x2, plain RoPE") == 2
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["128", "256", "512"]
+    labels = [line.get_label() for line in axis.get_lines()]
+    assert labels.count("out/pi-x2, plain RoPE") == 2
+    assert words(axis.get_xticklabels()) == ["128", "256", "512"]
 
 
 def test_passkey_map_has_lengths_downwards_and_depths_to_the_right(tmp_path, kept):
     result = passkey([128, 256], 3)
-    result["accuracy_by_depth"], result["accuracy"] = {"128": [1.0, 0.5, 0.25], "256": [0.0, 0.1, 1 / 3]}, {"128": 0.583, "256": 0.144}
+    result["accuracy_by_depth"] = {"128": [1.0, 0.5, 0.25], "256": [0.0, 0.1, 1 / 3]}
+    result["accuracy"] = {"128": 0.583, "256": 0.144}
     plot.plot_passkey(result, tmp_path / "figure.png")
     axis = kept().axes[0]
     assert axis.images[0].get_array().tolist() == [[1.0, 0.5, 0.25], [0.0, 0.1, 1 / 3]]
-    assert [text.get_text() for text in axis.texts] == ["1", "0.5", "0.25", "0", "0.1", "0.33"]
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["0", "50", "100"]
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["128", "256"] and axis.yaxis_inverted()
-    assert [text.get_text() for text in axis.child_axes[0].get_yticklabels()] == ["mean 0.58", "mean 0.14"]
+    assert words(axis.texts) == ["1", "0.5", "0.25", "0", "0.1", "0.33"]
+    assert words(axis.get_xticklabels()) == ["0", "50", "100"]
+    assert words(axis.get_yticklabels()) == ["128", "256"] and axis.yaxis_inverted()
+    assert words(axis.child_axes[0].get_yticklabels()) == ["mean 0.58", "mean 0.14"]
     assert "data/tiny, linear x2, k_max 100" in axis.get_title()
 
 
+def test_compare_is_dark_where_a_method_is_good(tmp_path, kept):
+    plot.plot_compare(compare(), tmp_path / "figure.png")
+    left, right = kept().axes
+    assert left.images[0].get_array().filled(-1).tolist() == [[0, 1, -1]] * 2  # 6, 20, infinite
+    assert right.images[0].get_array().tolist() == [[0, 0.5, 1]] * 2
+    assert words(left.texts) == ["6.00", "20.00", "inf"] * 2
+    assert words(left.get_xticklabels()) == ["256\n(L)", "512", "1024"]
+    assert words(left.get_yticklabels()) == ["default", "linear x2"]
+    plot.plot_compare(compare(passkeys=[None] * 3), tmp_path / "figure.png")
+    assert len(kept().axes) == 1  # passkeys were not measured
+    plot.plot_compare(compare(perplexities=(6.04, 123.4, 1.2e6)), tmp_path / "figure.png")
+    assert words(kept().axes[0].texts)[:3] == ["6.04", "123", "1e+06"]
+
+
+def test_context_is_drawn_at_the_middle_of_each_bin(tmp_path, kept):
+    result = {**ppl(8, 6.0), "context": [1, 4, 6], "nll_by_context": [3.0, 2.0, None],
+              "tokens_by_context": [5, 3, 0]}
+    plot.plot_context([result], tmp_path / "figure.png")
+    values = shown(kept().axes[0])["data/tiny, plain RoPE, window 8"]
+    assert values == pytest.approx({math.sqrt(1 * 3): 3.0, math.sqrt(4 * 5): 2.0})
+
+
 def test_training_mean_does_not_lag(tmp_path, kept):
-    """On a straight line the mean of the surroundings is the line itself, but for the end, where there is nothing ahead."""
-    plot.plot_training([{"step": i, "loss": 10 - 0.01 * i} for i in range(500)] + [{"step": 499, "val_loss": 5.5}], tmp_path / "figure.png")
+    """On a straight line the mean of the surroundings is the line itself, but for the end, where
+    there is nothing ahead."""
+    lines = [{"step": i, "loss": 10 - 0.01 * i} for i in range(500)]
+    plot.plot_training(lines + [{"step": 499, "val_loss": 5.5}], tmp_path / "figure.png")
     lines = shown(kept().axes[0])
-    assert [lines["training"][i] for i in (0, 5, 250, 480)] == pytest.approx([10, 9.95, 7.5, 5.2])
+    means = [lines["training"][i] for i in (0, 5, 250, 480)]
+    assert means == pytest.approx([10, 9.95, 7.5, 5.2])
     assert lines["validation (text only)"] == {499: 5.5}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# ---- extras/sweep.py -----------------------------------------------------------------------------
+
+
+def sweep_row(method, seed, steps, value, **more):
+    return {"method": method, "factor": 2.0, "seed": seed, "steps": steps, "window": 200,
+            "rope": {"rope_type": method}, "passkey": {}, "perplexity":
+            {"Python": {"100": 5.0, "200": value}, "prose": {"100": 7.0, "200": 8.0}}, **more}
+
+
+def test_sweep_shows_the_means_over_the_seeds(tmp_path, kept):
+    rows = []
+    for seed in (0, 1):
+        rows += [sweep_row("default", seed, 0, 50.0, disturbance=0.3, k_max=0),
+                 sweep_row("linear", seed, 0, 17.0, disturbance=0.02, k_max=100),
+                 sweep_row("default", seed, 10, 11.0 + seed, k_max=40 + 20 * seed),
+                 sweep_row("linear", seed, 10, [9.0, None][seed], k_max=200)]
+    result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "plan": "methods"}
+    plot.plot_sweep(result, tmp_path / "sweep.png")
+    perplexity, k_max, disturbance = kept().axes
+    assert shown(perplexity) == {"plain RoPE": {0: 50.0, 10: 11.5}, "PI": {0: 17.0}}
+    assert shown(k_max) == {"plain RoPE": {0: 0, 10: 50}, "PI": {0: 100, 10: 200}}
+    assert shown(disturbance) == {"plain RoPE": {0.3: 50.0}, "PI": {0.02: 17.0}}
+    assert perplexity.get_title() == "s = 2, L' = 200"
+    legend, = kept().legends
+    assert words(legend.get_texts()) == ["plain RoPE", "PI"]
+
+
+def test_sweep_by_dimensions_and_from_scratch(tmp_path, kept):
+    rows = [sweep_row("linear", 0, 10, 7.0)]
+    for dims in (8, 40):
+        rope = {"rope_type": "dprope", "interpolated_dims": dims}
+        rows += [sweep_row(f"dprope {dims}", 0, steps, dims - steps, rope=rope)
+                 for steps in (0, 5, 10)]
+    result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "plan": "methods"}
+    plot.plot_sweep(result, tmp_path / "sweep.png")
+    axis, = kept().axes
+    assert shown(axis) == {"untrained": {8: 8, 40: 40}, "fine-tuned": {8: -2, 40: 30}}
+    scratch = [{**sweep_row("alibi", 0, 10, 6.0), "factor": 1, "passkey": {"100": 0.5, "200": 0.0}}]
+    plot.plot_sweep({**result, "rows": scratch}, tmp_path / "sweep.png")
+    left, right = kept().axes
+    assert shown(left) == {"alibi": {100: 5.0, 200: 6.0}}
+    assert shown(right) == {"alibi": {100: 0.5, 200: 0.0}}
+
+
+@pytest.mark.parametrize("method, label", [
+    ("linear", "PI"), ("yarn", "yarn"), ('{"rope_type": "default", "rope_theta": 5e5}',
+                                         "RoPE rope theta 500000.0"),
+    ('{"rope_type": "dprope", "interpolated_dims": 8}', "dprope interpolated dims 8")])
+def test_names_of_sweeps_in_the_legend(method, label):
+    assert plot.sweep_label(method) == label
+
+
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """plot.main() with arguments, in an empty folder: (what it returns, what it prints)."""
+    """plot.main() with arguments, in an empty folder: what it prints."""
     monkeypatch.chdir(tmp_path)
 
     def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, argv)])
-        return plot.main(), capsys.readouterr().out
+        plot.main(list(map(str, argv)))
+        return capsys.readouterr().out
     return call
 
 
 def write(path, content):
     path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(each) for each in content] if path.suffix == ".jsonl" else [json.dumps(content)]
-    path.write_text("".join(each + "\n" for each in lines), encoding="utf-8")
+    lines = [content]
+    if path.suffix == ".jsonl":
+        lines = content
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
 
 
 def test_each_file_becomes_its_figure_and_ppl_results_become_one(command, tmp_path):
-    for name, content in (("finetune.json", FINETUNE), ("keys.json", passkey()), ("a.json", ppl(128, 6.4)), ("b.json", ppl(256, 6.0))):
+    for name, content in (("finetune.json", FINETUNE), ("keys.json", passkey()),
+                          ("a.json", ppl(128, 6.4)), ("b.json", ppl(256, 6.0))):
         write(tmp_path / "results" / name, content)
-    problem, out = command()
-    assert problem is None and len(out.splitlines()) == 3
-    assert {p.name for p in (tmp_path / "results").glob("*.png")} == {"finetune.png", "keys.png", "perplexity.png"}
+    assert len(command().splitlines()) == 3
+    figures = {p.name for p in (tmp_path / "results").glob("*.png")}
+    assert figures == {"finetune.png", "keys.png", "perplexity.png"}
     write(tmp_path / "metrics.jsonl", training())
-    problem, out = command("results/keys.json", "results/a.json", "metrics.jsonl", "--out", "figures")
-    assert problem is None and out.split() == "wrote figures/keys.png wrote figures/metrics.png wrote figures/perplexity.png".split()
+    out = command("results/keys.json", "results/a.json", "metrics.jsonl", "--out", "figures")
+    figures = "wrote figures/keys.png wrote figures/metrics.png wrote figures/perplexity.png"
+    assert out.split() == figures.split()
     for figure in tmp_path.rglob("*.png"):
         check_png(figure)
 
 
-def test_files_that_are_no_results_are_passed_over_if_others_are_drawn(command, tmp_path, capsys):
+def test_files_that_are_no_results_are_passed_over_if_others_are_drawn(command, tmp_path):
     write(tmp_path / "bench.json", {"speed": 3})
     write(tmp_path / "keys.json", passkey())
-    assert command("bench.json", "keys.json")[0] is None
-    assert "nothing to draw" in command("bench.json")[0]
-    assert "no result files" in command()[0]
+    command("bench.json", "keys.json")
+    with pytest.raises(UserError, match="nothing to draw"):
+        command("bench.json")
+    with pytest.raises(UserError, match="no result files"):
+        command()
 
 
 def test_no_torch_is_imported_and_a_wrong_file_is_one_line(tmp_path):
@@ -208,7 +334,9 @@ def test_no_torch_is_imported_and_a_wrong_file_is_one_line(tmp_path):
     program = ("import runpy, sys; sys.argv = ['plot.py', sys.argv[1]]\n"
                "try:\n    runpy.run_path('plot.py', run_name='__main__')\n"
                "finally:\n    assert 'torch' not in sys.modules")
-    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "wrong.json")], cwd=ROOT, capture_output=True, encoding="utf-8")
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "wrong.json")], cwd=ROOT,
+                           capture_output=True, encoding="utf-8")
     assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1 and "wrong.json: not a result of eval.py" in ended.stderr
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+    assert "wrong.json: not a result of eval.py" in ended.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "wrong.json"]

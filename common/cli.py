@@ -1,0 +1,121 @@
+"""Commands: flags made from the fields of a dataclass, and errors of one line.
+
+torch is not imported here, so that `-h` and a mistyped flag answer at once.
+"""
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from common.errors import Stopped, UserError, printable_line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors. Flags are not abbreviated: a typing error should
+    not find another flag."""
+
+    def __init__(self, **kwargs):
+        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**{**defaults, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python {self.prog} -h lists the flags")
+
+
+def run_command(main: Callable[[], Any]) -> NoReturn:
+    """Call main() as a command.
+
+    A UserError, a full disk or an exhausted memory is one line on stderr and exit code 2.
+    Ctrl-C is exit code 130, and a reader that went away (`... | head`) is 141.
+    """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if isinstance(stop, Stopped) else "\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        # No space left, permission denied, ...: the system's own words, and the file it means.
+        message = error.strerror or str(error)
+        if error.filename:
+            message += f": {error.filename}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = ("out of memory: use a shorter window or --dtype bfloat16; in training also a "
+                   "smaller --batch-size or --recompute")
+    print(f"error: {printable_line(message, 1000)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """PyTorch reports exhausted memory as a RuntimeError, in two wordings."""
+    text = str(error)
+    return (isinstance(error, MemoryError) or "out of memory" in text
+            or "can't allocate memory" in text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+def field(default: Any, help: str, **kwargs) -> Any:
+    """A dataclass field that becomes a flag. `choices=` and `nargs=` go to argparse."""
+    metadata = {"help": help, **kwargs}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """One flag for each field of the dataclass `settings`: `max_seq_len: int = 256` becomes
+    --max-seq-len INT, and a bool becomes --name and --no-name."""
+    annotations = typing.get_type_hints(settings)
+    for f in dataclasses.fields(settings):
+        if "help" in f.metadata:
+            add_flag(parser, f, annotations[f.name])
+
+
+def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: Any) -> None:
+    """The flag of one field; `annotation` is its type, `T | None` and `list[T]` included."""
+    options = {key: value for key, value in f.metadata.items() if key != "help"}
+    kind = annotation
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(a for a in typing.get_args(kind) if a is not type(None))
+    if typing.get_origin(kind) is list:
+        kind = typing.get_args(kind)[0]
+        options.setdefault("nargs", "+")
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = kind
+        if "choices" not in options:
+            options.setdefault("metavar", kind.__name__.upper())
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    parser.add_argument("--" + f.name.replace("_", "-"), default=default,
+                        help=(f.metadata["help"] + default_note(default)).replace("%", "%%"),
+                        **options)
+
+
+def default_note(default: Any) -> str:
+    """The default in brackets for `-h`; nothing where it is empty or off."""
+    if default is None or default is False or default == "" or default == []:
+        return ""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return f" [{shown}]"
+
+
+def parse(settings: type, description: str, argv: Sequence[str] | None = None) -> Any:
+    """The command line as an instance of the dataclass `settings`."""
+    parser = Parser(description=description)
+    add_flags(parser, settings)
+    return settings(**vars(parser.parse_args(argv)))

@@ -1,0 +1,27 @@
+"""What a result was made by: versions, the command as typed, the cores. Needs no torch to import,
+so that `-h` answers at once."""
+import os
+import platform
+import shlex
+import sys
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that computed a result."""
+    import numpy
+    import torch
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": numpy.__version__}
+
+
+def command_line() -> str:
+    """The command as typed, the script relative to the current folder."""
+    script = os.path.relpath(sys.argv[0]) if sys.argv[0] else "-c"
+    return shlex.join(["python", script, *sys.argv[1:]])
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

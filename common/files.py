@@ -1,0 +1,130 @@
+"""Files that are whole or not there, and JSON."""
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, IO
+
+from common.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that appears under its name only when it is complete.
+
+    It is written under a temporary name, flushed to the disk and renamed. The file that had the
+    name before stays until then.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp",
+                                             dir=path.parent)
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with os.fdopen(descriptor, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, ordinary_permissions())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def ordinary_permissions() -> int:
+    """Permissions of a new file. mkstemp makes private ones; a result is an ordinary file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk. Windows does not open folders."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_new_folder(out: str | Path) -> None:
+    """Refuse a folder that holds something: its files and ours would be mixed."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out}: exists and is not empty: name a new folder")
+
+
+@contextlib.contextmanager
+def whole_folder(out: str | Path) -> Iterator[Path]:
+    """A new folder that appears under its name only when it is complete.
+
+    It is filled beside its place, as .NAME.saving, and then renamed.
+    """
+    require_new_folder(out)
+    out = Path(out).resolve()
+    saving = out.with_name(f".{out.name}.saving")
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
+    try:
+        yield saving
+        os.replace(saving, out)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all.
+
+    NaN and infinity become null, as JSON has no word for them. A list of numbers is one line.
+    """
+    text = json.dumps(without_infinities(value), indent=1, allow_nan=False)
+    # A line end inside brackets is never part of a string: JSON writes those as \n.
+    text = re.sub(r'\[\n([^][{}"]*)\n *\]',
+                  lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    with whole_file(path, "w") as file:
+        file.write(text + "\n")
+
+
+def without_infinities(value: Any) -> Any:
+    """`value` with text as keys, and null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {str(k): without_infinities(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. A missing or malformed one is a UserError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, endless digits
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def read_json_object(path: str | Path) -> dict:
+    """The object in a JSON file; {} where there is no such file."""
+    if not Path(path).is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no object {{...}}: copy it again")
+    return value

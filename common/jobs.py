@@ -1,0 +1,104 @@
+"""Forward passes of an evaluation, made fast: how many rows at a time, and on which cores."""
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from common.cache import ResultCache
+
+CPU_BYTES_PER_PASS = 2**26       # enough rows to keep a core busy
+CPU_BYTES_OF_ALL_PASSES = 2**31  # of the passes that run side by side
+MOST_ROWS = 2**15
+
+
+def row_bytes(model: torch.nn.Module, length: int, generating: bool = False) -> int:
+    """About the memory of one row of a forward pass: its widest activations, and with `generating`
+    the cached keys and values."""
+    c = model.config
+    numbers = 3 * c.ffn_dim + 8 * c.dim
+    if generating:
+        numbers += 2 * c.n_layers * c.n_kv_heads * c.head_dim
+    size = length * numbers * model.tok_embeddings.weight.element_size()
+    if model.attention == "naive":
+        size += 12 * c.n_heads * length**2  # scores, their mask and softmax
+    return size
+
+
+def rows_per_pass(model: torch.nn.Module, length: int, generating: bool = False) -> int:
+    """How many rows of `length` tokens to compute together: an eighth of a GPU's memory, or 64 MiB
+    on a CPU. The same on every run, as rows computed together differ in the last digits from rows
+    computed apart."""
+    budget = CPU_BYTES_PER_PASS
+    if model.device.type == "cuda":
+        budget = torch.cuda.get_device_properties(model.device).total_memory // 8
+    return max(1, min(budget // row_bytes(model, length, generating), MOST_ROWS))
+
+
+def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.Module,
+                 cache: ResultCache, job_bytes: int) -> Iterator[Any]:
+    """Yield function(*arguments) for every {key: arguments} of `jobs`, in order. What the cache
+    holds is not computed again.
+
+    On a CPU each core takes a job of its own, as many as 2 GiB hold (job_bytes: the largest job).
+    One job on all cores would be slower: after every operation they wait for the slowest. On a GPU
+    a second thread queues the next pass while the first one fetches its result.
+    """
+    threads = torch.get_num_threads()
+    workers = 2
+    if model.device.type == "cpu":
+        workers = max(1, min(threads, len(jobs), CPU_BYTES_OF_ALL_PASSES // max(job_bytes, 1)))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
+                              initargs=(max(1, threads // workers),))
+    try:
+        futures = {}
+        for key, arguments in jobs.items():
+            if key not in cache:
+                compute = functools.partial(function, *arguments)
+                futures[key] = pool.submit(cache.get, key, compute)
+        for key in jobs:
+            if key in futures:
+                yield futures.pop(key).result()  # popped: a result is not kept twice
+            else:
+                yield cache.get(key, lambda: None)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+class Window(NamedTuple):
+    """A piece of a document that the model reads at a time, tokens[begin:end]. Of its predictions
+    the first `skip` were scored by the window before."""
+    document: int
+    begin: int
+    end: int
+    skip: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+
+def map_windows(function: Callable[[list[Window]], Any], windows: Sequence[Window],
+                model: torch.nn.Module, cache: ResultCache, title: str, progress: bool = True
+                ) -> Iterator[Any]:
+    """Yield function(batch) for batches of `windows` that have one length, as many rows as memory
+    allows; in a fixed order (by length, then skip), so that sums are reproducible."""
+    ordered = sorted(windows, key=lambda w: (w.length, w.skip))
+    jobs = {}
+    for length, equal in groupby(ordered, key=lambda w: w.length):
+        equal = list(equal)
+        rows = rows_per_pass(model, length)
+        for i in range(0, len(equal), rows):
+            batch = equal[i:i + rows]
+            jobs[tuple((w.document, w.begin) for w in batch)] = (batch,)
+    longest = ordered[-1].length
+    job_bytes = rows_per_pass(model, longest) * row_bytes(model, longest)
+    with tqdm(total=len(jobs), desc=title, unit="pass", leave=False,
+              disable=None if progress else True) as bar:
+        for value in parallel_map(function, jobs, model, cache, job_bytes):
+            yield value
+            bar.update()

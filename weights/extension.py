@@ -1,0 +1,124 @@
+"""Behind finetune.py: its flags completed and checked, and a model loaded with other positions."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from data.batches import Batches
+from data.corpus import TokenFile
+from data.tokenizer import Tokenizer
+from methods import METHODS, RopeConfig, parse_rope_flag, training_positions
+from model import LLaMA, ModelConfig
+from weights.load import load_model, with_rope
+from weights.size import parameter_count
+from weights.training_run import validate_settings
+
+LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
+
+
+def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any], str]:
+    """A finetune.FinetuneConfig with nothing left open, the rope dict that --rope asks for, and the
+    folder of the baseline. Without --out that is the same for all methods: it is trained once."""
+    if not math.isfinite(config.factor):
+        raise UserError(f"--factor {config.factor}: give a number above 1")
+    given = parse_rope_flag(config.rope)
+    # Only to check it and to resolve aliases (pi): any window will do, the folder's comes later.
+    name = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | given).rope_type
+    method = METHODS[name]
+    if given.get("factor", config.factor) != config.factor and not method.length_dependent:
+        raise UserError(f"--factor {config.factor:g} and factor {given['factor']:g} in --rope: "
+                        "give it as --factor")
+    rope = {"factor": config.factor} | given
+    rope.pop("type", None)
+    rope["rope_type"] = name
+
+    label = file_label(name)
+    if config.positions != "own":
+        label += f"-{config.positions}"
+    results = "results/finetune.json" if label == "pi" else f"results/finetune-{label}.json"
+    direct_out = f"{config.out}-direct" if config.out else f"out/direct-x{config.factor:g}"
+    config = dataclasses.replace(
+        config, out=config.out or f"out/{label}-x{config.factor:g}",
+        results=config.results or results, lr=learning_rate_of(config, base))
+    written = [Path(folder).resolve() for folder in (config.out, direct_out)]
+    if Path(config.model).resolve() in written:
+        raise UserError(f"--out {config.out}: the pretrained model would be written over: choose "
+                        "another folder")
+    validate_settings(config)
+    window = round(base.original_window * config.factor)
+    if window <= base.original_window:
+        raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer "
+                        f"than the original window {base.original_window}; give a factor above 1")
+    return config, rope, direct_out
+
+
+def learning_rate_of(config: Any, base: ModelConfig) -> float:
+    """--lr, or the one of small models. A large one would be damaged by it."""
+    if config.lr is not None:
+        return config.lr
+    if parameter_count(base) > LARGE and not config.dry_run:
+        raise UserError("--lr is needed for a model of this size: the PI paper has 2e-5 for 7B and "
+                        "13B, 1e-5 for 33B and 65B")
+    return 1e-3
+
+
+def file_label(rope_type: str) -> str:
+    """The name of a method in file names and tables."""
+    return "pi" if rope_type == "linear" else rope_type
+
+
+def rope_flag(rope: dict[str, Any]) -> str:
+    """A rope dict as it is written after --rope, without the factor."""
+    settings = {name: value for name, value in rope.items() if name != "factor"}
+    return settings["rope_type"] if len(settings) == 1 else json.dumps(settings)
+
+
+def baseline_rope(base: ModelConfig) -> dict[str, Any]:
+    """Plain RoPE, or for a model that was trained with something else (ALiBi, say) that."""
+    own = base.rope.rope_type
+    return {"rope_type": "default" if METHODS[own].extends_rope else own, "factor": 1.0}
+
+
+def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
+    """Whether `rope` differs from the baseline's. ALiBi and the like are stretched by the factor
+    alone, so that they always do."""
+    name = rope["rope_type"]
+    has_settings = len(rope) > 2  # besides rope_type and factor
+    return (has_settings or name != baseline_rope(base)["rope_type"]
+            or not METHODS[name].extends_rope)
+
+
+def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
+                  attention: str) -> LLaMA:
+    """A pretrained model with other positions and the window that it is to have."""
+    model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
+                       attention=attention)
+    model.config.max_seq_len = window
+    # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
+    model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)
+    return model
+
+
+def has_short_rows(config: Any, rope: dict[str, Any]) -> bool:
+    """Whether training rows have L tokens and not L': positions skip (PoSE), or the method's own
+    way is such."""
+    own_way = METHODS[rope["rope_type"]].trained_on
+    return config.positions == "pose" or config.positions == "own" and own_way != "target"
+
+
+def training_batches(config: Any, rope: dict[str, Any], base: ModelConfig, tokenizer: Tokenizer,
+                     ranks: int) -> Batches:
+    """The rows of a fine-tuning. All methods with rows of one length see the same text in the same
+    order."""
+    L, window = base.original_window, round(base.original_window * config.factor)
+    return Batches(TokenFile(config.corpus, "train"), tokenizer,
+                   rows=config.batch_size * config.accumulate * ranks,
+                   seq_len=L if has_short_rows(config, rope) else window,
+                   passkey_share=config.passkey_share, passkey_longest=L,
+                   packed=config.passkey_packed, seed=config.seed,
+                   positions=training_positions(with_rope(base, rope).rope, L, window,
+                                                config.positions))

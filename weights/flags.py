@@ -1,0 +1,82 @@
+"""Flags that name a model, its positions and its arithmetic: shared by all evaluations."""
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from common.cli import field
+from common.device import choose_device, choose_dtype, describe_device, dtype_name
+from common.errors import UserError
+from data.tokenizer import Tokenizer
+from methods import METHODS, RopeConfig, parse_rope_flag
+from model import LLaMA
+from weights.load import load_model
+from weights.size import parameter_count
+from weights.tokenizer import load_tokenizer
+
+
+@dataclass
+class ModelFlags:
+    model: str = field("data/tiny", "model folder")
+    rope: str | None = field(None, "method to use instead of the folder's own: default, linear "
+                             "(= pi), ntk, yarn, ..., or a JSON object")
+    factor: float | None = field(None, "s = target window / original window, for --rope")
+    seed: int = field(0, "of keys and samples")
+    out: str = field("", "JSON file to write")
+    device: str = field("auto", "auto, cpu, cuda or mps")
+    dtype: str = field("float32", "of the weights",
+                       choices=["auto", "float32", "bfloat16", "float16"])
+    matmul: str = field("highest", "how float32 matrices are multiplied, sums in float32: highest "
+                        "in float32; high in TF32, on a GPU that has it; medium the same, and in "
+                        "bfloat16 on a CPU that has it (AMX)",
+                        choices=["highest", "high", "medium"])
+    attention: str = field("auto", "auto takes sdpa", choices=["auto", "naive", "tiled", "sdpa"])
+
+
+def rope_from_flags(flags: ModelFlags) -> dict[str, Any] | None:
+    """--rope and --factor as a dict for load_model; None keeps the folder's own."""
+    if flags.rope is None:
+        if flags.factor is not None:
+            raise UserError(f"--factor {flags.factor:g} needs --rope: which method stretches the "
+                            "window? (linear: Position Interpolation)")
+        return None
+    rope = parse_rope_flag(flags.rope)
+    # Only to check it and to resolve aliases (pi): any window will do, the folder's comes later.
+    name = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | rope).rope_type
+    method, factor = METHODS[name], rope.get("factor", flags.factor)
+    if flags.factor not in (None, factor):
+        raise UserError(f"--factor {flags.factor:g} and factor {factor:g} in --rope contradict "
+                        "each other: give one of them")
+    fixed_stretch = method.extends_rope and not method.length_dependent and name != "default"
+    if factor is None and fixed_stretch:
+        raise UserError(f"--rope {flags.rope} needs --factor: how many times longer does the "
+                        "window become?")
+    return rope | {"factor": 1.0 if factor is None else factor}
+
+
+def load_from_flags(flags: ModelFlags, quiet: bool = False
+                    ) -> tuple[LLaMA, Tokenizer]:
+    """The model and tokenizer that the flags name, and the header that every evaluation prints
+    first. --matmul is set for the whole process."""
+    device = choose_device(flags.device)
+    rope = rope_from_flags(flags)
+    torch.set_float32_matmul_precision(flags.matmul)
+    model = load_model(flags.model, rope=rope, device=device,
+                       dtype=choose_dtype(flags.dtype, device), attention=flags.attention)
+    tokenizer = load_tokenizer(flags.model, model.config.vocab_size)
+    if not quiet:
+        print_model_header(flags, model, tokenizer)
+    return model, tokenizer
+
+
+def print_model_header(flags: ModelFlags, model: LLaMA, tokenizer: Tokenizer
+                       ) -> None:
+    dtype = dtype_name(model.tok_embeddings.weight.dtype)
+    if dtype == "float32" and flags.matmul != "highest":
+        dtype += f" (matmul {flags.matmul})"
+    attention = "auto (sdpa)" if flags.attention == "auto" else flags.attention
+    config = model.config
+    print(f"device     {describe_device(model.device)}, {dtype}, attention {attention}")
+    print(f"model      {flags.model}, {parameter_count(config):,} parameters, "
+          f"window {config.original_window} -> {config.max_seq_len}, rope {config.rope.to_dict()}")
+    print(f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")

@@ -1,0 +1,132 @@
+"""Load a model, whatever its layout. meta.py, hugging_face.py and gguf.py each have two functions:
+
+    read_config(path) -> ModelConfig
+    read_tensors(path, {name: shape}) yields (file, name, place, tensor): `tensor` belongs in
+                                      [place] of the model's tensor `name`, `place` being slices
+"""
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from common.device import choose_device
+from common.errors import UserError
+from methods import RopeConfig, build_clex
+from model import LLaMA, ModelConfig
+from weights import gguf, hugging_face, meta
+from weights.checks import check_tensor_values
+from weights.presets import PRESETS, preset_config
+from weights.save import SAVED, find_file
+
+
+@torch.no_grad()
+def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
+               device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32,
+               attention: str = "auto") -> LLaMA:
+    """The model of a folder or .gguf file: model(tokens [B, T]) -> logits [B, T, V].
+
+    rope: None keeps the model's own; a RopeConfig or a dict replaces it (with_rope).
+    device: a name, as for --device, or a torch.device.
+    dtype: of all weights; None leaves each as it is stored.
+    Every tensor goes from the memory-mapped file straight to its place, dtype and device. At the
+    peak there are the model, one tensor, and a sixteenth of a file. UserErrors name file, tensor
+    and remedy.
+    """
+    device = choose_device(str(device))
+    layout = model_format(path)
+    stored_config = layout.read_config(path)
+    config = with_rope(stored_config, rope)
+    with torch.device("meta"):  # shapes without memory
+        model = LLaMA(config, attention)
+
+    tensors = {}
+    if config.rope.rope_type != stored_config.rope.rope_type:
+        tensors = untrained_clex(config, dtype or torch.float32, device)
+    shapes = {name: tuple(parameter.shape)
+              for name, parameter in model.named_parameters() if name not in tensors}
+    for file, name, place, stored in layout.read_tensors(path, shapes):
+        tensor_dtype = dtype or stored.dtype
+        check_tensor_values(file, name, stored, tensor_dtype)
+        if name not in tensors:
+            tensors[name] = torch.empty(shapes[name], dtype=tensor_dtype, device=device)
+        tensors[name][place].copy_(stored)
+    model.load_state_dict(tensors, assign=True)
+    model.path = str(path)  # results name their model by it
+    return model
+
+
+def untrained_clex(config: ModelConfig, dtype: torch.dtype,
+                   device: torch.device) -> dict[str, torch.Tensor]:
+    """{name: tensor} of CLEX's network before its training, always the same numbers; {} for the
+    other methods, which learn nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_clex(config.rope, config.head_dim)
+    if network is None:
+        return {}
+    return {f"clex.{name}": tensor.to(device, dtype)
+            for name, tensor in network.state_dict().items()}
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The ModelConfig of a folder or .gguf file, without its weights; or of a preset (presets.py),
+    to plan with."""
+    preset = preset_config(str(path))
+    if preset is not None and not Path(path).exists():
+        return preset
+    return model_format(path).read_config(path)
+
+
+def model_format(path: str | Path) -> ModuleType:
+    """The module that reads this folder or file: meta, hugging_face or gguf."""
+    path = Path(path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return gguf
+    has_params = find_file(path, "params.json").is_file()
+    checkpoints = [*path.glob("consolidated.*.pth"), *(path / SAVED).glob("consolidated.*.pth")]
+    # Mistral's Hugging Face folders have a params.json too, but no such checkpoint.
+    if (path / "config.json").is_file() and not (has_params and checkpoints):
+        return hugging_face
+    if has_params:
+        return meta
+    if path.is_file():
+        raise UserError(f"{path}: a file: give the folder that holds it, with params.json (Meta) "
+                        "or config.json (Hugging Face), or a .gguf")
+    if str(path) in PRESETS:
+        raise UserError(f"{path}: known by name only, for --dry-run and python -m weights info: "
+                        "give the folder of its weights")
+    problem = "no params.json in it, and no config.json" if path.is_dir() else "no such folder"
+    raise UserError(f"{path}: {problem}: give a folder with params.json, consolidated.00.pth and "
+                    "tokenizer.model")
+
+
+def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfig:
+    """The same model with another RoPE, and the window that follows from it: L' = factor * L.
+
+    Factors never compound: they count from the original window L. A model that was extended by 4
+    and is now given factor 2 has window 2L, not 8L. Settings that `rope` does not give stay as the
+    weights were trained: L, the base, the rotated share and random positions. (An explicit
+    {"random_positions": 0} ends those.)
+    """
+    if rope is None:
+        return config
+    if isinstance(rope, RopeConfig):
+        given = rope.to_dict() | {"rope_theta": rope.rope_theta}  # None where no base was given
+    elif isinstance(rope, dict):
+        given = rope
+    else:
+        raise UserError(f"rope {rope!r}: give a RopeConfig, or a dict like "
+                        "{'rope_type': 'linear', 'factor': 4}")
+    given = {key: value for key, value in given.items() if value is not None}
+    original = config.original_window
+    trained = {"rope_theta": config.rope.base,
+               "original_max_position_embeddings": original,
+               "partial_rotary_factor": config.rope.partial_rotary_factor,
+               "random_positions": config.rope.random_positions}
+    new = RopeConfig.from_dict(trained | given)
+    if new == dataclasses.replace(config.rope, original_max_position_embeddings=original):
+        # Nor does the window change, which fine-tuning without scaling leaves above factor * L.
+        return config
+    window = round(new.factor * new.original_max_position_embeddings)
+    return dataclasses.replace(config, rope=new, max_seq_len=window)

@@ -1,0 +1,156 @@
+"""Write a model as a folder in Meta's layout. A save may be killed at any moment."""
+import filecmp
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.checks import meta_ffn_dim
+from common.files import whole_file, write_json
+from data.tokenizer import JsonTokenizer, Tokenizer
+from model import LLaMA, ModelConfig
+
+CHECKPOINT = "consolidated.00.pth"
+SAVING = ".saving"  # in the model's folder: the files of a save at work
+SAVED = ".saved"    # in the model's folder: the files of a finished save, not yet at their places
+
+
+def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | JsonTokenizer | None = None,
+               dtype: torch.dtype | None = None) -> None:
+    """Write a folder that load_model reads back bit for bit. Other files in it are left alone.
+
+    tokenizer: its files are copied; None leaves the folder's.
+    dtype: of the saved weights; None is the model's own (bfloat16 halves the file).
+
+    Killed at any moment, a save leaves one model that loads, the one before or this one, and never
+    a mixture:
+
+        1. Write all files into .saving/, each flushed to the disk.
+           Killed here, the folder is as it was.
+        2. Rename .saving to .saved. At this moment the new model replaces the old one.
+        3. Move the files to their places.
+           Killed here, load_model looks into .saved first, and the next save_model ends the move.
+
+    Where only the weights are new, as in the saves of one run, steps 2 and 3 are one rename. A
+    process that loads the model meanwhile is then not disturbed.
+    """
+    folder = Path(folder)
+    tensors = {name: compact_tensor(tensor, dtype) for name, tensor in model.state_dict().items()}
+    assert "norm.weight" in tensors, "give the LLaMA itself, not its compiled or parallel wrapper"
+    finish_save(folder)
+    saving = folder / SAVING
+    shutil.rmtree(saving, ignore_errors=True)
+    try:
+        write_json(saving / "params.json", params_json(model.config))
+        tokenizer_files = tokenizer.files() if tokenizer is not None else {}
+        for name, data in tokenizer_files.items():
+            with whole_file(saving / name) as file:
+                file.write(data)
+        only_weights_are_new = replaces_one_checkpoint(saving, folder)
+        save_tensors(saving / CHECKPOINT, tensors)
+        if only_weights_are_new:
+            os.replace(saving / CHECKPOINT, folder / CHECKPOINT)
+            shutil.rmtree(saving)
+        else:
+            os.replace(saving, folder / SAVED)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+    finish_save(folder)
+
+
+def replaces_one_checkpoint(saving: Path, folder: Path) -> bool:
+    """Whether `folder` holds a model in one file, and all files of `saving` just as they are."""
+    names = [file.name for file in saving.iterdir()]
+    _, different, missing = filecmp.cmpfiles(saving, folder, names, shallow=False)
+    parts = [part.name for part in folder.glob("consolidated.*.pth")]
+    return not different and not missing and parts == [CHECKPOINT]
+
+
+def finish_save(folder: Path) -> None:
+    """Move the files of a finished save to their places."""
+    saved = folder / SAVED
+    if not saved.is_dir():
+        return
+    # The checkpoint is the first to move. Further parts of the model before must be gone by then.
+    if (saved / CHECKPOINT).exists():
+        for part in sorted(folder.glob("consolidated.*.pth")):
+            if part.name != CHECKPOINT:
+                part.unlink()
+    for file in sorted(saved.iterdir()):
+        os.replace(file, folder / file.name)
+    saved.rmdir()
+
+
+def find_file(folder: str | Path, name: str) -> Path:
+    """The path of a file in a model's folder: in .saved, where a save was killed while it moved
+    its files; else at its usual place, whether it exists or not."""
+    moving = Path(folder) / SAVED / name
+    return moving if moving.exists() else Path(folder) / name
+
+
+# ---- params.json ---------------------------------------------------------------------------------
+
+def params_json(config: ModelConfig) -> dict[str, Any]:
+    """params.json of a model: Meta's keys, and ours, which are `max_seq_len` and `rope`."""
+    params = {"dim": config.dim, "n_layers": config.n_layers,
+              "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads,
+              "vocab_size": config.vocab_size, "multiple_of": config.multiple_of,
+              "ffn_dim_multiplier": config.ffn_dim_multiplier,
+              "max_seq_len": config.max_seq_len, "norm_eps": config.norm_eps,
+              "rope_theta": config.rope.base, "rope": config.rope.to_dict()}
+    # Meta's code knows neither head_dim nor ffn_dim: they are written only where its rules cannot
+    # give these numbers.
+    if config.head_dim * config.n_heads != config.dim:
+        params["head_dim"] = config.head_dim
+    if config.ffn_dim != meta_ffn_dim(config):
+        rule = meta_ffn_rule(config.dim, config.ffn_dim)
+        params |= {"ffn_dim_multiplier": None} | (rule or {"ffn_dim": config.ffn_dim})
+    if config.rope.rope_type == "llama3":
+        params["use_scaled_rope"] = True  # for Meta's code, which does not know `rope`
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def meta_ffn_rule(dim: int, ffn_dim: int) -> dict[str, int | float]:
+    """The keys by which Meta's rule gives the feed-forward width F = ffn_dim, or {}. With them
+    Meta's own code runs a model that came from another layout.
+
+        F = int(ffn_dim_multiplier * int(8 C / 3)), rounded up to a multiple of multiple_of
+    """
+    multiple_of = math.gcd(ffn_dim, 256)
+    two_thirds = int(8 * dim / 3)
+    multiplier = ffn_dim / max(1, two_thirds)
+    if math.ceil(two_thirds / multiple_of) * multiple_of == ffn_dim:
+        return {"multiple_of": multiple_of}
+    if math.ceil(int(multiplier * two_thirds) / multiple_of) * multiple_of == ffn_dim:
+        return {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+    return {}
+
+
+# ---- Tensors -------------------------------------------------------------------------------------
+
+def compact_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor as it goes into a file: on the CPU, contiguous, in a storage that holds nothing
+    else. A view into a larger storage would be saved with all of it."""
+    tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """torch.save, whole or not at all.
+
+    A full disk is an OSError that names the file, also where PyTorch hides it in a RuntimeError.
+    """
+    try:
+        with whole_file(path) as file:
+            torch.save(value, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
+        raise

@@ -1,0 +1,208 @@
+"""All of a training but the learning: its settings checked, its header, log and checkpoints, and
+how it stops."""
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.cache import weight_sample
+from common.device import choose_dtype, describe_device, dtype_name, matmul_precision
+from common.distributed import join_process_group, on_any_rank, wait_for_all_ranks
+from common.environment import command_line, versions
+from common.errors import Stopped, UserError
+from common.files import write_json
+from common.training_run import MetricsLog, StopSignals
+from model import LLaMA, ModelConfig
+from weights.size import flops_per_token, parameter_count, training_bytes
+from weights.training_state import resumable_settings, resume_run, save_run
+
+
+class TrainingRun:
+    """The run in config.out: taken up where it was interrupted, then logged, validated and saved.
+
+    config: a train.FitConfig. `step` is the number of steps done, `seconds` the time of all parts.
+    """
+
+    def __init__(self, model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
+                 evaluate: Callable[[LLaMA], dict[str, float]] | None, tokenizer: Any,
+                 progress: bool):
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.evaluate, self.tokenizer, self.progress = evaluate, tokenizer, progress
+        self.out = Path(config.out)
+        self.rank, self.world = join_process_group()
+        settings = resumable_settings(config)
+        if self.world > 1:
+            settings["ranks"] = self.world
+        self.origin = {"settings": settings, "start": weight_sample(model)}
+        self.step, self.seconds = resume_run(model, optimizer, config, self.origin)
+        self.finite = torch.ones((), dtype=torch.bool, device=model.device)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.steps
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """For the time of the loop: Ctrl-C is noted, the log is open, and on a GPU the matrix
+        products that autocast leaves in float32 use TF32."""
+        precision = torch.get_float32_matmul_precision()
+        if self.model.device.type == "cuda":
+            precision = "high"
+        show_bar = self.rank == 0 and self.progress
+        bar = tqdm(total=self.config.steps, initial=self.step, desc=self.out.name, unit="step",
+                   disable=None if show_bar else True)
+        with StopSignals() as self.signals, matmul_precision(precision), bar as self.bar:
+            self.log = None
+            if self.rank == 0:
+                self.open_log()
+            self.last_tick = time.perf_counter()
+            self.started = self.last_tick - self.seconds
+            self.model.train()
+            yield
+        self.model.eval()
+        wait_for_all_ranks()  # every rank may now read the folder that rank 0 wrote
+
+    def open_log(self) -> None:
+        self.log = MetricsLog(self.out / "metrics.jsonl", self.step)
+        for leftover in self.out.glob(".*.tmp"):  # of a save that was killed
+            leftover.unlink()
+        write_json(self.out / "run.json", {
+            "command": command_line(), "settings": dataclasses.asdict(self.config),
+            "seed": self.config.seed, "parameters": parameter_count(self.model.config),
+            "device": describe_device(self.model.device), "versions": versions()})
+
+    def after_step(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
+        """Log, validate, save and stop where it is time. `tokens`: of the step, on this rank.
+
+        A UserError if the loss, the gradient or the weights are not finite: the last checkpoint
+        stands. Stopped after Ctrl-C.
+        """
+        c = self.config
+        self.step += 1
+        self.finite &= torch.isfinite(loss) & torch.isfinite(grad_norm)
+        is_last = self.step == c.steps
+        logs = (is_last or self.step == 1
+                or any(self.step % n == 0 for n in (c.log_every, c.eval_every, c.save_every)))
+        stops = self.stop_requested(logs)
+        saves = is_last or stops or self.step % c.save_every == 0
+        if saves:  # the loss was computed before this step: look at the new weights too
+            finite = [p.isfinite().all() for p in self.model.parameters()]
+            self.finite &= torch.stack(finite).all()
+        if logs or stops:
+            self.write_log(loss, grad_norm, lr, tokens)
+        self.bar.update()
+        if self.evaluate and (is_last or self.step % c.eval_every == 0):
+            self.validate()
+        if saves:
+            self.seconds = time.perf_counter() - self.started
+            if self.rank == 0:
+                state = {**self.origin, "step": self.step, "seconds": self.seconds}
+                save_run(self.model, self.optimizer, self.out, state, self.tokenizer)
+        if stops and not is_last:
+            fresh = ", without --fresh," if c.fresh else ""
+            raise Stopped(f"stopped at step {self.step} of {c.steps} and saved in {self.out}: the "
+                          f"same command{fresh} goes on from there")
+
+    def stop_requested(self, logs: bool) -> bool:
+        """Ctrl-C or SIGTERM. Several ranks agree on it at the steps that are logged."""
+        if self.world == 1:
+            return self.signals.pending
+        return logs and on_any_rank(self.signals.pending, self.model.device)
+
+    def write_log(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
+        """A line of metrics.jsonl. Only here does the host wait for the device."""
+        if not self.finite:
+            raise self.diverged()
+        now = time.perf_counter()
+        steps = self.step - self.log.last_step if self.log else 1
+        speed = steps * tokens * self.world / (now - self.last_tick)
+        self.last_tick = now
+        if self.log:
+            self.log.write(step=self.step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(),
+                           tokens_per_second=speed)
+        self.bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {speed:,.0f} tok/s",
+                                 refresh=False)
+
+    def validate(self) -> None:
+        self.model.eval()
+        measured = self.evaluate(self.model)
+        self.model.train()
+        if not all(map(math.isfinite, measured.values())):
+            raise self.diverged()
+        if self.log:
+            self.log.write(step=self.step, **measured)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            self.bar.write(f"step {self.step}: {numbers}")
+        self.last_tick = time.perf_counter()
+
+    def diverged(self) -> UserError:
+        kept = "nothing had been saved yet"
+        if (self.out / "state.pt").exists():
+            kept = f"{self.out} holds the last good checkpoint"
+        return UserError(f"the loss is not finite after step {self.step} ({kept}): lower --lr or "
+                         "raise --warmup, and start again in another --out")
+
+
+def validate_settings(config: Any) -> None:
+    """Settings of a train.FitConfig that cannot work, each in one line."""
+    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: has to be at "
+                            "least 1")
+    if not (config.lr > 0 and math.isfinite(config.lr)):
+        raise UserError(f"--lr {config.lr}: has to be a positive number")
+    below = {"warmup": math.inf, "weight_decay": math.inf, "clip": math.inf, "beta2": 1,
+             "seed": 2**63}
+    for name, limit in below.items():
+        value = getattr(config, name)
+        if not 0 <= value < limit:
+            wanted = "at least 0" if limit == math.inf else f"between 0 and {limit}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: has to be {wanted}")
+    if not 0 <= config.min_lr <= 1:
+        raise UserError(f"--min-lr {config.min_lr}: has to be between 0 and 1")
+
+
+def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int | None = None
+                 ) -> None:
+    """What a training will be and take. row: tokens of a row, if not the window."""
+    dtype, world = choose_dtype(config.dtype, device), join_process_group()[1]
+    row = row or shape.max_seq_len
+    rows = config.batch_size * config.accumulate * world
+    attention = config.attention
+    if attention == "auto":
+        attention = "auto (sdpa, the fused kernels)"
+    compiled = ", compiled" if config.compile else ""
+    memory = training_bytes(shape, config.batch_size, row, dtype, config.recompute,
+                            config.attention)
+    print(f"device     {describe_device(device)}, {dtype_name(dtype)}, attention {attention}"
+          f"{compiled}")
+    print(f"model      {parameter_count(shape):,} parameters, window {shape.original_window} -> "
+          f"{shape.max_seq_len}, rope {shape.rope.to_dict()}")
+    print(f"step       {rows} rows x {row} = {rows * row:,} tokens, {config.steps} steps, "
+          f"{config.steps * rows * row / 1e6:.1f}M tokens, "
+          f"{flops_per_token(shape, row) / 1e6:.1f} MFLOP a token")
+    print(f"memory     about {memory / 2**20:,.0f} MiB a process")
+    if config.dry_run:
+        print_costs(shape, config, config.steps * rows, row)
+
+
+def print_costs(shape: ModelConfig, config: Any, rows: int, row: int) -> None:
+    """--dry-run: the work of the whole training, and what it then takes to read L' tokens."""
+    flops = rows * row * flops_per_token(shape, row)
+    if config.recompute:
+        flops *= 4 / 3
+    window = shape.max_seq_len
+    weights = 2 * parameter_count(shape)
+    cache = 2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * window
+    reading = flops_per_token(shape, window, training=False) * window
+    print(f"in all     {flops:.2e} floating-point operations, {flops / 1e14 / 3600:,.3g} hours at "
+          "100 TFLOP/s")
+    print(f"then       to read {window} tokens in bfloat16: weights {weights / 2**20:,.0f} MiB, "
+          f"keys and values {cache / 2**20:,.0f} MiB, {reading:.2e} operations")

@@ -1,0 +1,74 @@
+"""state.pt, from which an interrupted training run goes on: the state dicts of model and optimizer,
+the random generator, step and seconds so far; and what tells one run from another, `settings`
+(resumable_settings) and `start` (common.cache.weight_sample of the weights it began with)."""
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from model import LLaMA
+from weights.save import save_model, save_tensors
+
+
+def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: dict[str, Any],
+             tokenizer: Any = None) -> None:
+    """Write the model's folder, then state.pt with `state` in it, each whole or not at all.
+
+    In this order the model is never older than the state. A run that dies between the two repeats
+    some steps, and a run whose state says that it is finished has its model.
+    """
+    save_model(model, out, tokenizer)
+    state = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "rng": torch.get_rng_state()}
+    save_tensors(out / "state.pt", state)
+
+
+def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
+               origin: dict[str, Any]) -> tuple[int, float]:
+    """Load state.pt of config.out into model and optimizer.
+
+    config: a train.FitConfig. origin: `settings` and `start` of the run that is asked for; a run
+    with others is a UserError. Returns the step to go on from and the seconds so far, zeros if
+    there is no run or config.fresh replaces it.
+    """
+    path = Path(config.out) / "state.pt"
+    if not path.exists() or config.fresh:
+        return 0, 0.0
+    remedy = "choose another --out, or replace it with --fresh"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        here, there = origin["settings"], state["settings"]
+        differences = [f"{name} {there.get(name)} there, {here.get(name)} here"
+                       for name in sorted(here | there) if here.get(name) != there.get(name)]
+        same_start = torch.equal(state["start"], origin["start"])
+    except Exception as error:  # damaged bytes raise anything
+        raise UserError(f"{path}: the state of this run cannot be read ({type(error).__name__}): "
+                        f"{remedy}") from None
+    if differences:
+        raise UserError(f"{config.out} holds a run with other settings ({'; '.join(differences)}): "
+                        f"give the same ones to go on, {remedy}")
+    if state["step"] > config.steps:
+        raise UserError(f"{config.out} holds a run of {state['step']} steps, more than the "
+                        f"{config.steps} asked for: {remedy}")
+    if not same_start:
+        raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
+                        f"no longer there: {remedy}")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    return state["step"], state["seconds"]
+
+
+def resumable_settings(config: Any) -> dict[str, Any]:
+    """The settings of a train.FitConfig that decide the weights, which all parts of a run share.
+
+    The others (where, how fast, how often it is looked at) may change. At a constant learning rate
+    so may the number of steps, as no step depends on it: a finished run is then taken further.
+    """
+    may_change = set(config.may_change_on_resume)
+    if config.schedule == "constant":
+        may_change.add("steps")
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in may_change}
