@@ -115,10 +115,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = ResultCache(config.results if rank == 0 else "")
     rows = []
     for e in experiments:
+        model = None  # one at a time: the next may need the memory
         model = load_extended(config.model, e.rope, L, window, device, config.attention)
         seconds = 0.0
         if e.training:
             seconds = fit(model, e.training, e.batches, evaluate, tokenizer)
+            model = None
             # What is measured is what was saved, as anyone will load it.
             model = load_model(e.training.out, device=device, attention=config.attention)
         measured = measure_lengths(model, tokenizer, documents, lengths, config.depths,

@@ -198,7 +198,7 @@ def rope_of_training(config: TrainConfig) -> RopeConfig:
     """The RoPE that --rope and --rope-theta ask for. L is the window of this training. Two flags
     may not say the same thing differently."""
     given = parse_rope_flag(config.rope)
-    if given.get("rope_theta", config.rope_theta) != config.rope_theta:
+    if "rope_theta" in given and given["rope_theta"] != config.rope_theta:
         raise UserError(f"--rope-theta {config.rope_theta:g} and rope_theta {given['rope_theta']} "
                         "in --rope: give it as --rope-theta")
     if given.get("original_max_position_embeddings", config.max_seq_len) != config.max_seq_len:

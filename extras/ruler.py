@@ -44,6 +44,7 @@ from data.corpus import ensure_corpus, validation_documents
 from data.passkey import GARBAGE
 from data.sources import read_text
 from data.tokenizer import Tokenizer
+from eval import k_max
 from extras.generation import generate_ragged, pad_rows
 from model import LLaMA
 from weights.flags import ModelFlags, load_from_flags
@@ -375,12 +376,7 @@ def string_match(text: str, answers: list[str]) -> float:
 def effective_length(averages: dict[int, float], threshold: float = 85.6) -> int:
     """The longest length at which, and at every shorter one, the average is at least `threshold`
     (LLaMA-2-7B-chat's at 4,096 tokens); 0 if the shortest has less."""
-    best = 0
-    for length, average in sorted(averages.items()):
-        if average < threshold:
-            break
-        best = length
-    return best
+    return k_max(list(averages), list(averages.values()), threshold)
 
 
 def score_task(model: LLaMA, prompts: TaskPrompts, samples: int, cache: ResultCache,

@@ -583,8 +583,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for table in sweep_tables(result):
         print(markdown(*table))
     figure = plot_sweep(result, Path(c.out).with_suffix(".png"))
-    print(f"\n(mean of the seeds, ± half the range between them; {c.eval_tokens:,} tokens of each "
-          f"kind of text; passkey: {c.distances} distances x {c.trials} keys, twice as many for "
+    print(f"\n(mean over seeds {listed(c.seeds)}, ± half the range; {c.eval_tokens:,} tokens of "
+          f"each text; passkey: {c.distances} distances x {c.trials} keys, twice as many for "
           f"methods measured after every number of steps)\nwrote {c.out} and {figure}")
 
 

@@ -2,6 +2,7 @@
 
 Behind it the methods trust their arguments.
 """
+import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,11 @@ def check_dprope(settings: dict[str, Any], window: int, factor: float) -> None:
     if window * factor > MOST_POSITIONS:
         raise UserError("dprope counts the angles of all positions, and "
                         f"{window * factor:.0f} are too many: give a smaller factor")
-    bins = bins or angle_bins(window)
+    warn_of_empty_histograms(bins or angle_bins(window), window)
+
+
+@functools.cache  # each warning once
+def warn_of_empty_histograms(bins: int, window: int) -> None:
     suited = max(4, round(window / 11))
     if window / bins < 5 and bins > suited:
         warnings.warn(f"dprope: {bins} bins for a window of {window} leave the histograms nearly "

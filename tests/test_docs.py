@@ -1,66 +1,188 @@
-"""README.md and docs/: every method is in the table, every command and flag exists, every link leads somewhere."""
-import dataclasses
+"""README.md, docs/ and the scripts' own manuals: every command and flag exists, every link leads
+somewhere, every function that is named is there."""
+import ast
+import contextlib
+import functools
+import importlib
+import io
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-import eval as evaluation
-from finetune import FinetuneConfig
-from rope import METHODS
-from train import TrainConfig
+from methods import METHODS
 
-ROOT = Path(evaluation.__file__).parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {path.name: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py"), ROOT / "data" / "prepare.py",
+           ROOT / "weights" / "__main__.py"]
+MANUALS = {path.relative_to(ROOT).as_posix(): ast.get_docstring(ast.parse(path.read_text("utf-8")))
+           for path in sorted(SCRIPTS)}
+COMMAND = re.compile(r"(?:python3?|torchrun --nproc-per-node \d+) +((?:[\w/]+\.py|-m weights)\b.*)")
 
 
-def flags_of(settings):
-    return {"--" + f.name.replace("_", "-") for f in dataclasses.fields(settings)} | {"-h"}
+# ---- Commands ------------------------------------------------------------------------------------
 
 
-def known_flags(words):
-    """The flags that a script takes; None where any will do. words: a command line from the script's name on."""
-    script = words[0]
-    if script == "train.py":
-        return flags_of(TrainConfig)
-    if script == "finetune.py":
-        return flags_of(FinetuneConfig)
-    if script == "eval.py":
-        return flags_of(evaluation.COMMANDS[words[1]][0])
-    source = (ROOT / script).read_text(encoding="utf-8")
-    common = flags_of(evaluation.Common) if "(Common)" in source else set()
-    named = {"--" + n.replace("_", "-") for n in re.findall(r"^    (\w+): .* = field\(", source, re.M)}
-    return common | named | set(re.findall(r"--[a-z][a-z-]*", source))
+def code_lines(text):
+    """The lines of a Markdown text's fenced blocks, and its code in backticks."""
+    fenced = re.findall(r"```(?:bash|python)?\n(.*?)```", text, re.S)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return "\n".join([*fenced, *inline])
 
 
 def commands():
-    """(document, words) of every `python SCRIPT ...` in a fenced block."""
-    for name, text in TEXT.items():
-        for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in line.split("&&"):
-                    if match := re.match(r"\s*python3? +([\w/]+\.py.*)", part):
-                        yield name, shlex.split(match[1], comments=True)
+    """(document, words) of every `python SCRIPT ...`, of the documents and of the manuals."""
+    sources = {name: code_lines(text) for name, text in TEXT.items()}
+    for name, text in {**sources, **MANUALS}.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                found = COMMAND.match(part.strip())
+                if found:
+                    yield name, shlex.split(found[1].replace("...", ""), comments=True)
 
 
-@pytest.mark.parametrize("name, words", [pytest.param(n, w, id=f"{n}: {' '.join(w)[:60]}") for n, w in commands()])
+def script_and_arguments(words):
+    """["-m", "weights", "info", "--model", "m"] -> (["-m", "weights", "info"], ["--model", "m"])"""
+    size = 2 if words[0] == "-m" else 1
+    if words[0] in ("-m", "eval.py"):
+        size += 1  # their first argument is a command of its own
+    return words[:size], words[size:]
+
+
+@functools.cache
+def manual(script):
+    """What `python SCRIPT -h` prints. script: ("eval.py", "ppl"), say."""
+    printed = io.StringIO()
+    argv = [*script[1:], "-h"]
+    with mock.patch.object(sys, "path", list(sys.path)), contextlib.redirect_stdout(printed), \
+            pytest.raises(SystemExit) as stop:
+        if script[0] == "-m":
+            with mock.patch.object(sys, "argv", argv):
+                runpy.run_module(script[1], run_name="__main__")
+        else:
+            with mock.patch.object(sys, "argv", [str(ROOT / script[0]), *argv]):
+                runpy.run_path(str(ROOT / script[0]), run_name="__main__")
+    assert stop.value.code == 0, script
+    return printed.getvalue()
+
+
+def flags_of(script):
+    """The flags of its usage, which ends at the first empty line."""
+    return set(re.findall(r"--[a-z][a-z-]*", manual(tuple(script)).split("\n\n")[0])) | {"-h"}
+
+
+@pytest.mark.parametrize("name, words", [
+    pytest.param(name, words, id=f"{name}: {' '.join(words)[:60]}") for name, words in commands()])
 def test_commands_exist_as_printed(name, words):
-    assert (ROOT / words[0]).is_file(), words
-    for word in words[1:]:
-        if re.match(r"--\w", word):
-            assert word.split("=")[0].replace("--no-", "--") in known_flags(words), f"{name}: {' '.join(words)}"
+    script, arguments = script_and_arguments(words)
+    if script[0] != "-m":
+        assert (ROOT / script[0]).is_file()
+    for last in script[-1].split("|"):  # ppl|passkey|generate is three commands
+        known = flags_of([*script[:-1], last])
+        for word in arguments:
+            if re.match(r"--?[a-z]", word):
+                assert word.split("=")[0] in known
 
 
 def test_there_are_commands_to_look_at():
-    assert len(list(commands())) > 20
+    named = [name for name, _ in commands()]
+    assert named.count("README.md") > 12
+    assert named.count("recipes.md") > 12
+    assert named.count("harness.md") > 3
+    assert {"train.py", "finetune.py", "eval.py", "extras/compare.py",
+            "weights/__main__.py"} <= set(named)
+    assert len(named) > 60
+
+
+def test_flags_that_do_not_exist_are_noticed():
+    assert "--window" in flags_of(["eval.py", "ppl"])
+    assert "--window" not in flags_of(["eval.py", "passkey"])
+    assert flags_of(["-m", "weights", "info"]) == {"-h", "--model"}
+    assert {"--to", "--dtype"} <= flags_of(["-m", "weights", "export"])
+    assert {"--rope", "--factors"} <= flags_of(["extras/compare.py"]), "its own, and ModelFlags"
+    assert "--no-baseline" in flags_of(["finetune.py"])
+    assert "--mirror" in flags_of(["data/prepare.py"])
+
+
+# ---- Names ---------------------------------------------------------------------------------------
 
 
 def test_every_method_has_one_row_in_the_closing_table():
-    rows = [line.split("|")[3] for line in TEXT["maths.md"].split("## 14.")[1].splitlines() if line.startswith("| ")][1:]
-    named = [re.match(r" `(\w+)`", cell)[1] for cell in rows if re.match(r" `(\w+)`", cell)]
-    assert sorted(named) == sorted(METHODS)
+    table = TEXT["maths.md"].split("## 14.")[1]
+    cells = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ")][1:]
+    found = [re.match(r" `(\w+)`", cell) for cell in cells]
+    assert sorted(match[1] for match in found if match) == sorted(METHODS)
+
+
+def defined_names(path):
+    """Functions, classes and constants of a Python file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    return names
+
+
+def functions_in_tables():
+    """(document, function, file) of every table cell like `cos_sin`, `apply_rope` in [rope.py]."""
+    for path in DOCUMENTS:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for cell in line.split("|")[1:-1] if line.startswith("|") else []:
+                for names, link in re.findall(r"((?:`\w+`[, and.]*)+) in \[[^]]*\]\(([^)]*\.py)\)",
+                                              cell):
+                    for function in re.findall(r"`(\w+)`", names):
+                        yield path, function, link
+
+
+def test_functions_named_beside_a_file_are_in_it():
+    named = list(functions_in_tables())
+    assert len(named) >= 15
+    for path, function, link in named:
+        assert function in defined_names(path.parent / link), f"{path.name}: {function} in {link}"
+
+
+def python_blocks():
+    for name, text in TEXT.items():
+        for n, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.S)):
+            if "import " in block:
+                yield pytest.param(block, id=f"{name} {n}")
+
+
+@pytest.mark.parametrize("block", list(python_blocks()))
+def test_python_in_the_documents_imports_names_that_exist(block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+def test_the_first_python_of_the_readme_is_position_interpolation():
+    block = re.search(r"```python\n(.*?)```", TEXT["README.md"], re.S)[1]
+    names = {}
+    exec(block, names)
+    plain = importlib.import_module("rope").linear(64, 10000.0, 2.0)[0]
+    assert (names["inv_freq"] == plain).all()
+    assert names["cos"].shape[-1] in (32, 64)
+
+
+def test_the_readme_lists_the_files():
+    tree = re.search(r"```\n(rope\.py .*?)```", TEXT["README.md"], re.S)[1]
+    entries = [line.split()[0] for line in tree.splitlines()]
+    assert set(path.name for path in ROOT.glob("*.py")) <= set(entries)
+    for entry in entries:
+        assert (ROOT / entry).exists(), entry
+
+
+# ---- What GitHub shows ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -68,10 +190,28 @@ def test_formulas_use_what_github_renders(name):
     assert not re.findall(r"\\(?:operatorname|mbox|phantom)\b", TEXT[name])
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(path):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
     assert links
     for link in links:
         if not re.match(r"[a-z]+://", link):
             assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def heading_anchors(path):
+    """The anchors that GitHub gives to the headings of a document."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    anchors = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        kept = re.sub(r"[^\w\- ]", "", heading.strip().lower())
+        anchors.add(kept.replace(" ", "-"))
+    return anchors
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_into_a_document_lead_to_a_heading(path):
+    text = path.read_text(encoding="utf-8")
+    for file, anchor in re.findall(r"\]\(([\w./-]*)#([^)\s]+)\)", text):
+        target = path.parent / file if file else path
+        assert anchor in heading_anchors(target), f"{path.name}: {file}#{anchor}"

@@ -3,6 +3,7 @@ gets the same steps and rows."""
 import dataclasses
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -162,6 +163,23 @@ def test_an_interrupted_table_goes_on(done, base, run_finetune, monkeypatch):
     monkeypatch.setattr(finetune, "measure_lengths", measure)
     assert run_finetune(base, folder, results="interrupted.json")["rows"] == result["rows"]
     assert not partial.exists()
+
+
+def test_models_are_in_memory_one_at_a_time(base, run_finetune, tmp_path, monkeypatch):
+    """A 7B model and its gradients fill a GPU: the next one needs the memory of the one before."""
+    loaded = []
+
+    def noting(function):
+        def load(*args, **kwargs):
+            assert not [model for model in loaded if model() is not None], "two models at once"
+            model = function(*args, **kwargs)
+            loaded.append(weakref.ref(model))
+            return model
+        return load
+    for name in ("load_extended", "load_model"):
+        monkeypatch.setattr(finetune, name, noting(getattr(finetune, name)))
+    run_finetune(base, tmp_path)
+    assert len(loaded) == 4 + 2, "four rows, of which two are loaded again after training"
 
 
 def test_clex_learns_its_frequencies(base, run_finetune, tmp_path, L):

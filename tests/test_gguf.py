@@ -197,7 +197,7 @@ def test_k_quants(tmp_path, monkeypatch, kind):
     quantised = {in_gguf(name): (k_quants(kind, p.shape, generator), kind)
                  for name, p in model.named_parameters() if p.dim() > 1}
     path = write(tmp_path / "m.gguf", model, tensors=quantised)
-    monkeypatch.setattr(gguf_file, "WEIGHTS_PER_PART", 1500)  # 5 rows of 256, 2 of 512
+    monkeypatch.setattr("weights.gguf.WEIGHTS_PER_PART", 1500)  # 5 rows of 256, 2 of 512
     loaded = load_model(path)
     for name, parameter in loaded.named_parameters():
         if parameter.dim() > 1:

@@ -194,6 +194,11 @@ def test_answers_are_those_of_each_prompt_alone(tokenizer, rope):
     assert told[4:8] == [alone(model, tokenizer, p, 12, [stop]) for p in prompts]
     assert told[4] == free[0].split(stop)[0] != free[0]
     assert told[8:] == [alone(model, tokenizer, p, 7, [stop]) for p in prompts]
+    first_tokens = [alone(model, tokenizer, prompt, 1) for prompt in prompts]
+    n, token = next((n, t) for n, t in enumerate(first_tokens) if len(set(t)) > 1)
+    both = {"until": [token[1:], "", token[:1]], "max_gen_toks": 12}
+    assert Harness(model, tokenizer).generate_until(asked((prompts[n], both))) == [""], (
+        "of two that one token brings, the first in the text counts")
 
 
 def test_sampling_is_what_a_task_asks_for(tokenizer):

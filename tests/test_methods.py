@@ -106,10 +106,11 @@ def test_longrope_without_a_stretch_or_a_window_has_no_temperature():
 
 
 def test_resonate_rounds_to_whole_tokens_and_leaves_still_pairs_alone():
-    theta = torch.tensor([2 * math.pi / 5.4, 2 * math.pi / 5.6, 10.0, 0.0], dtype=torch.float64)
-    wavelengths = 2 * math.pi / resonate(theta)[:3]
-    np.testing.assert_allclose(wavelengths, [5, 6, 1], rtol=1e-12)
-    assert resonate(theta)[3] == 0
+    """A factor of LongRoPE may be so small that a pair turns more than twice a token."""
+    wavelengths = np.array([5.4, 5.6, 0.6, 0.3])
+    theta = torch.tensor([*2 * math.pi / wavelengths, 0.0], dtype=torch.float64)
+    np.testing.assert_allclose(2 * math.pi / resonate(theta)[:4], [5, 6, 1, 1], rtol=1e-12)
+    assert resonate(theta)[4] == 0
 
 
 def test_clex_time_is_the_number_of_windows_rounded_up():

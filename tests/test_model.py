@@ -1,98 +1,67 @@
-"""model.py against the float64 oracle, and what has to hold of any LLaMA: cache, loss, generation, initial values, sizes."""
+"""model.py against the float64 oracle, and what has to hold of any LLaMA: cache, loss, initial
+values, sizes."""
 import dataclasses
 import math
 
-import model as llama
 import numpy as np
 import pytest
 import reference
 import torch
+from cases import (DYNAMIC, IMPLEMENTATIONS, LLAMA3, ROPES, VOCAB, build, draw_tokens as draw,
+                   every_rope)
 from meter import Meter
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import UserError
-from model import KVCache, LLaMA, ModelConfig, generate
-from positions import position_ids
-from rope import METHODS, RopeConfig, depends_on_length
-
-IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
-VOCAB = 61
-LLAMA3 = RopeConfig("llama3", 8.0, 32)
-DYNAMIC = RopeConfig("dynamic", 2.0, 16)
-
-
-def every_rope(window, head_dim=8):
-    """Every method with L = window, and what may be combined with any: {name: RopeConfig}."""
-    def config(name, **settings):
-        rope = {"rope_type": name, "original_max_position_embeddings": window, **settings}
-        return RopeConfig.from_dict(reference.complete(rope, head_dim))
-    half = {"partial_rotary_factor": 0.5}
-    return {**{name: config(name) for name in METHODS}, "yarn, the paper's ramp": config("yarn", ramp="turns"),
-            "dynamic by length alone": config("dynamic", factor=1.0), "dynamic_yarn by length alone": config("dynamic_yarn", factor=1.0),
-            "half the pairs": config("proportional", **half), "half the head": config("dynamic", **half),
-            "half the head, drope": config("drope", **half), "half the head, clex": config("clex", **half),
-            "half the head, xpos": config("xpos", **half),
-            "resonance": config("yarn", resonance=True), "resonance, dynamic": config("dynamic", resonance=True),
-            "random positions": config("linear", random_positions=100), "random positions, alibi": config("alibi", random_positions=100)}
-
-
-ROPES = every_rope(12)
-
-
-def build(seed=0, attention="auto", **changes):
-    """A small LLaMA with weights large enough that every part matters to the logits, which are about 1."""
-    config = ModelConfig(**{"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCAB, "multiple_of": 16,
-                            "max_seq_len": 64, **changes})
-    model, generator = LLaMA(config), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            embedding = name == "tok_embeddings.weight" and not config.tied
-            size = 0.5 if name.startswith("clex") else 1.5
-            p.copy_(1 + 0.3 * noise if p.dim() == 1 else noise if embedding else size * noise / math.sqrt(p.shape[1]))
-    model.attention = attention
-    return model
-
-
-def draw(*shape, seed=0):
-    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+import model as llama
+from common.checks import meta_ffn_dim
+from common.errors import UserError
+from common.kv_cache import KVCache
+from methods import RopeConfig, depends_on_length, position_ids
+from model import LLaMA, ModelConfig, generate
+from weights.size import flops_per_token, parameter_count, training_bytes
 
 
 def oracle(model, tokens, positions=None, moved=None):
     """Logits of the float64 model with the same weights, moved by the arrays in `moved`."""
     weights = {name: p.detach().double().numpy() for name, p in model.state_dict().items()}
-    weights = {name: w + moved[name] if moved else w for name, w in weights.items()}
+    if moved:
+        weights = {name: w + moved[name] for name, w in weights.items()}
     config = {**dataclasses.asdict(model.config), "rope": model.config.rope.to_dict()}
-    return reference.forward(weights, config, tokens.numpy(), None if positions is None else positions.numpy())
+    positions = None if positions is None else positions.numpy()
+    return reference.forward(weights, config, tokens.numpy(), positions)
 
 
-# --- logits ----------------------------------------------------------------------------------------------------------
+# ---- Logits --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("changes", [
-    {"n_kv_heads": None}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tied": True}, {"norm_eps": 0.3}, {"ffn_dim_multiplier": 1.7},
-    {"n_layers": 3, "dim": 24, "n_heads": 2}, {"rope": RopeConfig(rope_theta=500.0)}, {"rope": RopeConfig("linear", 4.0)},
+    {"n_kv_heads": None}, {"n_kv_heads": 2}, {"n_kv_heads": 1}, {"tied": True}, {"norm_eps": 0.3},
+    {"ffn_dim_multiplier": 1.7}, {"n_layers": 3, "dim": 24, "n_heads": 2},
+    {"rope": RopeConfig(rope_theta=500.0)}, {"rope": RopeConfig("linear", 4.0)},
     {"rope": RopeConfig("ntk", 4.0)}, {"rope": DYNAMIC}, {"rope": LLAMA3},
-], ids=lambda c: "-".join(f"{name}={getattr(value, 'rope_type', value)}" for name, value in c.items()))
+], ids=lambda c: "-".join(f"{name}={getattr(value, 'rope_type', value)}"
+                          for name, value in c.items()))
 def test_logits_are_the_oracles(changes):
     model, tokens = build(**changes), draw(2, 19)
     expected = oracle(model, tokens)
-    for model.attention in ("auto", *IMPLEMENTATIONS):
+    for implementation in ("auto", *IMPLEMENTATIONS):
+        model.attention = implementation
         logits = model(tokens)
         assert logits.shape == (2, 19, VOCAB) and logits.dtype == torch.float32
-        np.testing.assert_allclose(logits.detach(), expected, atol=2e-5, err_msg=model.attention)
+        np.testing.assert_allclose(logits.detach(), expected, atol=2e-5, err_msg=implementation)
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_logits_are_the_oracles_for_every_method(name):
-    model = build(rope=ROPES[name], n_heads=4, n_layers=2)
-    tokens = draw(2, 19)
-    positions = position_ids(ROPES[name], 19)
-    expected = oracle(model, tokens, positions)
-    for model.attention in IMPLEMENTATIONS:
-        np.testing.assert_allclose(model(tokens).detach(), expected, atol=5e-5, err_msg=model.attention)
-    if not name.startswith("default"):
+    model, tokens = build(rope=ROPES[name]), draw(2, 19)
+    expected = oracle(model, tokens, position_ids(ROPES[name], 19))
+    for implementation in IMPLEMENTATIONS:
+        model.attention = implementation
+        np.testing.assert_allclose(model(tokens).detach(), expected, atol=5e-5,
+                                   err_msg=implementation)
+    if name != "default":  # the method has to matter, or the test above would say nothing
         model.config.rope = RopeConfig()
-        assert np.abs(model(tokens).detach().numpy() - expected).max() > 1e-3, "this method has to matter for this test to mean something"
+        assert np.abs(model(tokens).detach().numpy() - expected).max() > 1e-3
 
 
 def test_a_clex_model_with_another_method_set_is_that_method():
@@ -101,19 +70,22 @@ def test_a_clex_model_with_another_method_set_is_that_method():
     np.testing.assert_allclose(model(tokens).detach(), oracle(model, tokens), atol=2e-5)
 
 
-def test_logits_with_alibi_and_xpos_at_other_positions():
-    for rope in (ROPES["alibi"], ROPES["xpos"]):
-        model, tokens = build(rope=rope), draw(2, 11)
-        positions = torch.stack([torch.arange(11), torch.arange(11) * 3 + 40])
-        np.testing.assert_allclose(model(tokens, positions).detach(), oracle(model, tokens, positions), atol=2e-5)
+@pytest.mark.parametrize("name", ["alibi", "xpos"])
+def test_logits_with_alibi_and_xpos_at_other_positions(name):
+    model, tokens = build(rope=ROPES[name]), draw(2, 11)
+    positions = torch.stack([torch.arange(11), torch.arange(11) * 3 + 40])
+    expected = oracle(model, tokens, positions)
+    np.testing.assert_allclose(model(tokens, positions).detach(), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("positions", [
-    torch.arange(7, 18), torch.arange(11) * 5, torch.stack([torch.arange(11), torch.arange(11) * 3 + 40]),
+    torch.arange(7, 18), torch.arange(11) * 5,
+    torch.stack([torch.arange(11), torch.arange(11) * 3 + 40]),
 ], ids=["offset", "gaps", "by row"])
 def test_logits_at_other_positions(positions):
     model, tokens = build(rope=RopeConfig("linear", 2.0)), draw(2, 11)
-    np.testing.assert_allclose(model(tokens, positions).detach(), oracle(model, tokens, positions), atol=2e-5)
+    expected = oracle(model, tokens, positions)
+    np.testing.assert_allclose(model(tokens, positions).detach(), expected, atol=2e-5)
 
 
 def test_the_rope_of_a_model_can_be_changed_at_any_time():
@@ -127,10 +99,12 @@ def test_the_rope_of_a_model_can_be_changed_at_any_time():
 @pytest.mark.parametrize("name", ROPES)
 def test_a_long_input_leaves_nothing_behind_for_a_short_one(name):
     model, tokens = build(rope=ROPES[name]), draw(1, 40)
-    fresh = build(rope=ROPES[name])(tokens[:, :10])
+    short = tokens[:, :10]
+    fresh = build(rope=ROPES[name])(short)
     long = model(tokens)
-    assert torch.equal(model(tokens[:, :10]), fresh)
-    assert torch.equal(generate(model, tokens[:, :10], 5), generate(build(rope=ROPES[name]), tokens[:, :10], 5))
+    assert torch.equal(model(short), fresh)
+    continued = generate(build(rope=ROPES[name]), short, 5)
+    assert torch.equal(generate(model, short, 5), continued)
     assert torch.equal(model(tokens), long)
 
 
@@ -138,12 +112,15 @@ def test_a_long_input_leaves_nothing_behind_for_a_short_one(name):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_last_logits_are_those_of_the_whole(implementation, name):
     """... although the last layer computes no others."""
-    model, tokens = build(rope=RopeConfig(rope_type=name), attention=implementation), draw(2, 9)
+    model = build(rope=RopeConfig(rope_type=name), attention=implementation)
+    tokens = draw(2, 9)
+    whole = model(tokens)
     for last in (1, 4, 9):
-        torch.testing.assert_close(model(tokens, last=last), model(tokens)[:, -last:])
+        torch.testing.assert_close(model(tokens, last=last), whole[:, -last:])
     cache = KVCache(model.config, 2, 9)
-    both = torch.cat([model(tokens[:, :6], cache=cache, last=2), model(tokens[:, 6:], cache=cache, last=2)], dim=1)
-    torch.testing.assert_close(both, model(tokens)[:, [4, 5, 7, 8]])
+    begin = model(tokens[:, :6], cache=cache, last=2)
+    end = model(tokens[:, 6:], cache=cache, last=2)
+    torch.testing.assert_close(torch.cat([begin, end], dim=1), whole[:, [4, 5, 7, 8]])
 
 
 @pytest.mark.parametrize("last", [0, -2, 10])
@@ -153,11 +130,12 @@ def test_no_token_and_more_than_there_are_cannot_be_the_last(last):
 
 
 def test_the_last_layer_computes_only_what_is_wanted():
-    model, widths = build(), []
+    model, widths = build(n_layers=3), []
     for layer in model.layers:
-        layer.feed_forward.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
+        layer.feed_forward.register_forward_hook(
+            lambda module, inputs, out: widths.append(out.shape[1]))
     model(draw(2, 9), last=2)
-    assert widths == [9] * (len(model.layers) - 1) + [2]
+    assert widths == [9, 9, 2]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -170,15 +148,18 @@ def test_causality(implementation):
 
 
 def test_a_bfloat16_model_has_float32_positions():
+    """All that a shift may change is how q and k are rounded to bfloat16; positions in bfloat16
+    would be 128 apart at 30,000."""
     model, tokens = build(rope=RopeConfig(rope_theta=1e4)).bfloat16(), draw(1, 24)
     with torch.no_grad():
         here, far = model(tokens), model(tokens, torch.arange(24) + 30000)
-    # all that a shift may change is how q and k are rounded to bfloat16; positions in bfloat16 would be 128 apart at 30,000
     assert (here - far).square().mean().sqrt() < 0.03 * here.std()
 
 
-@pytest.mark.parametrize("rope, assign", [(RopeConfig("linear", 4.0), False), (ROPES["clex"], False), *((r, True) for r in ROPES.values())],
-                         ids=lambda value: value.rope_type if isinstance(value, RopeConfig) else str(value))
+@pytest.mark.parametrize("rope, assign", [
+    (RopeConfig("linear", 4.0), False), (ROPES["clex"], False),
+    *((rope, True) for rope in ROPES.values())],
+    ids=lambda value: value.rope_type if isinstance(value, RopeConfig) else str(value))
 def test_a_model_made_on_the_meta_device_has_the_right_frequencies(rope, assign):
     source = build(rope=rope, n_layers=1)
     with torch.device("meta"):
@@ -190,9 +171,10 @@ def test_a_model_made_on_the_meta_device_has_the_right_frequencies(rope, assign)
 
 
 def test_tensor_names_are_metas():
-    per_layer = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
-                 "attention_norm", "ffn_norm"]
-    names = {f"layers.{n}.{name}.weight" for n in range(2) for name in per_layer} | {"tok_embeddings.weight", "norm.weight"}
+    per_layer = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1",
+                 "feed_forward.w2", "feed_forward.w3", "attention_norm", "ffn_norm"]
+    names = {f"layers.{n}.{name}.weight" for n in range(2) for name in per_layer}
+    names |= {"tok_embeddings.weight", "norm.weight"}
     assert set(build(tied=True).state_dict()) == names
     assert set(build().state_dict()) == names | {"output.weight"}
 
@@ -205,36 +187,51 @@ def test_autocast_to_bfloat16(implementation):
         logits = model(tokens)
     loss.backward()
     assert loss.dtype == logits.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for p in model.parameters():
+        assert p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+    rounded = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    exact = model.loss(tokens[:, :-1], tokens[:, 1:])
-    exact.backward()
-    assert 0 < abs(loss - exact) < 0.03 * exact
-    assert torch.cosine_similarity(gradients, torch.cat([p.grad.flatten() for p in model.parameters()]), dim=0) > 0.99
+    exact_loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    exact_loss.backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert 0 < abs(loss - exact_loss) < 0.03 * exact_loss
+    assert torch.cosine_similarity(rounded, exact, dim=0) > 0.99
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------
+# ---- Cache ---------------------------------------------------------------------------------------
 
-def cached(model, tokens, sizes, positions=None, dtype=torch.float32):
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def cached(model, tokens, sizes, positions=None, dtype=torch.float32, cache_class=KVCache):
     """Logits of tokens [B,T] fed in pieces of the given sizes."""
-    cache, out, start = KVCache(model.config, len(tokens), tokens.shape[1] + 3, "cpu", dtype), [], 0
+    cache = cache_class(model.config, len(tokens), tokens.shape[1] + 3, "cpu", dtype)
+    out, start = [], 0
     for size in sizes:
         piece = slice(start, start + size)
-        out.append(model(tokens[:, piece], None if positions is None else positions[..., piece], cache=cache))
+        places = None if positions is None else positions[..., piece]
+        out.append(model(tokens[:, piece], places, cache=cache))
         start += size
     assert start == tokens.shape[1]
     return torch.cat(out, dim=1)
 
 
+def expect_each_piece_to_end_as_the_whole(model, tokens, got, ends):
+    """What a piece answers last is what the model answers to the whole text up to there."""
+    for end in ends:
+        torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], **CLOSE,
+                                   msg=lambda m, end=end: f"at {end}: {m}")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rope", [RopeConfig(), LLAMA3], ids=lambda r: r.rope_type)
-@pytest.mark.parametrize("sizes", [[12] + [1] * 8, [1] * 20, [5, 5, 5, 5], [1, 7, 2, 10], [20]],
-                         ids=["12 then one by one", "one by one", "chunks", "uneven", "at once"])
+@pytest.mark.parametrize("sizes", [
+    [12] + [1] * 8, [1] * 20, [5, 5, 5, 5], [1, 7, 2, 10], [20]],
+    ids=["12 then one by one", "one by one", "chunks", "uneven", "at once"])
 def test_prefill_and_decode_are_the_whole(implementation, rope, sizes):
     model, tokens = build(attention=implementation, rope=rope), draw(2, 20)
-    torch.testing.assert_close(cached(model, tokens, sizes), model(tokens), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cached(model, tokens, sizes), model(tokens), **CLOSE)
 
 
 @torch.no_grad()
@@ -245,7 +242,7 @@ def test_prefill_and_decode_are_the_whole(implementation, rope, sizes):
 def test_a_cache_at_other_positions(rope, positions):
     model, tokens = build(rope=rope), draw(2, 20)
     got, whole = cached(model, tokens, [11, 4, 5], positions), model(tokens, positions)
-    torch.testing.assert_close(got[:, -5:], whole[:, -5:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[:, -5:], whole[:, -5:], **CLOSE)
 
 
 @torch.no_grad()
@@ -253,60 +250,109 @@ def test_a_cache_at_other_positions(rope, positions):
 @pytest.mark.parametrize("n_layers", [1, 3])
 @pytest.mark.parametrize("sizes", [[12] + [1] * 20, [5, 5, 5, 5, 5, 7], [20, 1, 1, 10]],
                          ids=["12 then one by one", "chunks", "across at once"])
-def test_a_cache_across_the_window_where_frequencies_grow_with_the_length(implementation, n_layers, sizes):
-    """Dynamic NTK, L = 16: what each piece answers last is what the model answers to the whole text up to there."""
-    model, tokens = build(attention=implementation, rope=DYNAMIC, n_layers=n_layers), draw(2, 32)
+def test_a_cache_across_the_window_where_angles_change_with_the_length(implementation, n_layers,
+                                                                       sizes):
+    """Dynamic NTK, L = 16."""
+    model = build(attention=implementation, rope=DYNAMIC, n_layers=n_layers)
+    tokens = draw(2, 32)
     got = cached(model, tokens, sizes)
-    for end in np.cumsum(sizes):
-        torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], atol=1e-5, rtol=1e-5, msg=lambda m: f"at {end}: {m}")
+    expect_each_piece_to_end_as_the_whole(model, tokens, got, np.cumsum(sizes))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ROPES)
 def test_a_cache_across_the_window_is_the_whole_for_every_method(name, implementation):
-    """L = 12, 22 tokens: token by token, in chunks, a prefill and then tokens. What each piece answers last is what the model answers to
-    the whole text up to there; where nothing depends on the length, all that it answers is."""
+    """L = 12, 22 tokens: token by token, in chunks, a prefill and then tokens. Where nothing
+    depends on the length, all answers are those of the whole."""
     model, tokens = build(attention=implementation, rope=ROPES[name]), draw(2, 22)
-    grows, close = depends_on_length(ROPES[name]), {"atol": 1e-5, "rtol": 1e-5}
     whole = model(tokens)
     for sizes in ([1] * 22, [7, 4, 9, 2], [10, *[1] * 5, 7]):
         got = cached(model, tokens, sizes)
-        torch.testing.assert_close(got[:, -1], whole[:, -1], **close)
-        if not grows:
-            torch.testing.assert_close(got, whole, **close)
+        torch.testing.assert_close(got[:, -1], whole[:, -1], **CLOSE)
+        if not depends_on_length(ROPES[name]):
+            torch.testing.assert_close(got, whole, **CLOSE)
         elif len(sizes) < 22:
-            for end in np.cumsum(sizes)[::3]:
-                torch.testing.assert_close(got[:, end - 1], model(tokens[:, :end])[:, -1], **close, msg=lambda m: f"at {end}: {m}")
+            expect_each_piece_to_end_as_the_whole(model, tokens, got, np.cumsum(sizes)[::3])
 
 
-def test_methods_that_grow_are_in_that_test():
-    assert {"dynamic", "dynamic_yarn", "longrope", "clex", "drope"} <= {name for name, rope in ROPES.items() if depends_on_length(rope)}
+def test_methods_that_depend_on_the_length_are_in_that_test():
+    dependent = {name for name, rope in ROPES.items() if depends_on_length(rope)}
+    assert {"dynamic", "dynamic_yarn", "longrope", "clex", "drope"} <= dependent
     longrope = ROPES["longrope"].options
     assert longrope["short_factor"] != longrope["long_factor"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dynamic", "longrope", "drope", "random positions"])
+def test_the_last_answers_of_a_cache_that_is_read_anew(name):
+    """The caller asks for the last of its new tokens, not of the text that is read again."""
+    model, tokens = build(rope=ROPES[name]), draw(2, 22)
+    cache = KVCache(model.config, 2, 22)
+    model(tokens[:, :12], cache=cache)
+    got = model(tokens[:, 12:], cache=cache, last=3)
+    torch.testing.assert_close(got, model(tokens)[:, -3:], **CLOSE)
+    assert cache.length == 22
 
 
 class StaleCache(KVCache):
     """What most code has: keys are rotated once, by the angles of the moment, and kept."""
 
-    def outdated(self, *args):
-        super().outdated(*args)
+    def is_stale(self, positions, frequencies, attention_factor):
         return False
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, harmed", [
-    ("dynamic", True), ("dynamic_yarn by length alone", True), ("longrope", True), ("clex", True), ("drope", True),
-    ("linear", False), ("yarn", False), ("dprope", False)])
-def test_a_cache_of_keys_rotated_once_gives_other_answers(monkeypatch, name, harmed):
+    ("dynamic", True), ("dynamic_yarn by length alone", True), ("longrope", True), ("clex", True),
+    ("drope", True), ("linear", False), ("yarn", False), ("dprope", False)])
+def test_a_cache_of_keys_rotated_once_gives_other_answers(name, harmed):
     model, tokens = build(rope=ROPES[name]), draw(2, 30)
     whole = model(tokens)[:, -1]
-    assert (cached(model, tokens, [1] * 30)[:, -1] - whole).abs().max() < 1e-5
-    monkeypatch.setitem(globals(), "KVCache", StaleCache)
-    stale = (cached(model, tokens, [1] * 30)[:, -1] - whole).abs().max()
+
+    def error(sizes, cache_class):
+        got = cached(model, tokens, sizes, cache_class=cache_class)
+        return (got[:, -1] - whole).abs().max()
+    assert error([1] * 30, KVCache) < 1e-5
+    stale = error([1] * 30, StaleCache)
     assert stale > 0.01 if harmed else stale < 1e-5
-    # in one piece beyond the window nothing is stale, which is why a prompt is answered well and its continuation is not
-    assert (cached(model, tokens, [30])[:, -1] - whole).abs().max() < 1e-5
+    # In one piece beyond the window nothing is stale, which is why a prompt is answered well and
+    # its continuation is not.
+    assert error([30], StaleCache) < 1e-5
+
+
+@torch.no_grad()
+def test_stale_is_whatever_has_other_positions_or_angles():
+    cache = KVCache(build().config, 2, 8)
+    positions, frequencies = torch.arange(5), torch.tensor([1.0, 0.5])
+    cache.add_tokens(draw(2, 5), positions, frequencies, 1.0)
+    longer = torch.arange(7)
+    by_row = torch.stack([longer, longer])
+    for text, other, factor, stale in (
+            (longer, frequencies.clone(), 1.0, False),
+            (by_row, frequencies, 1.0, False),
+            (longer + 1, frequencies, 1.0, True),
+            (torch.stack([longer, longer * 2]), frequencies, 1.0, True),
+            (torch.tensor([0, 1, 2, 3, 5, 6, 7]), frequencies, 1.0, True),
+            (torch.tensor([0, 1, 2, 3, 4, 9, 11]), frequencies, 1.0, False),
+            (longer, torch.tensor([1.0, 0.25]), 1.0, True),
+            (longer, frequencies, 1.1, True)):
+        assert cache.is_stale(text, other, factor) is stale
+        # a question changes nothing
+        assert cache.is_stale(longer, frequencies, 1.0) is False and cache.length == 5
+
+
+@torch.no_grad()
+def test_a_method_that_does_not_depend_on_the_length_never_asks(monkeypatch):
+    """The comparison would wait for the device at every token."""
+    def asked(*arguments):
+        raise AssertionError("asked whether the cache is stale")
+    monkeypatch.setattr(KVCache, "is_stale", asked)
+    tokens = draw(2, 22)
+    model = build(rope=ROPES["yarn"])
+    torch.testing.assert_close(cached(model, tokens, [12] + [1] * 10), model(tokens), **CLOSE)
+    with pytest.raises(AssertionError, match="asked"):
+        cached(build(rope=ROPES["dynamic"]), tokens, [12] + [1] * 10)
 
 
 @torch.no_grad()
@@ -324,6 +370,7 @@ def test_a_full_cache_says_so():
     model(draw(1, 6), cache=cache)
     with pytest.raises(UserError, match="8 tokens"):
         model(draw(1, 3), cache=cache)
+    assert cache.length == 6
 
 
 def test_a_cache_keeps_no_graph():
@@ -335,7 +382,8 @@ def test_a_cache_keeps_no_graph():
     assert not cache.k.requires_grad and not cache.v.requires_grad
 
 
-# --- loss ------------------------------------------------------------------------------------------------------------
+# ---- Loss ----------------------------------------------------------------------------------------
+
 
 def targets_with_gaps(B, T):
     targets = draw(B, T, seed=1)
@@ -358,10 +406,12 @@ def test_a_row_without_targets_costs_nothing():
     model, tokens = build(), draw(1, 5)
     loss = model.loss(tokens, torch.full((1, 5), -100))
     loss.backward()
-    assert loss == 0 and all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+    assert loss == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
 def gradients(model, tokens, targets):
+    """(loss, the gradient of every parameter)."""
     model.zero_grad(set_to_none=True)
     loss = model.loss(tokens, targets)
     loss.backward()
@@ -374,13 +424,13 @@ def test_a_loss_in_chunks_is_the_same_loss(monkeypatch, tokens_a_chunk, tied):
     model, tokens, targets = build(tied=tied), draw(2, 13), targets_with_gaps(2, 13)
     whole = gradients(model, tokens, targets)
     monkeypatch.setattr(llama, "LOSS_CHUNK", tokens_a_chunk * VOCAB)
-    torch.testing.assert_close(gradients(model, tokens, targets), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(model, tokens, targets), whole, **CLOSE)
 
 
 def test_a_loss_in_chunks_never_holds_all_logits(monkeypatch):
     V, T = 4096, 512
-    model, tokens = build(vocab_size=V, dim=8, n_heads=1, n_kv_heads=1, n_layers=1), draw(1, T)
-    measured = []
+    model = build(vocab_size=V, dim=8, n_heads=1, n_kv_heads=1, n_layers=1)
+    tokens, measured = draw(1, T), []
     for chunk in (T * V, 32 * V):
         monkeypatch.setattr(llama, "LOSS_CHUNK", chunk)
         with Meter() as meter:
@@ -388,18 +438,21 @@ def test_a_loss_in_chunks_never_holds_all_logits(monkeypatch):
         measured.append(meter)
     whole, chunked = measured
     assert whole.largest >= 4 * T * V  # the meter sees them when they are there
-    assert chunked.largest <= 4 * 32 * V + 4 * T * T and chunked.peak < 4 * T * V / 2
+    assert chunked.largest <= 4 * 32 * V + 4 * T * T
+    assert chunked.peak < 4 * T * V / 2
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_recomputing_blocks_changes_memory_but_not_gradients(implementation):
-    model, tokens, targets = build(attention=implementation, n_layers=4), draw(2, 64), targets_with_gaps(2, 64)
+    model = build(attention=implementation, n_layers=4)
+    tokens, targets = draw(2, 64), targets_with_gaps(2, 64)
     loss, whole = gradients(model, tokens, targets)
     model.recompute = True
     again, recomputed = gradients(model, tokens, targets)
     assert loss == again and all(torch.equal(a, b) for a, b in zip(whole, recomputed))
     peaks = []
-    for model.recompute in (False, True):
+    for recompute in (False, True):
+        model.recompute = recompute
         with Meter() as meter:
             gradients(model, tokens, targets)
         peaks.append(meter.peak)
@@ -407,39 +460,55 @@ def test_recomputing_blocks_changes_memory_but_not_gradients(implementation):
 
 
 @pytest.mark.parametrize("name", [
-    "nope", "alibi", "xpos", "clex", "drope", "random positions", "random positions, alibi", "half the head, clex"])
+    "nope", "alibi", "xpos", "clex", "drope", "random positions", "random positions, alibi",
+    "half the head, clex"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_baseline_trains_with_recompute(name, implementation):
-    """From fresh weights, as train.py has them: all parameters get the gradients that they get without recompute."""
+    """From fresh weights, as train.py has them: all parameters get the gradients that they get
+    without recompute."""
     model = build(attention=implementation, rope=ROPES[name])
-    tokens, targets = draw(2, 24), targets_with_gaps(2, 24)                                # twice the window
+    tokens, targets = draw(2, 24), targets_with_gaps(2, 24)      # twice the window
     loss, whole = gradients(model, tokens, targets)
     model.recompute = True
     again, recomputed = gradients(model, tokens, targets)
-    assert loss.isfinite() and loss == again and all(torch.equal(a, b) for a, b in zip(whole, recomputed, strict=True))
-    for parameter, gradient in zip(model.named_parameters(), whole, strict=True):
-        assert gradient is not None and gradient.isfinite().all() and gradient.any(), parameter[0]
+    assert loss.isfinite() and loss == again
+    assert all(torch.equal(a, b) for a, b in zip(whole, recomputed, strict=True))
+    for (parameter, _), gradient in zip(model.named_parameters(), whole, strict=True):
+        assert gradient is not None and gradient.isfinite().all() and gradient.any(), parameter
     optimizer, start = torch.optim.SGD(model.parameters(), lr=1e-3), loss
     for _ in range(3):
-        loss, _ = gradients(model, tokens, targets)
+        gradients(model, tokens, targets)
         optimizer.step()
     assert model.loss(tokens, targets) < start
 
 
-@pytest.mark.parametrize("tied, rope", [(False, None), (True, None), (False, "clex"), (False, "alibi"), (True, "xpos")])
-def test_the_gradient_of_the_loss_is_the_oracles_difference(tied, rope):
-    """A derivative along a random direction in all weights, against the float64 model on both sides."""
-    model = build(tied=tied, rope=ROPES[rope] if rope != "clex" else every_rope(4)["clex"]) if rope else build(tied=tied)
+@pytest.mark.parametrize("tied, name", [(False, None), (True, None), (False, "clex"),
+                                        (False, "alibi"), (True, "xpos")])
+def test_the_gradient_of_the_loss_is_the_oracles_difference(tied, name):
+    """A derivative along a random direction in all weights, against the float64 model on both
+    sides."""
+    if name is None:
+        rope = RopeConfig()
+    elif name == "clex":
+        rope = every_rope(4)["clex"]                             # beyond the window, where it acts
+    else:
+        rope = ROPES[name]
+    model = build(tied=tied, rope=rope)
     tokens, targets = draw(2, 9), targets_with_gaps(2, 9)
     _, gradient = gradients(model, tokens, targets)
     generator = torch.Generator().manual_seed(3)
-    direction = {name: torch.randn(p.shape, generator=generator).double().numpy() for name, p in model.named_parameters()}
-    losses = [reference.cross_entropy(oracle(model, tokens, moved={name: step * d for name, d in direction.items()}), targets.numpy())
-              for step in (1e-5, -1e-5)]
+    direction = {name: torch.randn(p.shape, generator=generator).double().numpy()
+                 for name, p in model.named_parameters()}
+    losses = []
+    for step in (1e-5, -1e-5):
+        moved = {name: step * d for name, d in direction.items()}
+        losses.append(reference.cross_entropy(oracle(model, tokens, moved=moved),
+                                              targets.numpy()))
     slope = sum((g.double().numpy() * d).sum() for g, d in zip(gradient, direction.values()))
     assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_training_step_compiles_as_one_graph(implementation):
     """fullgraph=True refuses graph breaks; the backend "eager" needs no compiler."""
@@ -450,154 +519,38 @@ def test_a_training_step_compiles_as_one_graph(implementation):
     torch.testing.assert_close(compiled(tokens, targets), model.loss(tokens, targets))
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
+# ---- Initial values and sizes --------------------------------------------------------------------
 
-@torch.no_grad()
-def greedy(model, tokens, new):
-    """The definition: the whole text anew for every token."""
-    for _ in range(new):
-        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    return tokens
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rope", [
-    RopeConfig(), DYNAMIC, *(ROPES[name] for name in ("longrope", "clex", "alibi", "xpos", "random positions")),
-], ids=lambda r: r.rope_type)
-def test_greedy_generation_is_the_argmax_of_the_whole(implementation, rope):
-    model, prompt = build(attention=implementation, rope=rope), draw(3, 7)
-    assert torch.equal(generate(model, prompt, 13), greedy(model, prompt, 13))
-
-
-def test_generation_is_a_function_of_the_seed_and_leaves_the_global_one_alone():
-    model, prompt = build(), draw(2, 5)
-    state = torch.get_rng_state()
-    first = generate(model, prompt, 20, temperature=1.0, seed=1)
-    torch.manual_seed(123)
-    assert torch.equal(generate(model, prompt, 20, temperature=1.0, seed=1), first)
-    assert not torch.equal(generate(model, prompt, 20, temperature=1.0, seed=2), first)
-    torch.set_rng_state(state)
-    generate(model, prompt, 3, temperature=1.0)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first.shape == (2, 25) and torch.equal(first[:, :5], prompt)
-
-
-@pytest.mark.parametrize("sampling", [
-    {"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 5.0, "top_p": 0.0},
-], ids=str)
-def test_limits_of_sampling_are_greedy(sampling):
-    model, prompt = build(), draw(3, 5)
-    assert torch.equal(generate(model, prompt, 15, **sampling), greedy(model, prompt, 15))
-
-
-def test_temperature_and_top_p_shape_the_distribution():
-    probabilities = torch.tensor([0.5, 0.1, 0.25, 0.15])
-    class Constant(torch.nn.Module):  # a model whose next-token distribution is known
-        config, tok_embeddings = build().config, torch.nn.Embedding(1, 1)
-        def forward(self, tokens, positions=None, cache=None, last=None):
-            return probabilities.log().expand(len(tokens), 1, 4)
-
-    def frequencies(**sampling):
-        new = generate(Constant(), torch.zeros(400, 1, dtype=torch.long), 10, **sampling)[:, 1:]
-        return torch.bincount(new.flatten(), minlength=4) / new.numel()
-
-    close = {"atol": 0.03, "rtol": 0}
-    torch.testing.assert_close(frequencies(temperature=1.0), probabilities, **close)
-    torch.testing.assert_close(frequencies(temperature=0.5), probabilities**2 / (probabilities**2).sum(), **close)
-    # the smallest set that reaches 0.7 is {0, 2} (0.75); 0.76 needs token 3 as well; 1 keeps all
-    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.7), torch.tensor([2 / 3, 0, 1 / 3, 0]), **close)
-    torch.testing.assert_close(frequencies(temperature=1.0, top_p=0.76), torch.tensor([0.5, 0, 0.25, 0.15]) / 0.9, **close)
-    assert frequencies(temperature=1.0, top_p=0.7)[[1, 3]].sum() == 0
-
-
-def test_stop_tokens_end_rows():
-    model, prompt = build(), draw(2, 5)
-    free = generate(model, prompt, 12)
-    row = free[0, 5:].tolist()
-    at = next(i for i, token in enumerate(row) if i >= 2 and token not in row[:i] and token not in free[1, 5:].tolist())
-    stopped = generate(model, prompt, 12, stop=(row[at],))
-    assert torch.equal(stopped[1], free[1]) and torch.equal(stopped[0, :5 + at + 1], free[0, :5 + at + 1])
-    assert (stopped[0, 5 + at:] == row[at]).all()                       # the row that is done repeats its stop token
-    other = free[1, 5].item()                                           # the other row stops at once
-    both = generate(model, prompt, 12, stop=(row[at], other))
-    end = min(i for i, token in enumerate(row) if token in (row[at], other))
-    assert both.shape[1] == 5 + end + 1                                 # when all rows are done, generation ends
-    assert generate(model, prompt, 0).shape == (2, 5)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["default", "dynamic", "dynamic_yarn", "clex", "alibi", "xpos", "random positions"])
-def test_prompts_of_different_lengths_continue_as_each_alone(implementation, name):
-    """L is 12: the rows end before, at and after it. Behind its prompt a row holds another token each time, which nobody may read."""
-    model, prompt, lengths = build(attention=implementation, rope=ROPES[name]), draw(4, 17), [5, 12, 17, 9]
-    alone = [generate(model, prompt[b:b + 1, :n], 8)[0] for b, n in enumerate(lengths)]
-    for filling in (0, VOCAB - 1):
-        padded = torch.stack([torch.where(torch.arange(17) < n, row, filling) for row, n in zip(prompt, lengths)])
-        together = generate(model, padded, 8, lengths=torch.tensor(lengths))
-        assert together.shape == (4, 17 + 8)
-        for row, n, expected in zip(together, lengths, alone):
-            assert torch.equal(row[:n + 8], expected) and (row[n + 8:] == expected[-1]).all()
-    assert len({tuple(row[-8:].tolist()) for row in alone}) == 4, "the rows have to differ, or the test says nothing"
-    assert torch.equal(generate(model, prompt, 8, lengths=[17] * 4), generate(model, prompt, 8))
-
-
-def test_stop_tokens_end_rows_of_different_lengths():
-    model, prompt, lengths = build(), draw(3, 11), [4, 11, 7]
-    alone = [generate(model, prompt[b:b + 1, :n], 10)[0] for b, n in enumerate(lengths)]
-    stop = (alone[0][4 + 2].item(), alone[1][11 + 3].item(), alone[2][7].item())
-    prompt[1, 6] = stop[0]                                              # a stop token within a prompt stops nothing
-    alone = [generate(model, prompt[b:b + 1, :n], 10, stop=stop)[0] for b, n in enumerate(lengths)]
-    together = generate(model, prompt, 10, lengths=lengths, stop=stop)
-    assert any(len(a) < n + 10 for a, n in zip(alone, lengths))
-    for row, expected in zip(together, alone):
-        assert torch.equal(row[:len(expected)], expected) and (row[len(expected):] == expected[-1]).all()
-    assert together.shape[1] == max(map(len, alone)), "when all rows are done, generation ends"
-
-
-@pytest.mark.parametrize("lengths, words", [([3, 0], "empty"), ([3, 6], "rows of 5")])
-def test_lengths_that_no_row_has_are_refused(lengths, words):
-    with pytest.raises(UserError, match=words):
-        generate(build(), draw(2, 5), 3, lengths=lengths)
-
-
-def test_no_new_tokens_are_none_for_any_length():
-    prompt = draw(2, 5)
-    text = generate(build(), prompt, 0, lengths=[5, 3])
-    assert torch.equal(text[0], prompt[0]) and torch.equal(text[1, :3], prompt[1, :3]) and (text[1, 3:] == prompt[1, 2]).all()
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(UserError, match="prompt"):
-        generate(build(), draw(1, 0), 3)
-
-
-# --- initial values and sizes ----------------------------------------------------------------------------------------
 
 def test_initial_values():
     torch.manual_seed(0)
     n_layers = 8
-    model = LLaMA(ModelConfig(dim=128, n_layers=n_layers, n_heads=4, vocab_size=256, multiple_of=32))
+    model = LLaMA(ModelConfig(dim=128, n_layers=n_layers, n_heads=4, vocab_size=256,
+                              multiple_of=32))
+
+    def expect_std(module, std):
+        assert module.weight.std().item() == pytest.approx(std, rel=0.03)
     for layer in model.layers:
         a, f = layer.attention, layer.feed_forward
         for module in (a.wq, a.wk, a.wv, f.w1, f.w3):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.03)
-        for module in (a.wo, f.w2):  # what writes into the residual stream
-            assert module.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * n_layers), rel=0.03)
+            expect_std(module, 0.02)
+        for module in (a.wo, f.w2):  # these write into the residual stream
+            expect_std(module, 0.02 / math.sqrt(2 * n_layers))
         assert (layer.attention_norm.weight == 1).all() and (layer.ffn_norm.weight == 1).all()
-    assert model.tok_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.03)
-    assert model.output.weight.std().item() == pytest.approx(0.02, rel=0.03)
-    tokens = draw(2, 30)
-    assert model.loss(tokens, draw(2, 30, seed=1)).item() == pytest.approx(math.log(256), abs=0.1)  # knows nothing yet
+    expect_std(model.tok_embeddings, 0.02)
+    expect_std(model.output, 0.02)
+    loss = model.loss(draw(2, 30), draw(2, 30, seed=1)).item()
+    assert loss == pytest.approx(math.log(256), abs=0.1)         # it knows nothing yet
 
 
 KNOWN = {  # parameters (the sum over the published checkpoint's tensors), feed-forward width
     "LLaMA 7B": (dict(dim=4096, n_layers=32, n_heads=32), 6_738_415_616, 11008),
-    "LLaMA-2 70B": (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),
-                    68_976_648_192, 28672),
-    "Llama-3 8B": (dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3, vocab_size=128256),
-                   8_030_261_248, 14336),
-    "Llama-3.2 1B": (dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5, vocab_size=128256, tied=True),
-                     1_235_814_400, 8192),
+    "LLaMA-2 70B": (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096,
+                         ffn_dim_multiplier=1.3), 68_976_648_192, 28672),
+    "Llama-3 8B": (dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024,
+                        ffn_dim_multiplier=1.3, vocab_size=128256), 8_030_261_248, 14336),
+    "Llama-3.2 1B": (dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, ffn_dim_multiplier=1.5,
+                          vocab_size=128256, tied=True), 1_235_814_400, 8192),
 }
 
 
@@ -607,58 +560,89 @@ def test_parameters_of_known_models(name):
     config = ModelConfig(**changes)
     with torch.device("meta"):
         model = LLaMA(config)
-    assert config.parameters() == sum(p.numel() for p in model.parameters()) == parameters
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters()) == parameters
     assert config.ffn_dim == model.layers[0].feed_forward.w1.out_features == ffn_dim
 
 
+@pytest.mark.parametrize("changes", [
+    {"tied": True}, {"n_kv_heads": 1}, {"head_dim": 12, "ffn_dim": 50}, {"rope": ROPES["clex"]},
+    {"rope": ROPES["half the head, clex"]}], ids=str)
+def test_parameters_of_any_model(changes):
+    model = build(**changes)
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize("dim, multiple_of, multiplier", [
-    (5120, 256, None), (6656, 256, None), (8192, 256, None), (128, 32, None), (96, 32, 1.3), (6, 1, 0.7),
+    (5120, 256, None), (6656, 256, None), (8192, 256, None), (128, 32, None), (96, 32, 1.3),
+    (6, 1, 0.7),
 ])
 def test_the_width_rule(dim, multiple_of, multiplier):
-    config = ModelConfig(dim=dim, n_heads=1, multiple_of=multiple_of, ffn_dim_multiplier=multiplier)
+    config = ModelConfig(dim=dim, n_heads=1, multiple_of=multiple_of,
+                         ffn_dim_multiplier=multiplier)
+    assert config.ffn_dim == meta_ffn_dim(config)
     assert config.ffn_dim == reference.ffn_width(dim, multiple_of, multiplier)
 
 
 def test_the_oracles_width_rule_on_known_models():
-    assert [reference.ffn_width(dim, 256) for dim in (4096, 5120, 6656, 8192)] == [11008, 13824, 17920, 22016]
-    assert reference.ffn_width(8192, 4096, 1.3) == 28672 and reference.ffn_width(4096, 1024, 1.3) == 14336
+    widths = [reference.ffn_width(dim, 256) for dim in (4096, 5120, 6656, 8192)]
+    assert widths == [11008, 13824, 17920, 22016]
+    assert reference.ffn_width(8192, 4096, 1.3) == 28672
+    assert reference.ffn_width(4096, 1024, 1.3) == 14336
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 1, "n_layers": 3}])
 def test_flops_are_what_a_counter_counts(changes):
     B, T = 2, 24
     model = build(attention="naive", **changes)
-    c, tokens = model.config, draw(B, T)
+    config, tokens = model.config, draw(B, T)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens)
-    above = 4 * c.n_layers * c.dim * (T - 1) / 2  # naive attention also multiplies what the mask throws away
-    assert counter.get_total_flops() == B * T * (c.flops_per_token(T, training=False) + above)
-    assert c.flops_per_token(T) == pytest.approx(3 * c.flops_per_token(T, training=False), abs=3)
+    forward = flops_per_token(config, T, training=False)
+    # naive attention also multiplies what the mask throws away
+    thrown_away = 4 * config.n_layers * config.dim * (T - 1) / 2
+    assert counter.get_total_flops() == B * T * (forward + thrown_away)
+    assert flops_per_token(config, T) == pytest.approx(3 * forward, abs=3)
 
 
-@pytest.mark.parametrize("attention, recompute", [("tiled", False), ("sdpa", False), ("naive", False), ("tiled", True)])
+@pytest.mark.parametrize("attention, recompute", [
+    ("tiled", False), ("sdpa", False), ("naive", False), ("tiled", True)])
 def test_the_estimate_of_memory_is_near_the_measured_peak(attention, recompute):
     rows, T = 1, 512
-    model = build(attention=attention, dim=64, n_layers=6, n_kv_heads=4, multiple_of=32, vocab_size=128)
-    model.recompute, tokens = recompute, draw(rows, T)
-    with Meter() as meter:  # sees activations and gradients; weights and moments are the other 12 bytes a parameter
+    model = build(attention=attention, dim=64, n_layers=6, n_kv_heads=4, multiple_of=32,
+                  vocab_size=128)
+    model.recompute = recompute
+    tokens = draw(rows, T)
+    with Meter() as meter:
         model.loss(tokens, tokens).backward()
-    measured = meter.peak + 12 * model.config.parameters()
-    estimate = model.config.training_bytes(rows, T, recompute=recompute, attention=attention)
+    # The meter sees activations and gradients; weights and moments are the other 12 bytes a
+    # parameter.
+    measured = meter.peak + 12 * parameter_count(model.config)
+    estimate = training_bytes(model.config, rows, T, recompute=recompute, attention=attention)
     assert 1 / 1.3 < estimate / measured < 1.3
 
 
-# --- what a user may write -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rope, max_seq_len, window", [
+    (RopeConfig(), 64, 64), (RopeConfig("linear", 4.0), 64, 16),
+    (RopeConfig("yarn", 4.0, 10), 64, 10), (RopeConfig("linear", 3.0), 100, 33)], ids=str)
+def test_the_original_window_of_a_model(rope, max_seq_len, window):
+    assert ModelConfig(rope=rope, max_seq_len=max_seq_len).original_window == window
+
+
+# ---- What a user may write -----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("wrong, words", [
-    ({"n_heads": 5}, ["dim", "n_heads"]), ({"n_heads": 32}, ["head_dim"]), ({"n_kv_heads": 3}, ["n_kv_heads"]),
-    ({"vocab_size": -1}, ["vocab_size"]),
-    ({"n_layers": 0}, ["n_layers"]), ({"max_seq_len": 2.5}, ["max_seq_len"]), ({"dim": "32"}, ["dim"]),
+    ({"n_heads": 5}, ["dim", "n_heads"]), ({"n_heads": 32}, ["head_dim"]),
+    ({"n_kv_heads": 3}, ["n_kv_heads"]), ({"vocab_size": -1}, ["vocab_size"]),
+    ({"n_layers": 0}, ["n_layers"]), ({"max_seq_len": 2.5}, ["max_seq_len"]),
+    ({"dim": "32"}, ["dim"]), ({"n_layers": True}, ["n_layers"]), ({"head_dim": 7}, ["head_dim"]),
+    ({"ffn_dim": 0}, ["ffn_dim"]),
 ], ids=str)
 def test_a_model_that_cannot_be_is_one_line(wrong, words):
     with pytest.raises(UserError) as error:
         ModelConfig(**{"dim": 32, "n_heads": 4, "n_layers": 1, "vocab_size": VOCAB, **wrong})
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words)
 
 
 def test_an_unknown_attention_names_the_choices():

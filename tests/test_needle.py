@@ -118,6 +118,10 @@ def test_the_share_of_the_answer_is_that_of_its_most_probable_tokens(tokenizer, 
     distances = measured["distances"][220]
     assert measured["accuracy_by_depth"][220] == [float(d <= 120) for d in distances]
     assert 0 < measured["accuracy"][220] < 1 and measured["floor"] == {220: 0.0}
+    model.reach = 10**6
+    measured = needle(model, tokenizer, haystack, [220], depths=5, trials=2, progress=False)
+    assert measured["accuracy"] == {220: 1.0}
+    assert measured["floor"] == {220: 0.0}, "it finds nothing where nothing is hidden"
     prompt, answer, _ = builder.build(np.random.default_rng(0), 220, 1)
     spoilt = answer.copy()
     spoilt[2] = (spoilt[2] + 1) % tokenizer.vocab_size

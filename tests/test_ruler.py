@@ -374,6 +374,14 @@ def test_tasks_that_do_not_fit_are_left_out_and_said_to_need_what_they_need(monk
         measure(monkeypatch, oracle, lengths=(700,), tasks=["vt"])
 
 
+def test_the_length_that_is_said_to_be_needed_holds_its_own_samples():
+    for seed in range(30):
+        enough = prompts("niah_multiquery", 400, seed).with_enough_length(3)
+        assert 400 < enough.length and enough.shortest(3) <= enough.length
+    ample = prompts("niah_multiquery", 4000)
+    assert ample.with_enough_length(3) is ample
+
+
 def test_cached_answers_are_not_generated_again(monkeypatch, tmp_path):
     tasks = ["niah_single_2", "fwe"]
 

@@ -124,6 +124,7 @@ def test_rows_are_what_the_folders_give(whole, command, base, place, corpus_fold
     assert before["perplexity"]["prose"][str(2 * L)] == expected
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers_in_any_number_of_processes(command, whole):
     assert numbers(command(*SMALL, "--jobs", "2", folder="two")) == numbers(whole)
 
@@ -180,6 +181,27 @@ def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
     monkeypatch.setattr(sweep, "fit", None)
     with pytest.raises(UserError, match=words):
         command(*flags, folder="mistake")
+
+
+def test_a_method_that_is_followed_from_step_to_step_is_asked_for_twice_as_many_keys(
+        command, monkeypatch, L):
+    asked = {}
+
+    def passkey(model, tokenizer, lengths, depths, trials, seed, progress, cache):
+        asked.setdefault(model.config.rope.rope_type, []).append((lengths, depths, trials))
+        return {"accuracy": {n: 0.5 for n in lengths}, "k_max": 7,
+                "accuracy_by_depth": {n: [0.5] for n in lengths}}
+
+    monkeypatch.setattr(sweep, "passkey", passkey)
+    result = command("--methods", "default", "yarn", "--curves", "yarn", "--factors", "2",
+                     "--steps", "1", "2", "--seeds", "0", "--trials", "3", folder="keys")
+    ends = [([L], 10, 3), ([2 * L], 10, 3)]
+    assert asked["default"] == [*ends, ([2 * L], 3, 3)] * 2, "before and after all steps"
+    followed = [*ends, ([2 * L], 3, 6)]
+    assert asked["yarn"] == [*followed, ([2 * L], 3, 6), *followed]
+    rows = [(r["method"], r["steps"], r.get("k_max")) for r in result["rows"]]
+    assert rows == [("default", 0, 7), ("yarn", 0, 7), ("default", 1, None), ("default", 2, 7),
+                    ("yarn", 1, 7), ("yarn", 2, 7)]
 
 
 def test_a_text_does_not_take_the_place_of_the_corpus(command, corpus_folder, place):
@@ -290,7 +312,8 @@ def test_tables_have_the_form_of_the_papers(tmp_path):
     assert k_max[2] == [["2", "plain RoPE", "0", "20 ±0", "50 ±10"],
                         ["2", "PI", "0", "180 ±0", "200 ±0"]]
     assert "| 2 | PI | 0 | 17.00 |" in markdown(*windows)
-    assert plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png").stat().st_size > 10_000
+    figure = plot_sweep(json.loads(json.dumps(result)), tmp_path / "sweep.png")
+    assert figure.stat().st_size > 10_000
 
 
 def test_only_several_numbers_of_dimensions_make_a_figure_of_them(tmp_path):
@@ -313,6 +336,7 @@ def test_a_blow_up_is_shown_as_such():
     assert math.isinf(float(cell([None], 2)))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_path, L):
     text = tmp_path / "prose.txt"
     text.write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
@@ -329,7 +353,7 @@ def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_pa
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     runs = [tmp_path / "methods" / f"linear-x2-seed{n}" for n in range(3)]
     logs = [run / "metrics.jsonl" for run in runs[:2]]
-    for _ in range(600):
+    for _ in range(1200):
         if all(log.exists() and log.stat().st_size for log in logs) or process.poll() is not None:
             break
         time.sleep(0.1)
