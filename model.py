@@ -45,6 +45,7 @@ class ModelConfig:
 
     def __post_init__(self):
         complete_shape(self)                  # fills in n_kv_heads, head_dim, ffn_dim; checks all
+        inv_freq(self.rope, self.head_dim)    # refuses RoPE settings that do not fit the head
 
     @property
     def original_window(self) -> int:
@@ -423,8 +424,7 @@ def stream(model: LLaMA, prompt: Tensor, max_new_tokens: int, temperature: float
            top_p: float = 1.0, stop: Iterable[int] = (), seed: int = 0) -> Iterator[Tensor]:
     """Continue a prompt [B, T] one token at a time; yields [B] per step. Temperature 0 is greedy;
     top_p keeps the smallest set of tokens whose probability reaches it. A row that has produced a
-    stop token repeats it; when all rows have, the stream ends. (Prompts of different lengths:
-    extras/generation.py)"""
+    stop token repeats it; when all have, the stream ends. (Other lengths: extras/generation.py)"""
     check_sampling(prompt, temperature, top_p)
     generator = torch.Generator(device=prompt.device).manual_seed(seed)
     B, T = prompt.shape

@@ -332,12 +332,13 @@ def test_no_baseline_unasked_that_takes_more_memory(recorded, base, run_finetune
 
 
 def test_a_length_dependent_method_may_have_a_factor_of_its_own(recorded, base, run_finetune,
-                                                                tmp_path, L):
+                                                                tmp_path, L, capsys):
     """--factor is the window; the parameter-free dynamic NTK has factor 1 all the same."""
     result = run_finetune(base, tmp_path, "--rope", '{"rope_type": "dynamic", "factor": 1}',
                           "--factor", 2, "--no-baseline")
     config = recorded[0][0].config
     assert (config.rope.factor, config.max_seq_len, result["window"]) == (1, 2 * L, 2 * L)
+    assert f"window {L} -> {2 * L}, rope" in capsys.readouterr().out
     with pytest.raises(UserError, match="--factor 2 and factor 1"):
         run_finetune(base, tmp_path, "--rope", '{"rope_type": "yarn", "factor": 1}', "--factor", 2)
 

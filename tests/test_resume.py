@@ -343,7 +343,7 @@ def test_nothing_bad_is_saved(tmp_path, spoilt):
     steps = []
 
     def evaluate(model):
-        return {"val_loss": math.nan if spoilt == "validation" else 1.0}
+        return {"val_loss": math.nan if spoilt == "validation" else 1.0, "val_accuracy": 0.5}
 
     def spoil(optimizer, *_):
         steps.append(0)

@@ -1,4 +1,5 @@
 """train.py: the step is AdamW's, and a run leaves a model that loads, a log and its settings."""
+import itertools
 import json
 import math
 
@@ -13,7 +14,7 @@ from model import LLaMA
 from reference import adamw_step
 from toy_training import T, V, read_metrics, settings, tiny_model, toy_batches, train_tiny
 from train import fit, learning_rate, make_optimizer, validation
-from weights import load_model
+from weights import load_model, training_run
 
 # ---- The step ------------------------------------------------------------------------------------
 
@@ -210,6 +211,34 @@ def test_metrics_and_evaluation(tmp_path):
     trained = dict(model.named_parameters())
     for name, p in load_model(tmp_path).named_parameters():
         assert torch.equal(p, trained[name]), name
+
+
+def test_a_model_in_eval_mode_is_trained_in_training_mode(tmp_path):
+    """load_model gives it so; `recompute`, say, looks at the mode."""
+    model = tiny_model().eval()
+    loss, modes = model.loss, []
+
+    def noting(tokens, targets):
+        modes.append(model.training)
+        return loss(tokens, targets)
+    model.loss = noting
+    fit(model, settings(tmp_path, steps=2), toy_batches)
+    assert modes == [True, True]
+    assert not model.training
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_speed_is_that_of_all_steps_and_ranks_since_the_last_line(tmp_path, monkeypatch, world):
+    """By a clock on which a second passes between two lines."""
+    clock = itertools.count()
+    monkeypatch.setattr(training_run.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(training_run, "join_process_group", lambda: (0, world))
+    monkeypatch.setattr(training_run, "on_any_rank", lambda flag, device: False)
+    config = settings(tmp_path, steps=11, log_every=4, save_every=100)
+    fit(tiny_model(), config, toy_batches, progress=False)
+    tokens = 4 * T * world
+    speeds = {line["step"]: line["tokens_per_second"] for line in read_metrics(tmp_path)}
+    assert speeds == {1: tokens, 4: 3 * tokens, 8: 4 * tokens, 11: 3 * tokens}
 
 
 def test_validation_is_the_mean_loss_of_fixed_rows(corpus_folder, tokenizer):
