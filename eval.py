@@ -48,14 +48,14 @@ def sliding_windows(n: int, window: int, stride: int) -> Iterator[tuple[int, int
     one, tokens[begin+1:end+1]. The window before has scored the first `skip` of these already.
     n = 9, window = 4, stride = 2: (0, 4, 0), (2, 6, 2), (4, 8, 2) score 4 + 2 + 2 = n-1 tokens.
 
-    Every token but the first is scored exactly once. After the first window each has at least
-    window - stride + 1 tokens of context. (Press et al. 2021, arXiv 2108.12409)
+    Every token but the first is scored exactly once. After the first window each is predicted from
+    at least window - stride + 1 tokens. (Press et al. 2021, arXiv 2108.12409)
     """
-    scored = 0  # tokens[1:scored + 1] have been predicted by the windows so far
+    last_scored = 0  # the last token that the windows so far have scored; token 0 is given
     for begin in range(0, n - 1, stride):
         end = min(begin + window, n - 1)
-        yield begin, end, scored - begin
-        scored = end
+        yield begin, end, last_scored - begin
+        last_scored = end
         if end == n - 1:
             return
 
@@ -82,14 +82,16 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
     hashes = [hashlib.sha256(d.astype(np.int64).tobytes()).hexdigest() for d in documents]
     cache = (cache or ResultCache()).for_model(model, "perplexity", hashes, window, stride, bins)
 
+    def score(batch: Sequence[Window]) -> tuple[list[float], list[int]]:
+        return window_nll(model, documents, batch, window, bins)
+
     nll, tokens = np.zeros(bins), np.zeros(bins, np.int64)  # sums over all windows, for each bin
-    for batch_nll, batch_tokens in map_windows(
-            lambda batch: window_nll(model, documents, batch, window, bins), windows, model, cache,
-            f"perplexity, window {window}", progress):
+    title = f"perplexity, window {window}"
+    for batch_nll, batch_tokens in map_windows(score, windows, model, cache, title, progress):
         nll += batch_nll
         tokens += batch_tokens
     mean = float(nll.sum() / tokens.sum())
-    ppl = math.inf if mean > 700 else math.exp(mean)        # exp(710) overflows a float64
+    ppl = math.inf if mean > 700 else math.exp(mean)        # math.exp raises above 709.7
     return result(model, seed, perplexity=ppl, nll=mean,
                   tokens=int(tokens.sum()), documents=len(documents), window=window, stride=stride,
                   **CONVENTIONS, **loss_by_context(nll, tokens, window),
@@ -99,7 +101,7 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
 @torch.inference_mode()
 def window_nll(model: LLaMA, documents: Sequence[np.ndarray], batch: Sequence[Window],
                window: int, bins: int) -> tuple[list[float], list[int]]:
-    """Score a batch of windows of one length T. Returns two lists with an entry for each bin of
+    """Score a batch of windows, all of length T. Returns two lists with an entry for each bin of
     context: the sum of -ln p in nats, and the number of scored tokens."""
     rows = [documents[w.document][w.begin:w.end + 1] for w in batch]        # + 1: the last target
     ids = torch.from_numpy(np.stack(rows).astype(np.int64)).to(model.device)         # [B, T + 1]
@@ -109,11 +111,11 @@ def window_nll(model: LLaMA, documents: Sequence[np.ndarray], batch: Sequence[Wi
 
     hidden = model.hidden(ids[:, :-1], last=T - first)                         # [B, T-first, C]
     targets = ids[:, 1 + first:]                                               # [B, T-first]
-    position = torch.arange(first, T, device=model.device).expand_as(targets)  # in its window
-    scored = position >= skip[:, None]                                         # bool [B, T-first]
-    nll = model.nll(hidden[scored], targets[scored]).float().cpu().double().numpy()  # [N scored]
-    bin_of_token = position[scored].cpu().numpy() * bins // window                   # [N scored]
-    return (np.bincount(bin_of_token, nll, bins).tolist(),
+    position = torch.arange(first, T, device=model.device).expand_as(targets)  # of the token read
+    new = position >= skip[:, None]            # bool [B, T-first], not scored by the window before
+    nll = model.nll(hidden[new], targets[new]).cpu().double().numpy()          # [N]
+    bin_of_token = position[new].cpu().numpy() * bins // window                # [N]
+    return (np.bincount(bin_of_token, weights=nll, minlength=bins).tolist(),
             np.bincount(bin_of_token, minlength=bins).tolist())
 
 
@@ -233,11 +235,11 @@ class PerplexityFlags(ModelFlags):
     corpus: str = field("data/corpora/python", "token folder whose validation documents are used")
     window: int | None = field(None, "tokens the model reads at a time [the model's window]")
     stride: int | None = field(None, "tokens by which the window moves on [window / 4]")
-    max_tokens: int = field(65536, "tokens to score, about: of the corpus, or of each --text; "
-                            "0 is all")
+    max_tokens: int = field(65536, "about how many tokens to score: of the whole corpus, or of "
+                            "each --text; 0 is all")
     bins: int = field(1, "above 1: also the loss by tokens of context, in so many parts of the "
-                      "window; the stride is then the window, if not given, so that all parts are "
-                      "scored equally often")
+                      "window. The default stride is then the window, to score all parts about "
+                      "equally often")
 
 
 @dataclass
@@ -261,12 +263,12 @@ def perplexity_command(flags: PerplexityFlags, cache: ResultCache) -> dict[str, 
     if flags.text:
         documents = read_documents(flags.text, tokenizer, flags.max_tokens, window)
     else:
-        # At least two windows long, so that the window can slide. At least 8 L, so that every
-        # --window up to 4 L is measured on the same documents.
-        at_least = max(2 * window, 8 * model.config.original_window)
-        at_most = flags.max_tokens or 2**62  # 0: the whole split
+        # L is the original window. Documents of 8 L serve every --window up to 4 L, so that all
+        # of them score the same text. A longer window needs two of its length, to slide.
+        length = max(2 * window, 8 * model.config.original_window)
+        most_tokens = flags.max_tokens or 2**62  # 0: the whole split
         corpus = ensure_corpus(flags.corpus, tokenizer.path)
-        documents = validation_documents(corpus, at_least, at_most, tokenizer)
+        documents = validation_documents(corpus, length, most_tokens, tokenizer)
     found = perplexity(model, documents, window, stride, flags.seed, bins=flags.bins, cache=cache)
     found |= bits_per_byte(found["nll"], documents, tokenizer)
     print(f"perplexity {found['perplexity']:.4f}   ({found['nll']:.4f} nats a token, "

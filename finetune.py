@@ -42,11 +42,11 @@ class FinetuneConfig(FitConfig):
     rows, constant after warm-up."""
     model: str = field("data/tiny", "pretrained model folder")
     rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., "
-                      "or a JSON object; default is plain RoPE (only the direct fine-tuning)")
-    factor: float = field(2.0, "s = L'/L, new window by original window; a model that was extended "
-                          "before also counts from its original one")
-    out: str = field("", "folder of the extended model [out/METHOD-xFACTOR, METHOD being pi for "
-                     "linear]; the baseline's is OUT-direct [out/direct-xFACTOR]")
+                      "or a JSON object. --rope default, plain RoPE, only fine-tunes directly")
+    factor: float = field(2.0, "s = L'/L, new window by that of pre-training, also for a model "
+                          "that was extended since")
+    out: str = field("", "folder of the extended model [out/pi-xFACTOR for linear, else "
+                     "out/METHOD-xFACTOR]; the baseline goes to OUT-direct [out/direct-xFACTOR]")
     steps: int = field(400, "optimiser steps")
     batch_size: int = field(4, "rows of L' tokens per micro-batch and device")
     lr: float | None = field(None, "peak learning rate [1e-3 for a small model; to be given for a "
@@ -66,7 +66,7 @@ class FinetuneConfig(FitConfig):
                         "made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus")
     baseline: bool | None = field(None, "also fine-tune without the method, as many steps on rows "
-                                  "of L' [yes, unless the other rows are of L: more memory]")
+                                  "of L' [no if the method trains on rows of L, to save memory]")
     eval_tokens: int = field(16384, "held-out tokens that each perplexity is measured on")
     depths: int = field(10, "passkey: places of the key")
     trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, rope, direct_out = complete_flags(config, base)
     L, window = base.original_window, round(base.original_window * config.factor)    # L and L'
     target = dataclasses.replace(with_rope(base, rope), max_seq_len=window)
+    row = L if has_short_rows(config, rope) else window  # tokens of a training row
     if rank == 0:
-        print_header(target, config, device, L if has_short_rows(config, rope) else window)
+        print_header(target, config, device, row)
     if config.dry_run:
         return
     tokenizer = load_tokenizer(config.model, base.vocab_size)
@@ -130,11 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                      **measured})
     if rank == 0:
         print(format_table(rows, lengths, {"L": L, "L'": window}))
+        # model is still the last experiment's; the run's own model and rope replace its below.
         report = result(model, config.seed, rows=rows, window=window, lengths=lengths,
                         settings=dataclasses.asdict(config), documents=len(documents),
                         tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4",
                         **CONVENTIONS, parameters=parameter_count(target))
-        report |= {"model": config.model, "rope": target.rope.to_dict()}  # not the last row's
+        report |= {"model": config.model, "rope": target.rope.to_dict()}
         write_report(config, cache, report)
 
 
@@ -148,7 +150,7 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
     plain, label = baseline_rope(base), file_label(rope["rope_type"])
     as_it_is = Experiment("extrapolation", plain)
     direct = dataclasses.replace(config, rope=rope_flag(plain))
-    if not changes_positions(rope, base):
+    if not changes_positions(rope, base):  # then direct is the run itself: it goes to config.out
         return [as_it_is, Experiment("direct_finetuned", plain, direct)]
     extended = dataclasses.replace(config, rope=rope_flag(rope))
     experiments = [as_it_is,

@@ -7,7 +7,7 @@ Module and tensor names are Meta's (`tok_embeddings`, `layers.N.attention.wq`, `
 ...), so that official checkpoints load with no renaming.
 """
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -58,7 +58,7 @@ class ModelConfig:
 #
 # One signature, three implementations: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D].
 # Attention is causal, and the T queries are the last T of the S positions: query t sits at position
-# S-T+t and sees keys 0 .. S-T+t. T = S in training, T = 1 when generating with a cache. Query head
+# S-T+t and sees keys 0 .. S-T+t. T = S in training; less with a cache or with `last`. Query head
 # h reads key head h // G. `bias` broadcasts to [B, H, T, S], is added to scores, has no gradient.
 
 ATTENTION = ("naive", "tiled", "sdpa")
@@ -99,7 +99,7 @@ def causal_bias(bias: Tensor | None, T: int, S: int, device: torch.device) -> Te
         centered = torch.zeros(T, S, device=device)
     else:
         bias = bias.float().expand(*bias.shape[:-2], T, S)
-        own = bias.diagonal(S - T, -2, -1).clamp(min=-1e30)                               # [.., T]
+        own = bias.diagonal(S - T, -2, -1).clamp(min=-1e30)    # [.., T]; -inf - -inf would be NaN
         centered = bias - own[..., None]
     future = torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T + 1)
     return centered.masked_fill(future, -torch.inf)
@@ -268,7 +268,7 @@ class Attention(nn.Module):
         q = self.wq(x[:, -n:]).view(B, n, -1, self.head_dim).transpose(1, 2)      # [B, H, n, D]
         k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
-        cos, sin = pos.q_rope
+        cos, sin = pos.q_rope                                         # k_rope differs in xPos only
         q = apply_rope(q, cos[..., -n:, :], sin[..., -n:, :])
         k = apply_rope(k, *pos.k_rope)
         if cache is not None:
@@ -311,8 +311,8 @@ LOSS_CHUNK = 2**24  # logits at a time, 64 MiB: the whole [T, V] of a 32k window
 
 
 class LLaMA(nn.Module):
-    """The model. `attention` (auto, naive, tiled, sdpa), `recompute` and `config.rope` may be set
-    at any time."""
+    """The model. `attention` (auto, naive, tiled, sdpa), `recompute` and, but for CLEX and between
+    texts, `config.rope` may be set at any time."""
 
     def __init__(self, config: ModelConfig, attention: str = "auto", recompute: bool = False):
         super().__init__()
@@ -342,14 +342,14 @@ class LLaMA(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                cache: KVCache | None = None, last: int | None = None) -> Tensor:
         """Final normalised states: tokens [B, T] -> [B, T, C]. positions [T] or [B, T]; without
-        them the tokens follow the cache. last = n: only the last n states, [B, n, C], and the last
-        layer computes no others."""
+        them they begin at 0 or go on from the cache. last = n: only the last n states, [B, n, C],
+        and the last layer computes no others."""
         assert last is None or 1 <= last <= tokens.shape[1], "last: from 1 to the number of tokens"
         all_positions = self.text_positions(tokens, positions, cache)   # [S] or [B, S]
         frequencies, attention_factor = self.frequencies(all_positions)
         if cache is not None:
             cache.add_tokens(tokens, all_positions, frequencies, attention_factor)
-        pos = position_inputs(self.config.rope, self.config.n_heads, frequencies,
+        pos = position_inputs(self.config.rope, self.config.n_heads, frequencies,  # cos and sin
                               attention_factor, all_positions, tokens.shape[1])
         x = self.tok_embeddings(tokens)                                 # [B, T] -> [B, T, C]
         for block in self.layers:
@@ -400,7 +400,7 @@ class LLaMA(nn.Module):
 
     def nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """-ln p(target), in nats: hidden [N, C], targets [N] -> [N]; 0 where the target is -100.
-        Logits are made one chunk at a time, and again in the backward pass, to save memory."""
+        Logits are made one chunk at a time, and again in any backward pass, to save memory."""
         size = max(1, LOSS_CHUNK // self.config.vocab_size)
         if len(targets) <= size:
             return self.chunk_nll(hidden, targets)
@@ -421,7 +421,7 @@ class LLaMA(nn.Module):
 
 @torch.inference_mode()
 def stream(model: LLaMA, prompt: Tensor, max_new_tokens: int, temperature: float = 0.0,
-           top_p: float = 1.0, stop: Iterable[int] = (), seed: int = 0) -> Iterator[Tensor]:
+           top_p: float = 1.0, stop: Collection[int] = (), seed: int = 0) -> Iterator[Tensor]:
     """Continue a prompt [B, T] one token at a time; yields [B] per step. Temperature 0 is greedy;
     top_p keeps the smallest set of tokens whose probability reaches it. A row that has produced a
     stop token repeats it; when all have, the stream ends. (Other lengths: extras/generation.py)"""

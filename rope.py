@@ -9,15 +9,15 @@ so that the score of a query at m and a key at n depends on the distance m - n a
 
 A model trained on texts of L tokens has seen the angles of the positions 0 .. L-1. Every method
 below answers one question: by which angles should the pairs turn in a text of L' > L tokens?
-Position Interpolation (Chen et al. 2023, arXiv 2306.15595) answers: by those that training showed.
+Position Interpolation (Chen et al. 2023, arXiv 2306.15595) answers: by angles between those.
 
     B  batch    H  heads    T  tokens    D  head_dim    i  pair, 0 .. D/2-1    m  position
     L  original_window      L'  target window      s = L'/L  factor      l  seq_len, tokens so far
 
 A method is a function that returns (inv_freq, attention_factor): its theta_i, the radians that
 each pair turns per token (float64 [D/2]), and a factor of cos and sin. On the way to the model:
---rope and --factor -> methods.RopeConfig -> methods.inv_freq -> cos_sin -> apply_rope. The rarer
-methods are in methods/; docs/maths.md derives them all.
+--rope, --factor -> methods.RopeConfig -> methods.inv_freq -> methods.position_inputs, which calls
+cos_sin -> model.Attention: apply_rope. The rarer methods: methods/; derivations: docs/maths.md.
 """
 import math
 
@@ -205,8 +205,8 @@ def pair_with_rotations(head_dim: int, base: float, window: int, turns: float) -
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """0.1 weight ln s + 1, a factor of q and of k, so that scores grow by its square: over more
-    keys the softmax has to be sharper. (1/t in the paper, fitted to LLaMA's perplexities)"""
+    """0.1 weight ln s + 1, a factor of q and of k: scores grow by its square (1/t in the paper),
+    as over more keys the softmax has to be sharper. (Fitted to LLaMA's perplexities)"""
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 

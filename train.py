@@ -95,14 +95,15 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
         tokenizer: Tokenizer | None = None, progress: bool = True) -> float:
     """Train `model` for config.steps optimiser steps, or resume the run that config.out holds.
 
-    batches: all rows of a step, batch_size * accumulate for each rank; fit() takes its own.
+    batches: step -> all rows of it, batch_size * accumulate for each rank, which takes its own.
     evaluate(model): numbers to log every eval_every steps, and at the end.
     Weights are float32; with bfloat16 the matrix products run under autocast.
     Returns the seconds spent training, those before an interruption counted.
-    UserError: other settings than those of the run in config.out, or a loss that is not finite.
+    UserError: other settings than those of the run in config.out, or a loss or gradient that is
+    not finite, noticed at the next logged step. Stopped: after Ctrl-C, with all steps saved.
     """
     validate_settings(config)
-    rank, world = join_process_group()  # 0, 1 without torchrun
+    rank, world = join_process_group()  # joins at the first call only; 0, 1 without torchrun
     model.attention, model.recompute = config.attention, config.recompute
     optimizer = make_optimizer(model, config)
     run = TrainingRun(model, optimizer, config, evaluate, tokenizer, progress)
@@ -113,7 +114,8 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
             block.compile()  # one graph serves all blocks
     rows = config.batch_size * config.accumulate    # of this rank in one optimiser step
     first_row = rank * rows
-    with run.running():
+    with run.running():  # Ctrl-C waits for the end of a step, and the log is open
+        # step: run.step, ..., config.steps - 1; batch: this rank's rows of that step
         for step, batch in prefetch(batches, run.step, config.steps, first_row, rows):
             lr = learning_rate(config, step)
             for group in optimizer.param_groups:
@@ -124,7 +126,8 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            # Counts the step, and writes the log, validates, saves or stops where it is time.
+            # Counts the step. Where it is time: raises if something is not finite, logs, validates,
+            # saves, stops after Ctrl-C.
             run.after_step(loss, norm, lr, tokens=batch[0].numel())
     return run.seconds
 
@@ -133,15 +136,14 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
     """Forward and backward, one micro-batch after another: p.grad sums up over them. Returns the
     mean loss in nats a token.
 
-    batch: tokens [rows, T], targets [rows, T], and where positions are not 0, 1, 2, ... (PoSE)
-    positions [rows, T].
+    batch: tokens, targets and, if they are not 0, 1, 2, ... (PoSE), positions: each [rows, T].
     """
     device = model.device
     dtype = choose_dtype(config.dtype, device)
     total = torch.zeros((), device=device)
-    micro_batches = zip(*(tensor.split(config.batch_size) for tensor in batch))
-    for micro_batch in micro_batches:
-        micro_batch = [tensor.to(device, non_blocking=True) for tensor in micro_batch]
+    for start in range(0, len(batch[0]), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        micro_batch = [tensor[rows].to(device, non_blocking=True) for tensor in batch]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model.loss(*micro_batch) / config.accumulate     # so that the sum is the mean
         loss.backward()
@@ -205,7 +207,7 @@ def rope_of_training(config: TrainConfig) -> RopeConfig:
         raise UserError("--rope original_max_position_embeddings: it is the window of this "
                         "training, --max-seq-len")
     rope: dict[str, Any] = {"rope_theta": config.rope_theta}
-    if given != {"rope_type": "default"}:  # for plain RoPE L is the model's max_seq_len
+    if given != {"rope_type": "default"}:  # plain RoPE needs no L beside the model's max_seq_len
         rope["original_max_position_embeddings"] = config.max_seq_len
     return RopeConfig.from_dict(rope | given)
 
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank, world = join_process_group()
     device = choose_device(config.device)
     tokenizer = open_tokenizer(config.tokenizer)
-    corpus = corpus_for(config.corpus, tokenizer)  # the default corpus, cut by this tokenizer
+    corpus = corpus_for(config.corpus, tokenizer)  # its folder for this tokenizer; made below
     config = dataclasses.replace(config, corpus=str(corpus))
     rope = rope_of_training(config)
     L = config.max_seq_len
@@ -236,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows_of_step = config.batch_size * config.accumulate * world
     batches = Batches(TokenFile(corpus, "train"), tokenizer, rows_of_step, L, config.passkey_share,
-                      seed=config.seed, positions=training_positions(rope, L, L))
+                      seed=config.seed, positions=training_positions(rope, L, L))  # here L' = L
     evaluate = validation(TokenFile(corpus, "val"), tokenizer, config.batch_size, L)
     seconds = fit(model, config, batches, evaluate, tokenizer)
     if rank == 0:

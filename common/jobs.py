@@ -24,7 +24,7 @@ def row_bytes(model: torch.nn.Module, length: int, generating: bool = False) -> 
         numbers += 2 * c.n_layers * c.n_kv_heads * c.head_dim
     size = length * numbers * model.tok_embeddings.weight.element_size()
     if model.attention == "naive":
-        size += 12 * c.n_heads * length**2  # scores, their mask and softmax
+        size += 3 * 4 * c.n_heads * length**2  # float32 scores, their mask and softmax
     return size
 
 
@@ -63,7 +63,7 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
             if key in futures:
                 yield futures.pop(key).result()  # popped: a result is not kept twice
             else:
-                yield cache.get(key, lambda: None)
+                yield cache.get(key, lambda: None)  # it is held: nothing is computed
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -85,8 +85,9 @@ class Window(NamedTuple):
 def map_windows(function: Callable[[list[Window]], Any], windows: Sequence[Window],
                 model: torch.nn.Module, cache: ResultCache, title: str, progress: bool = True
                 ) -> Iterator[Any]:
-    """Yield function(batch) for batches of `windows` that have one length, as many rows as memory
-    allows; in a fixed order (by length, then skip), so that sums are reproducible."""
+    """Yield function(batch) for batches of `windows` of equal length, as many rows as memory
+    allows. The order is fixed, so that sums are reproducible: by length, then by skip, as a batch
+    computes states from its smallest skip on."""
     ordered = sorted(windows, key=lambda w: (w.length, w.skip))
     jobs = {}
     for length, equal in groupby(ordered, key=lambda w: w.length):
@@ -94,11 +95,12 @@ def map_windows(function: Callable[[list[Window]], Any], windows: Sequence[Windo
         rows = rows_per_pass(model, length)
         for i in range(0, len(equal), rows):
             batch = equal[i:i + rows]
-            jobs[tuple((w.document, w.begin) for w in batch)] = (batch,)
+            key = tuple((w.document, w.begin) for w in batch)
+            jobs[key] = (batch,)  # the arguments of function
     longest = ordered[-1].length
     job_bytes = rows_per_pass(model, longest) * row_bytes(model, longest)
     with tqdm(total=len(jobs), desc=title, unit="pass", leave=False,
-              disable=None if progress else True) as bar:
+              disable=None if progress else True) as bar:  # None: a bar only on a terminal
         for value in parallel_map(function, jobs, model, cache, job_bytes):
             yield value
             bar.update()

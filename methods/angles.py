@@ -22,7 +22,7 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
     Computed in float64 and rounded once. A UserError if settings do not fit the head.
     """
     method = METHODS[config.rope_type]
-    length = 0  # for most methods, so that the cache below has one entry for all lengths
+    length = 0  # where length does not matter: one entry in the lru_cache below serves all texts
     if method.length_dependent and seq_len is not None:
         length = seq_len
     frequencies, attention_factor = computed_frequencies(config, head_dim, length)
@@ -45,7 +45,7 @@ def computed_frequencies(config: RopeConfig, head_dim: int, seq_len: int) -> tup
              "original_window": config.original_max_position_embeddings,
              "seq_len": seq_len,
              "partial_rotary_factor": config.partial_rotary_factor}
-    arguments = {name: known[name] for name in method.arguments}
+    arguments = {name: known[name] for name in method.arguments}       # for linear: factor alone
     frequencies, attention_factor = method.function(
         rotary_dim, config.base, **arguments, **config.options)
     check_attention_factor(config.rope_type, attention_factor)

@@ -25,7 +25,7 @@ class RopeConfig:
 
     def __post_init__(self):
         for name, value in check_config(self).items():
-            object.__setattr__(self, name, value)         # the class is frozen
+            object.__setattr__(self, name, value)         # as checked; the class is frozen
 
     def __eq__(self, other: object) -> bool:
         """Equal if they mean the same: a base that is not given is 10000."""
@@ -48,7 +48,7 @@ class RopeConfig:
         """From a Hugging Face `rope_scaling` or `rope_parameters` dict (`type` or `rope_type`).
 
         None is plain RoPE; an unknown key is a UserError. max_position_embeddings, given here or
-        in the dict, stands in for a missing original window, or with it for a missing factor.
+        in the dict, is L for a method that needs L and has none, and L' where the factor is null.
         """
         if d is not None and not isinstance(d, dict):
             raise UserError(f"rope {d!r:.200}: give an object like "
@@ -92,7 +92,7 @@ def take_rope_type(given: dict[str, Any]) -> str:
 
 
 def fill_in_window_and_factor(given: dict[str, Any], rope_type: str, longest: int | None) -> None:
-    """Fill in a missing L, and a missing s, from max_position_embeddings. longest: the model's."""
+    """Fill in a needed L, and a null s, from max_position_embeddings. longest: the model's own."""
     longest = check_value("max_position_embeddings",
                           given.pop("max_position_embeddings", longest), "int", optional=True)
     window = check_value("original_max_position_embeddings",

@@ -61,7 +61,7 @@ YARN = {**BETAS,
 
 METHODS = {
     "default": Method(rope.default),
-    "linear": Method(rope.linear, STRETCH),
+    "linear": Method(rope.linear, STRETCH),                             # Position Interpolation
     "ntk": Method(rope.ntk, STRETCH),
     "dynamic": Method(rope.dynamic, STRETCH_BY_LENGTH),
     "ntk_by_parts": Method(rope.ntk_by_parts, STRETCH_OF_WINDOW, BETAS),

@@ -39,12 +39,12 @@ def pose_positions(rng: Generator, length: int, longest: int) -> np.ndarray:
     return positions
 
 
-def training_positions(config: RopeConfig, original: int, target: int, way: str = "own"
+def training_positions(config: RopeConfig, original: int, target: int, scheme: str = "own"
                        ) -> Callable[[Generator, Generator, int], np.ndarray] | None:
     """How training draws positions, as data.batches.Batches takes it: a function
     (rng of the step, rng of the row, T) -> [T], or None for 0 .. T-1.
 
-    original, target: L and L'. way: "pose", "contiguous", or the method's "own".
+    original, target: L and L'. scheme: "pose", "contiguous", or the method's "own".
     """
     if config.random_positions is not None:
         longest = config.random_positions
@@ -52,9 +52,9 @@ def training_positions(config: RopeConfig, original: int, target: int, way: str 
             raise UserError(f"random_positions {longest}: fewer than the {target} tokens of a row; "
                             "give more")
         return lambda step_rng, row_rng, length: random_positions(row_rng, length, longest)
-    if way == "pose":
+    if scheme == "pose":
         return lambda step_rng, row_rng, length: pose_positions(row_rng, length, target)
-    if way == "own" and METHODS[config.rope_type].trained_on == "random":
+    if scheme == "own" and METHODS[config.rope_type].trained_on == "random":
         largest_t = math.floor(config.setting("max_factor"))
 
         def clex_positions(step_rng: Generator, row_rng: Generator, length: int) -> np.ndarray:

@@ -342,6 +342,11 @@ def test_characters_are_shown_when_all_their_bytes_are_there(tokenizer):
     assert pieces[-1] == ""
 
 
+def test_eos_is_not_shown_although_a_tokenizer_has_a_word_for_it():
+    words = types.SimpleNamespace(eos_id=2, decode=lambda ids: "".join("ab|"[i] for i in ids))
+    assert list(decoded_pieces(words, [0], [1, 0, 2])) == ["b", "a", ""]
+
+
 # ---- The model in data/tiny, which train.py made -------------------------------------------------
 
 

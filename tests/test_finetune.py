@@ -3,6 +3,7 @@ gets the same steps and rows."""
 import dataclasses
 import json
 import math
+import shutil
 import weakref
 
 import numpy as np
@@ -392,6 +393,24 @@ def test_an_extended_model_is_extended_from_its_original_window(recorded, done, 
     assert direct.config.max_seq_len == 4 * L
     assert batches.seq_len == 4 * L
     assert batches.passkey_longest == L
+
+
+def test_a_large_model_needs_a_learning_rate(tmp_path, monkeypatch, capsys):
+    """The small models' would damage it. A dry run needs none, and says what the 7B model takes."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--lr is needed for a model of this size"):
+        finetune.main(["--model", "llama-2-7b"])
+    finetune.main(["--model", "llama-2-7b", "--dry-run", "--factor", "4", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "6,738,415,616 parameters, window 4096 -> 16384" in printed
+    assert "floating-point operations" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_baselines_folder_is_not_the_pretrained_models(base, run_finetune, tmp_path):
+    shutil.copytree(base, tmp_path / "out-direct")
+    with pytest.raises(UserError, match="the pretrained model would be written over"):
+        run_finetune(tmp_path / "out-direct", tmp_path)
 
 
 @pytest.mark.parametrize("factor", ["1", "0.5", "0", "-2", "nan", "inf"])

@@ -135,9 +135,20 @@ def test_what_is_read_stays_short(name):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= LIMITS[name]
 
 
+def lines_of_code(file):
+    """Lines that are not blank, comments or docstrings."""
+    text = file.read_text("utf-8")
+    in_docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, documented) and ast.get_docstring(node):
+            in_docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") and n not in in_docstrings
+               for n, line in enumerate(text.splitlines(), start=1))
+
+
 def test_the_product_stays_small():
-    lines = sum(len(file.read_text("utf-8").splitlines()) for file in product_files())
-    assert lines <= 8500
+    assert sum(map(lines_of_code, product_files())) <= 8000
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)

@@ -75,6 +75,18 @@ def test_seconds_are_those_of_all_parts(tmp_path):
     assert 1000 < read_state(tmp_path)["seconds"] < 2000
 
 
+def test_the_random_generator_goes_on_where_it_was(tmp_path):
+    with pytest.raises(Died):
+        train_tiny(tmp_path, dying(14))
+    torch.manual_seed(1234)
+    torch.rand(5)
+    expected = torch.get_rng_state()
+    torch.save({**read_state(tmp_path), "rng": expected}, tmp_path / "state.pt")
+    train_tiny(tmp_path)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert torch.equal(read_state(tmp_path)["rng"], expected)
+
+
 def test_a_cut_line_of_metrics_is_dropped(tmp_path):
     with pytest.raises(Died):
         train_tiny(tmp_path, dying(7))

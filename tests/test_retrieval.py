@@ -83,6 +83,21 @@ def test_one_pass_gives_the_verdict_of_generation(tokenizer, builder):
         assert retrieve_passkeys(*given) == expected
 
 
+@pytest.mark.parametrize("generation", [False, True])
+@pytest.mark.parametrize("missing, verdict", [(0, True), (1, False)])
+def test_a_number_at_the_end_of_the_last_token_is_complete(tokenizer, builder, generation, missing,
+                                                           verdict):
+    """Four tokens more than the answer has are generated. A key that goes on behind them is cut
+    off."""
+    key = "31415"
+    prompt, answer = builder.build(key, 120, depth=0.5)
+    lines = "\n" * (len(answer) + 4 - len(encode_inside(tokenizer, key)) + missing)
+    model = Scripted(tokenizer, builder, lambda key, distance: spell(lines + "{}", key, tokenizer))
+    given = model, tokenizer, [prompt], [answer], [key]
+    assert retrieve_passkeys(*given, generation=generation) == [verdict]
+    assert model.generated > 0
+
+
 @pytest.mark.parametrize("said", [" {}.", "\n{}.", " {}6", "{}"])
 def test_answers_may_differ_in_length(tokenizer, builder, said):
     """As they do with tokenizers that join digits: prompt and answer together have the same length

@@ -214,7 +214,7 @@ def test_metrics_and_evaluation(tmp_path):
 
 
 def test_a_model_in_eval_mode_is_trained_in_training_mode(tmp_path):
-    """load_model gives it so; `recompute`, say, looks at the mode."""
+    """A model may have been evaluated before."""
     model = tiny_model().eval()
     loss, modes = model.loss, []
 

@@ -57,7 +57,7 @@ class TrainingRun:
             precision = "high"
         show_bar = self.rank == 0 and self.progress
         bar = tqdm(total=self.config.steps, initial=self.step, desc=self.out.name, unit="step",
-                   disable=None if show_bar else True)
+                   disable=None if show_bar else True)  # None: a bar only on a terminal
         with StopSignals() as self.signals, matmul_precision(precision), bar as self.bar:
             self.log = None
             if self.rank == 0:
@@ -95,7 +95,7 @@ class TrainingRun:
         if saves:  # the loss was computed before this step: look at the new weights too
             finite = [p.isfinite().all() for p in self.model.parameters()]
             self.finite &= torch.stack(finite).all()
-        if logs or stops:
+        if logs or stops:  # so before every save too: raises if something is not finite
             self.write_log(loss, grad_norm, lr, tokens)
         self.bar.update()
         if self.evaluate and (is_last or self.step % c.eval_every == 0):
@@ -117,10 +117,11 @@ class TrainingRun:
         return logs and on_any_rank(self.signals.pending, self.model.device)
 
     def write_log(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
-        """A line of metrics.jsonl. Only here does the host wait for the device."""
+        """A line of metrics.jsonl. The host waits for the device only at steps that are logged."""
         if not self.finite:
             raise self.diverged()
         now = time.perf_counter()
+        # Ranks without a log have a hidden bar, too: their speed goes nowhere.
         steps = self.step - self.log.last_step if self.log else 1
         speed = steps * tokens * self.world / (now - self.last_tick)
         self.last_tick = now
