@@ -24,7 +24,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{**defaults, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python {self.prog} -h lists the flags")
+        command = self.prog if self.prog.startswith("python ") else f"python {self.prog}"
+        raise UserError(f"{message}; {command} -h lists the flags")
 
 
 def run_command(main: Callable[[], Any]) -> NoReturn:

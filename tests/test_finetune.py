@@ -393,6 +393,8 @@ def test_an_extended_model_is_extended_from_its_original_window(recorded, done, 
     assert direct.config.max_seq_len == 4 * L
     assert batches.seq_len == 4 * L
     assert batches.passkey_longest == L
+    with pytest.raises(UserError, match="--factor 1: the target window"):
+        run_finetune(folder / model, tmp_path, "--factor", 1)
 
 
 def test_a_large_model_needs_a_learning_rate(tmp_path, monkeypatch, capsys):

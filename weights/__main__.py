@@ -40,7 +40,7 @@ def print_info(path: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="-m weights", description=__doc__)
+    parser = Parser(prog="python -m weights", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     flags = {name: commands.add_parser(name, help=text, description=text)
              for name, text in COMMANDS.items()}
