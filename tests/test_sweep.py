@@ -170,7 +170,7 @@ def test_other_conditions_are_measured_anew(command):
     (["--jobs", "0"], "--jobs"),
     (["--factors", "nan"], "--factors"),
     (["--lengths", "-5"], "--lengths"),
-    (["--lengths", "20"], "passkey prompt"),
+    (["--methods", "linear", "--lengths", "20"], "passkey prompt"),
     (["--methods", "linear", "--curves", "lineer"], "--curves lineer"),
     (["--stride", "100000"], "--stride"),
     (["--seeds", "-1"], "--seeds"),
