@@ -129,8 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append({"name": e.name, "model": model.path, "rope": model.config.rope.to_dict(),
                      "steps": config.steps if e.training else 0, "training_seconds": seconds,
                      **measured})
+        if rank == 0 and e.training:
+            print(f"{e.name}: {config.steps} steps in {seconds:.0f} s -> {e.training.out}")
         if rank == 0:
-            print(f"{e.name}: {rows[-1]['steps']} steps in {seconds:.0f} s, measured")
+            print(f"{e.name}: measured")
     if rank == 0:
         print(format_table(rows, lengths, {"L": L, "L'": window}))
         # model is still the last experiment's; the run's own model and rope replace its below.

@@ -311,8 +311,8 @@ LOSS_CHUNK = 2**24  # logits at a time, 64 MiB: the whole [T, V] of a 32k window
 
 
 class LLaMA(nn.Module):
-    """The model. `attention` (auto, naive, tiled, sdpa), `recompute` and, but for CLEX and between
-    texts, `config.rope` may be set at any time."""
+    """The model. `attention` (auto, naive, tiled, sdpa) and `recompute` may be set at any time;
+    `config.rope` too, but not while a cache is in use, and not to or from CLEX."""
 
     def __init__(self, config: ModelConfig, attention: str = "auto", recompute: bool = False):
         super().__init__()
@@ -349,8 +349,8 @@ class LLaMA(nn.Module):
         frequencies, attention_factor = self.frequencies(all_positions)
         if cache is not None:
             cache.add_tokens(tokens, all_positions, frequencies, attention_factor)
-        pos = position_inputs(self.config.rope, self.config.n_heads, frequencies,  # cos and sin
-                              attention_factor, all_positions, tokens.shape[1])
+        pos = position_inputs(self.config.rope, self.config.n_heads, frequencies.to(self.device),
+                              attention_factor, all_positions, tokens.shape[1])  # cos and sin
         x = self.tok_embeddings(tokens)                                 # [B, T] -> [B, T, C]
         for block in self.layers:
             wanted = last if block is self.layers[-1] else None
@@ -375,9 +375,7 @@ class LLaMA(nn.Module):
         """(inv_freq, attention_factor) for a text at these positions. Where its length matters, the
         longest row of a batch decides."""
         seq_len = int(positions.max()) + 1 if depends_on_length(self.config.rope) else None
-        frequencies, attention_factor = inv_freq(self.config.rope, self.config.head_dim, seq_len,
-                                                 self.clex)
-        return frequencies.to(self.device), attention_factor
+        return inv_freq(self.config.rope, self.config.head_dim, seq_len, self.clex)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None,
                 cache: KVCache | None = None, last: int | None = None) -> Tensor:

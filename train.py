@@ -95,7 +95,8 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
         tokenizer: Tokenizer | None = None, progress: bool = True) -> float:
     """Train `model` for config.steps optimiser steps, or resume the run that config.out holds.
 
-    batches: step -> all rows of it, batch_size * accumulate for each rank, which takes its own.
+    batches(step): the rows of a step for all ranks, batch_size * accumulate each; fit() takes
+    this rank's share.
     evaluate(model): numbers to log every eval_every steps, and at the end.
     Weights are float32; with bfloat16 the matrix products run under autocast.
     Returns the seconds spent training, those before an interruption counted.

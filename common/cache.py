@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common.device import describe_device, dtype_name
+from common.device import describe_device
 from common.environment import versions
 from common.errors import UserError
 from common.results import matmul_mode
@@ -62,7 +62,7 @@ class ResultCache:
             return ResultCache()  # nothing is kept beyond this measurement
         weights = hashlib.sha256(weight_sample(model).numpy().tobytes()).hexdigest()
         shape = dataclasses.asdict(model.config) | {"rope": model.config.rope.to_dict()}
-        return self.scoped(weights, shape, "torch." + dtype_name(model.tok_embeddings.weight.dtype),
+        return self.scoped(weights, shape, str(model.tok_embeddings.weight.dtype),
                            matmul_mode(model), model.attention, describe_device(model.device),
                            versions(), *conditions)
 

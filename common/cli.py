@@ -1,6 +1,6 @@
 """Commands: flags made from the fields of a dataclass, and errors of one line.
 
-torch is not imported here, so that `-h` and a mistyped flag answer at once.
+torch is not imported here: plot.py and data/prepare.py, which need none, answer `-h` at once.
 """
 import argparse
 import dataclasses

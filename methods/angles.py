@@ -1,6 +1,7 @@
 """From a RopeConfig to the frequencies of a head: the one place where a method is called."""
 import functools
 
+import torch
 from torch import Tensor
 
 from common.errors import UserError
@@ -25,7 +26,10 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
     length = 0  # where length does not matter: one entry in the lru_cache below serves all texts
     if method.length_dependent and seq_len is not None:
         length = seq_len
-    frequencies, attention_factor = computed_frequencies(config, head_dim, length)
+    compute = computed_frequencies
+    if torch.compiler.is_compiling():  # whose placeholder tensors must not be cached
+        compute = computed_frequencies.__wrapped__
+    frequencies, attention_factor = compute(config, head_dim, length)
     if network is not None and method.mechanism == "network":
         t = clex_time(config.original_max_position_embeddings, length, config.setting("max_factor"))
         theta = rope_frequencies(2 * len(frequencies), config.base)

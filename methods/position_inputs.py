@@ -13,7 +13,7 @@ from rope import cos_sin
 
 
 class PositionInputs(NamedTuple):
-    """T tokens, the last of a text of S."""
+    """For the last T tokens of a text of S."""
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
     k_rope: tuple[Tensor, Tensor]   # cos and sin of the keys, the same but for xPos
     attn_bias: Tensor | None        # added to the scores, [H, 1, S] or [B, H, 1, S]: ALiBi only

@@ -85,7 +85,7 @@ def baseline_rope(base: ModelConfig) -> dict[str, Any]:
 
 def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
     """Whether `rope` differs from the baseline's. ALiBi and the like are stretched by the factor
-    alone, so that they always do."""
+    alone, so they always differ."""
     name = rope["rope_type"]
     has_settings = len(rope) > 2  # besides rope_type and factor
     return (has_settings or name != baseline_rope(base)["rope_type"]
