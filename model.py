@@ -386,9 +386,7 @@ class LLaMA(nn.Module):
             all_positions = self.text_positions(tokens, positions, cache)
             if cache.is_stale(all_positions, *self.frequencies(all_positions)):
                 # Cached keys were rotated by other angles: read the whole text anew.
-                tokens = torch.cat([cache.tokens[:, :cache.length], tokens], dim=1)     # [B, S]
-                positions = all_positions
-                cache.length = 0
+                tokens, positions = cache.restart(tokens), all_positions
         return self.logits(self.hidden(tokens, positions, cache, last))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -32,14 +32,28 @@ class KVCache:
                    attention_factor: float) -> None:
         """Make room for T more tokens [B, T]. positions: of the whole text, [S] or [B, S]; the last
         two say by which angles its keys are rotated."""
-        end = self.length + tokens.shape[1]
-        if end > self.capacity:
-            raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed: ask for "
-                            "fewer new tokens")
+        end = self.require_room(tokens)
+        assert self.length == 0 or torch.equal(frequencies, self.frequencies), \
+            "the angles have changed: call forward(), which reads the whole text anew"
         self.tokens[:, self.length:end] = tokens
         self.length = end
         self.positions = positions
         self.frequencies, self.attention_factor = frequencies, attention_factor
+
+    def require_room(self, tokens: Tensor) -> int:
+        """The length of the text with T more tokens [B, T]."""
+        end = self.length + tokens.shape[1]
+        if end > self.capacity:
+            raise UserError(f"the cache holds {self.capacity} tokens and {end} are needed: ask for "
+                            "fewer new tokens")
+        return end
+
+    def restart(self, tokens: Tensor) -> Tensor:
+        """Empty the cache. Returns the whole text, its tokens and the new ones, to be read anew."""
+        self.require_room(tokens)
+        text = torch.cat([self.tokens[:, :self.length], tokens], dim=1)                 # [B, S]
+        self.length = 0
+        return text
 
     def is_stale(self, positions: Tensor, frequencies: Tensor, attention_factor: float) -> bool:
         """Whether a longer text, of which this is the beginning, has other positions or angles."""

@@ -1,7 +1,4 @@
 """From a RopeConfig to the frequencies of a head: the one place where a method is called."""
-import functools
-
-import torch
 from torch import Tensor
 
 from common.errors import UserError
@@ -23,37 +20,24 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
     Computed in float64 and rounded once. A UserError if settings do not fit the head.
     """
     method = METHODS[config.rope_type]
-    length = 0  # where length does not matter: one entry in the lru_cache below serves all texts
-    if method.length_dependent and seq_len is not None:
-        length = seq_len
-    compute = computed_frequencies
-    if torch.compiler.is_compiling():  # whose placeholder tensors must not be cached
-        compute = computed_frequencies.__wrapped__
-    frequencies, attention_factor = compute(config, head_dim, length)
-    if network is not None and method.mechanism == "network":
-        t = clex_time(config.original_max_position_embeddings, length, config.setting("max_factor"))
-        theta = rope_frequencies(2 * len(frequencies), config.base)
-        frequencies = frequencies.float().to(network.up.weight.device) * network(theta, t)
-    if config.resonance:
-        frequencies = resonate(frequencies)
-    return frequencies.float(), attention_factor
-
-
-@functools.lru_cache(maxsize=128)
-def computed_frequencies(config: RopeConfig, head_dim: int, seq_len: int) -> tuple[Tensor, float]:
-    """The method of `config`, called. Cached, since DPRoPE counts the angles of all positions."""
-    method = METHODS[config.rope_type]
     rotary_dim = rotary_dimensions(config, head_dim)
     check_head(config, rotary_dim)
-    known = {"factor": config.factor,
-             "original_window": config.original_max_position_embeddings,
-             "seq_len": seq_len,
-             "partial_rotary_factor": config.partial_rotary_factor}
-    arguments = {name: known[name] for name in method.arguments}       # for linear: factor alone
+    values = {"factor": config.factor,
+              "original_window": config.original_max_position_embeddings,
+              "seq_len": seq_len or 0,
+              "partial_rotary_factor": config.partial_rotary_factor}
+    arguments = {name: values[name] for name in method.arguments}      # for linear: factor alone
     frequencies, attention_factor = method.function(
         rotary_dim, config.base, **arguments, **config.options)
     check_attention_factor(config.rope_type, attention_factor)
-    return frequencies, float(attention_factor)
+    if network is not None and method.mechanism == "network":
+        t = clex_time(config.original_max_position_embeddings, seq_len or 0,
+                      config.setting("max_factor"))
+        theta = rope_frequencies(rotary_dim, config.base)
+        frequencies = frequencies.float().to(network.up.weight.device) * network(theta, t)
+    if config.resonance:
+        frequencies = resonate(frequencies)
+    return frequencies.float(), float(attention_factor)
 
 
 def rotary_dimensions(config: RopeConfig, head_dim: int) -> int:

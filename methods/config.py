@@ -109,11 +109,15 @@ def fill_in_window_and_factor(given: dict[str, Any], rope_type: str, longest: in
 
 
 def parse_rope_flag(text: str) -> dict[str, Any]:
-    """A --rope flag as a dict: the name of a method, or a JSON object with its settings."""
-    if not text.lstrip().startswith("{"):
-        return {"rope_type": text}
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--rope {text}: neither a method's name nor a JSON object ({error})") \
-            from None
+    """A --rope flag, the name of a method or a JSON object with its settings, as a dict. Its
+    rope_type is a key of METHODS: aliases (pi) are resolved."""
+    given = {"rope_type": text}
+    if text.lstrip().startswith("{"):
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--rope {text}: neither a method's name nor a JSON object ({error})"
+                            ) from None
+    rope_type = take_rope_type(dict(given))
+    given.pop("type", None)
+    return given | {"rope_type": rope_type}

@@ -66,16 +66,6 @@ def drope(head_dim: int, base: float, original_window: int, seq_len: int,
     return no_rotation, math.sqrt(1 + log_scale * math.log(stretch))
 
 
-def alibi(head_dim: int, base: float) -> tuple[Tensor, float]:
-    """ALiBi rotates nothing: baselines.alibi_bias adds -slope * distance / s to the scores."""
-    return nope(head_dim, base)
-
-
-def xpos(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:
-    """xPos: theta_i / s, and a decay with the distance, baselines.xpos_scale."""
-    return rope_frequencies(head_dim, base) / factor, 1.0
-
-
 def resonate(inv_freq: Tensor) -> Tensor:
     """Resonance RoPE, after any method: wavelengths rounded to whole tokens, so that a pair repeats
     itself exactly after each turn. Pairs that stand still stay so.

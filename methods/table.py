@@ -3,6 +3,7 @@
 To add a method write one function, in rarer.py or a file of its own, and one row in METHODS. Every
 command then takes it by its name, model folders keep its settings, and the tests try it.
 """
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -75,7 +76,8 @@ METHODS = {
         "long_factor": Setting("list", required=True),
         "attention_factor": Setting("float")}),
     "abf": Method(rarer.abf, (), {"new_rope_theta": Setting("float", 500000.0)}),
-    "dprope": Method(rope.dprope, STRETCH_OF_WINDOW, {
+    # Cached, as it counts the angles of all positions.
+    "dprope": Method(functools.lru_cache(rope.dprope), STRETCH_OF_WINDOW, {
         "threshold": Setting("float", 0.0),
         "interpolated_dims": Setting("int"),
         "bins": Setting("int")}),
@@ -87,8 +89,9 @@ METHODS = {
     "drope": Method(rarer.drope, ("original_window", "seq_len"),
                     {"log_scale": Setting("float", 0.412)},
                     extends_rope=False, trained_on="original", full_head=True),
-    "alibi": Method(rarer.alibi, extends_rope=False, mechanism="bias"),
-    "xpos": Method(rarer.xpos, STRETCH, extends_rope=False, mechanism="decay"),
+    # These two do more than rotate: baselines.py.
+    "alibi": Method(rarer.nope, extends_rope=False, mechanism="bias"),
+    "xpos": Method(rope.linear, STRETCH, extends_rope=False, mechanism="decay"),
 }
 
 ALIASES = {"pi": "linear", "none": "default", "su": "longrope", "ntk-by-parts": "ntk_by_parts",

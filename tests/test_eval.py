@@ -340,6 +340,8 @@ def test_characters_are_shown_when_all_their_bytes_are_there(tokenizer):
     assert "".join(pieces) == "é€!"
     assert "" in pieces[:2]
     assert pieces[-1] == ""
+    cut = list(decoded_pieces(tokenizer, prompt, tokens[:1]))
+    assert cut[0] == "" and cut[1].endswith("\ufffd"), "what there is of it, at the end"
 
 
 def test_eos_is_not_shown_although_a_tokenizer_has_a_word_for_it():

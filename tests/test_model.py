@@ -301,6 +301,10 @@ class StaleCache(KVCache):
     def is_stale(self, positions, frequencies, attention_factor):
         return False
 
+    def add_tokens(self, tokens, positions, frequencies, attention_factor):
+        self.frequencies = frequencies  # past the assertion that notices it
+        super().add_tokens(tokens, positions, frequencies, attention_factor)
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name, harmed", [
@@ -319,6 +323,26 @@ def test_a_cache_of_keys_rotated_once_gives_other_answers(name, harmed):
     # In one piece beyond the window nothing is stale, which is why a prompt is answered well and
     # its continuation is not.
     assert error([30], StaleCache) < 1e-5
+
+
+@torch.no_grad()
+def test_hidden_states_are_not_taken_from_a_stale_cache():
+    """Only forward() reads the text anew; hidden() alone says so instead of computing wrongly."""
+    model, tokens = build(rope=DYNAMIC), draw(1, 30)
+    cache = KVCache(model.config, 1, 30)
+    model.hidden(tokens[:, :10], cache=cache)
+    with pytest.raises(AssertionError, match="call forward"):
+        model.hidden(tokens[:, 10:], cache=cache)
+
+
+@torch.no_grad()
+def test_a_full_cache_is_kept_although_its_angles_would_change():
+    model, tokens = build(rope=DYNAMIC), draw(1, 40)
+    cache = KVCache(model.config, 1, 20)
+    model(tokens[:, :10], cache=cache)
+    with pytest.raises(UserError, match="20 tokens and 40 are needed"):
+        model(tokens[:, 10:], cache=cache)
+    assert cache.length == 10
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from common.errors import UserError
 from data.batches import Batches
 from data.corpus import TokenFile
 from data.tokenizer import Tokenizer
-from methods import METHODS, RopeConfig, parse_rope_flag, training_positions
+from methods import METHODS, parse_rope_flag, training_positions
 from model import LLaMA, ModelConfig
 from weights.load import load_model, with_rope
 from weights.size import parameter_count
@@ -25,18 +25,11 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     folder of the baseline. Without --out that is the same for all methods: it is trained once."""
     if not math.isfinite(config.factor):
         raise UserError(f"--factor {config.factor}: give a number above 1")
-    given = parse_rope_flag(config.rope)
-    # Only to check it and to resolve aliases (pi): any window will do, the folder's comes later.
-    name = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | given).rope_type
-    method = METHODS[name]
-    if given.get("factor", config.factor) != config.factor and not method.length_dependent:
-        raise UserError(f"--factor {config.factor:g} and factor {given['factor']:g} in --rope: "
+    rope = {"factor": config.factor} | parse_rope_flag(config.rope)
+    if rope["factor"] != config.factor and not METHODS[rope["rope_type"]].length_dependent:
+        raise UserError(f"--factor {config.factor:g} and factor {rope['factor']} in --rope: "
                         "give it as --factor")
-    rope = {"factor": config.factor} | given
-    rope.pop("type", None)
-    rope["rope_type"] = name
-
-    label = file_label(name)
+    label = file_label(rope["rope_type"])
     if config.positions != "own":
         label += f"-{config.positions}"
     results = "results/finetune.json" if label == "pi" else f"results/finetune-{label}.json"

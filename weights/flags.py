@@ -8,7 +8,7 @@ from common.cli import field
 from common.device import choose_device, choose_dtype, describe_device, dtype_name
 from common.errors import UserError
 from data.tokenizer import Tokenizer
-from methods import METHODS, RopeConfig, parse_rope_flag
+from methods import METHODS, parse_rope_flag
 from model import LLaMA
 from weights.load import load_model
 from weights.size import parameter_count
@@ -41,11 +41,10 @@ def rope_from_flags(flags: ModelFlags) -> dict[str, Any] | None:
                             "window? (linear: Position Interpolation)")
         return None
     rope = parse_rope_flag(flags.rope)
-    # Only to check it and to resolve aliases (pi): any window will do, the folder's comes later.
-    name = RopeConfig.from_dict({"original_max_position_embeddings": 4096} | rope).rope_type
-    method, factor = METHODS[name], rope.get("factor", flags.factor)
+    name, factor = rope["rope_type"], rope.get("factor", flags.factor)
+    method = METHODS[name]
     if flags.factor not in (None, factor):
-        raise UserError(f"--factor {flags.factor:g} and factor {factor:g} in --rope contradict "
+        raise UserError(f"--factor {flags.factor:g} and factor {factor} in --rope contradict "
                         "each other: give one of them")
     fixed_stretch = method.extends_rope and not method.length_dependent and name != "default"
     if factor is None and fixed_stretch:
