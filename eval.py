@@ -21,7 +21,6 @@ import torch
 from common.cache import ResultCache
 from common.cli import Parser, add_flags, field, run_command
 from common.errors import UserError
-from common.files import write_json
 from common.grid import accuracy_grid
 from common.jobs import Window, map_windows
 from common.results import result
@@ -315,11 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, command, _ = COMMANDS[given.pop("command")]
     flags = settings(**given)
     cache = ResultCache(flags.out)
-    found = command(flags, cache)
-    if flags.out:
-        write_json(flags.out, found)
-        cache.delete()
-        print(f"wrote {flags.out}")
+    cache.write_result(command(flags, cache))
 
 
 if __name__ == "__main__":

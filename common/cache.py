@@ -20,6 +20,7 @@ import torch
 from common.device import describe_device
 from common.environment import versions
 from common.errors import UserError
+from common.files import write_json
 from common.results import matmul_mode
 
 
@@ -32,6 +33,7 @@ class ResultCache:
     def __init__(self, out: str | Path = "", quiet: bool = False):
         if out and (str(out).endswith(("/", os.sep)) or Path(out).is_dir()):
             raise UserError(f"{out}: is a folder: give the name of a JSON file")
+        self.out = out
         self.path = Path(f"{out}.partial") if out else None
         self.values: dict[str, Any] = {}
         self.conditions: list = []
@@ -100,6 +102,13 @@ class ResultCache:
                 if last != b"\n":
                     file.write(b"\n")
             file.write(line.encode() + b"\n")
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write the result file, where one is asked for, and delete its parts."""
+        if self.out:
+            write_json(self.out, result)
+            self.delete()
+            print(f"wrote {self.out}")
 
     def delete(self) -> None:
         """The result is written: its parts are no longer needed."""

@@ -15,7 +15,6 @@ import torch
 
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
-from common.files import write_json
 from common.grid import accuracy_grid
 from common.results import result
 from data.corpus import ensure_corpus, read_documents, validation_documents
@@ -91,10 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     floor = ", ".join(f"{share:.2f} at {length}" for length, share in found["floor"].items())
     print(f"without the needle {floor}   (share of the answer's tokens; {flags.depths} depths x "
           f"{flags.trials} needles; {found['seconds']:.1f} s)")
-    if flags.out:
-        write_json(flags.out, found)
-        cache.delete()
-        print(f"wrote {flags.out}")
+    cache.write_result(found)
 
 
 if __name__ == "__main__":

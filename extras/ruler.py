@@ -37,7 +37,6 @@ from tqdm import tqdm
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.files import write_json
 from common.jobs import rows_per_pass
 from common.results import result
 from data.corpus import ensure_corpus, validation_documents
@@ -514,10 +513,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured = ruler(model, tokenizer, lengths, flags.tasks, flags.samples, essay, flags.seed,
                      flags.template, flags.threshold, cache=cache, haystack=haystack, note=NOTE)
     print_scores(measured)
-    if flags.out:
-        write_json(flags.out, measured)
-        cache.delete()
-        print(f"wrote {flags.out}")
+    cache.write_result(measured)
 
 
 if __name__ == "__main__":
