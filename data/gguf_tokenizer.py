@@ -25,13 +25,13 @@ LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CAMEL_CASE = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
 CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + ENDING
+LLAMA3_SPLIT = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + ENDING
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + ENDING
 SPLIT_PATTERNS = {
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
     **dict.fromkeys(["gpt-2", "phi-2", "mpt", "olmo"], [GPT2]),
     **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], [r"\p{N}", GPT2]),
-    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"], [LLAMA3]),
+    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"], [LLAMA3_SPLIT]),
     **dict.fromkeys(["qwen2", "stablelm2", "deepseek-r1-qwen"], [QWEN2]),
     "tekken": [CAMEL_CASE + r"|\p{N}|" + SLASH_ENDING],
     "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}", GPT2],

@@ -178,15 +178,25 @@ def test_functions_and_lines_are_short_and_typed(file):
             assert node.returns is not None, f"{node.name}: no return type"
 
 
+def defined_names(file):
+    """Functions, classes and constants of a module."""
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
 def test_no_name_stands_for_two_things():
-    """A function or class of one module is not the name of another in a second module. Commands
-    all have a main(), and the layouts of weights/ share one interface."""
-    shared = {"main", "read_config", "read_tensors"}
+    """A name that one module defines is not that of another thing in a second module. Commands all
+    have a main(), and the layouts of weights/ share one interface."""
+    shared = {"main", "read_config", "read_tensors", "__all__"}
     places = {}
     for file in product_files():
-        for node in ast.parse(file.read_text("utf-8")).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in shared:
-                places.setdefault(node.name, []).append(module_of(file))
+        for name in set(defined_names(file)) - shared:
+            places.setdefault(name, []).append(module_of(file))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 

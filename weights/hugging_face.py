@@ -41,7 +41,7 @@ SHAPE = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
          "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
          "vocab_size": "vocab_size", "intermediate_size": "ffn_dim",
          "head_dim": "head_dim", "max_position_embeddings": "max_seq_len"}
-OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+OPTIONAL_KEYS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
          "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
          "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
@@ -153,7 +153,7 @@ def read_shape(given: dict, notes: list[str]) -> dict[str, int]:
     shape = {}
     for key, name in SHAPE.items():
         value = given.get(key)
-        if value is None and key in OPTIONAL:
+        if value is None and key in OPTIONAL_KEYS:
             continue
         if key not in given:
             raise UserError(f"{key} is missing: take the config.json of the checkpoint")
