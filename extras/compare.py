@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the core lies
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import read_json
 from common.results import result
 from common.tables import format_table
 from data.corpus import ensure_corpus, read_documents, validation_documents
@@ -54,7 +54,7 @@ def variants(config: ModelConfig, factors: Sequence[float],
     name = "default" if config.rope.rope_type == "default" else "as it is"
     rows = [(name, config.rope.to_dict())]
     for rope in [parse_rope_flag(text) for text in chosen] or suitable_methods(config):
-        rows += at_factors(config, rope, factors)
+        rows += at_factors(rope, factors)
     different, seen = [], []
     for row in rows:
         traits = distinguishing_traits(with_rope(config, row[1]))
@@ -86,15 +86,13 @@ def turning_share(config: ModelConfig) -> float:
     return int(turning.sum()) / (config.head_dim // 2)
 
 
-def at_factors(config: ModelConfig, rope: dict,
-               factors: Sequence[float]) -> list[Variant]:
+def at_factors(rope: dict, factors: Sequence[float]) -> list[Variant]:
     """A method at each factor. At one only if it names its own, or has none to choose: plain RoPE,
     and methods that follow the length of the text."""
-    window = {"original_max_position_embeddings": config.original_window}
-    rope_type = RopeConfig.from_dict(window | rope).rope_type
+    rope_type = rope["rope_type"]
     name = rope_type
     for key, value in rope.items():
-        if key in ("rope_type", "factor", *window):
+        if key in ("rope_type", "factor", "original_max_position_embeddings"):
             continue
         name += f" {key}"
         if isinstance(value, float):
@@ -172,11 +170,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(CompareFlags, __doc__, argv)
     cache = ResultCache(flags.out)
     measured = compare(flags, cache)
+    cache.write_result(measured)
     if flags.out:
-        write_json(flags.out, measured)
-        cache.delete()
         figure = plot_compare(read_json(flags.out), Path(flags.out).with_suffix(".png"))
-        print(f"wrote {flags.out}\nwrote {figure}")
+        print(f"wrote {figure}")
 
 
 if __name__ == "__main__":

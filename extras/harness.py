@@ -30,7 +30,6 @@ from tqdm import tqdm
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.files import write_json
 from common.jobs import rows_per_pass
 from common.results import result
 from data.tokenizer import Tokenizer
@@ -370,17 +369,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if harness.truncated:
         print(f"cut: {harness.truncated} contexts did not fit the window of {harness.max_length} "
               "tokens")
-    if flags.out:
-        measured = {"results": found["results"], "groups": found.get("groups", {})}
-        measured = json.loads(json.dumps(measured, default=float))  # no numpy numbers
-        write_json(flags.out, result(
-            model, flags.seed, **measured, by=by, fewshot=found["n-shot"],
-            documents={task: n["effective"] for task, n in found["n-samples"].items()},
-            task_versions=found["versions"], limit=flags.limit, max_length=harness.max_length,
-            stride=harness.stride, bos=bos, truncate=flags.truncate, truncated=harness.truncated,
-            lm_eval=lm_eval.__version__, seconds=time.perf_counter() - started))
-        cache.delete()
-        print(f"wrote {flags.out}")
+    measured = {"results": found["results"], "groups": found.get("groups", {})}
+    measured = json.loads(json.dumps(measured, default=float))  # no numpy numbers
+    cache.write_result(result(
+        model, flags.seed, **measured, by=by, fewshot=found["n-shot"],
+        documents={task: n["effective"] for task, n in found["n-samples"].items()},
+        task_versions=found["versions"], limit=flags.limit, max_length=harness.max_length,
+        stride=harness.stride, bos=bos, truncate=flags.truncate, truncated=harness.truncated,
+        lm_eval=lm_eval.__version__, seconds=time.perf_counter() - started))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from methods import (ALIASES, METHODS, RopeConfig, depends_on_length, inv_freq, 
                      training_positions)
 from model import LLaMA, ModelConfig
 from plot import plot_sweep
-from rope import angle_disturbance
+from rope import angle_bins, angle_disturbance
 from train import fit
 from weights import load_config, load_model, load_tokenizer, with_rope
 from weights.size import parameter_count
@@ -296,6 +296,7 @@ def trained_model(c: SweepConfig, run: Run, steps: int) -> tuple[LLaMA, float]:
                       settings.passkey_share, L, settings.passkey_packed, settings.seed,
                       training_positions(model.config.rope, L, window))
     seconds = fit(model, settings, batches, None, tokenizer, progress=False)
+    del model  # its trained weights are in the folder: one model at a time
     return load_model(settings.out, device=device, dtype=dtype), seconds  # as the folder gives it
 
 
@@ -321,9 +322,8 @@ def mean_disturbance(config: ModelConfig, L: int, window: int) -> float:
     """DPRoPE's disturbance of the angles at L' against plain RoPE's at L, in nats."""
     plain, _ = inv_freq(RopeConfig(rope_theta=config.rope.base), config.head_dim)
     scaled, _ = inv_freq(config.rope, config.head_dim, window)
-    bins = min(360, max(4, round(L * 360 / 4096)))
     return float(angle_disturbance(plain.double().numpy(), scaled.double().numpy(), L, window,
-                                   bins=bins).mean())
+                                   bins=angle_bins(L)).mean())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""What the tests of eval.py share: a small LLaMA with an opinion, random documents, and a stand-in
-for a model that says what a test tells it to say."""
+"""What the tests of evaluations share: a small LLaMA with an opinion, random documents, and a
+stand-in for a model that says what a test tells it to say."""
 import functools
 import json
 import re

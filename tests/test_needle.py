@@ -12,21 +12,9 @@ from common.errors import UserError
 from data.needle import NeedlePrompts
 from extras import needle as needle_module
 from extras.needle import answer_share, main, needle
-from model import LLaMA, ModelConfig
+from model import ModelConfig
+from small_models import Countdown, small_model
 from weights import save_model
-
-
-def make(seed=0, **changes):
-    """A small LLaMA with an opinion: its weights are so large that its predictions depend on the
-    context."""
-    shape = dict(dim=16, n_layers=2, n_heads=2, vocab_size=37, multiple_of=8, max_seq_len=16)
-    model = LLaMA(ModelConfig(**shape | changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            center = 1 if parameter.dim() == 1 else 0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + center)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -132,32 +120,19 @@ def test_the_share_of_the_answer_is_that_of_its_most_probable_tokens(tokenizer, 
 
 def test_needle_refuses_what_does_not_fit(tokenizer, haystack):
     with pytest.raises(UserError, match="too short: this tokenizer needs at least"):
-        needle(make(), tokenizer, haystack, [20], progress=False)
+        needle(small_model(), tokenizer, haystack, [20], progress=False)
     with pytest.raises(UserError, match="the text holds .* give a longer one"):
-        needle(make(), tokenizer, haystack, [50_000], progress=False)
+        needle(small_model(), tokenizer, haystack, [50_000], progress=False)
 
 
 # --------------------------------------------------------------------------------------------------
 # Interruptions
 
 
-class Countdown:
-    """Lets so many calls of a function pass and then interrupts, as Ctrl-C would."""
-
-    def __init__(self, function, calls):
-        self.function, self.calls, self.made = function, calls, 0
-
-    def __call__(self, *args):
-        if self.made == self.calls:
-            raise KeyboardInterrupt
-        self.made += 1
-        return self.function(*args)
-
-
 def test_needles_of_an_interrupted_run_are_not_measured_again(tokenizer, haystack, tmp_path,
                                                              monkeypatch):
     monkeypatch.setattr("common.grid.rows_per_pass", lambda model, length, generating=False: 2)
-    model, out = make(vocab_size=tokenizer.vocab_size), tmp_path / "out.json"
+    model, out = small_model(vocab_size=tokenizer.vocab_size), tmp_path / "out.json"
     torch.set_num_threads(1)
 
     def measure(cache, calls=10**6):
@@ -186,7 +161,7 @@ def test_needles_of_an_interrupted_run_are_not_measured_again(tokenizer, haystac
 
 
 def test_another_haystack_is_measured_anew(tokenizer, haystack, tmp_path, monkeypatch):
-    model, made = make(vocab_size=tokenizer.vocab_size), []
+    model, made = small_model(vocab_size=tokenizer.vocab_size), []
 
     def share(model, prompts, answers):
         made.append(len(prompts))
@@ -208,7 +183,7 @@ def test_another_haystack_is_measured_anew(tokenizer, haystack, tmp_path, monkey
 @pytest.mark.parametrize("haystack_flag", ["--text", "--corpus"])
 def test_the_command_prints_and_writes_what_needle_measures(tokenizer, corpus_folder, tmp_path,
                                                             capsys, haystack_flag):
-    save_model(make(vocab_size=tokenizer.vocab_size), tmp_path / "model", tokenizer)
+    save_model(small_model(vocab_size=tokenizer.vocab_size), tmp_path / "model", tokenizer)
     text, out = tmp_path / "text.txt", tmp_path / "needle.json"
     text.write_text("".join(f"Line {n} is not the one.\n" for n in range(300)), encoding="utf-8")
     source = text if haystack_flag == "--text" else corpus_folder

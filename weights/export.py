@@ -11,7 +11,7 @@ from common.device import dtype_name
 from common.errors import UserError
 from common.files import (read_json_object, require_new_folder, whole_file, whole_folder,
                           write_json)
-from data.tokenizer import IDS, JsonTokenizer, Tokenizer, companion_files
+from data.tokenizer import IDS, Tokenizer, companion_files
 from model import LLaMA, ModelConfig
 from weights.checks import check_tensor_values
 from weights.hugging_face import SHAPE, hugging_face_name, reorder_rows
@@ -51,7 +51,7 @@ def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | None
 
 
 def export_hugging_face(model: LLaMA, out: str | Path,
-                        tokenizer: Tokenizer | JsonTokenizer | None = None,
+                        tokenizer: Tokenizer | None = None,
                         dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> None:
     """Write a folder that transformers loads as it is, RoPE scaling included.
 
@@ -116,7 +116,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
             "bos_token_id": None, "eos_token_id": None}
 
 
-def tokenizer_files(tokenizer: Tokenizer | JsonTokenizer | None, source: Path
+def tokenizer_files(tokenizer: Tokenizer | None, source: Path
                     ) -> tuple[dict[str, bytes], dict[str, int | list]]:
     """({name: bytes} of the files that go along, the ids of BOS and EOS for config.json).
 

@@ -32,10 +32,11 @@ WITHOUT_EFFECT = {"tensor_data_layout", "rope.scaling.finetuned", "attention.lay
                   "use_parallel_residual"}
 
 # Meta's names of tensors -> GGUF's.
-GGUF_NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
-         "attention_norm": "attn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k",
-         "attention.wv": "attn_v", "attention.wo": "attn_output", "ffn_norm": "ffn_norm",
-         "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
+GGUF_NAMES = {
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+    "attention_norm": "attn_norm", "attention.wq": "attn_q", "attention.wk": "attn_k",
+    "attention.wv": "attn_v", "attention.wo": "attn_output", "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up"}
 ROPE_TENSORS = re.compile(r"rope_(freqs|factors_short|factors_long)\.weight|"
                           r"blk\.\d+\.attn_rot_embd\.weight")
 
@@ -233,7 +234,7 @@ def read_divisors(header: Header, name: str, rotated: int) -> list[float] | None
 
 
 def longrope_config(rope: dict, window: int, short: list[float], long: list[float],
-             attention_factor: float) -> RopeConfig:
+                    attention_factor: float) -> RopeConfig:
     return RopeConfig.from_dict({"rope_type": "longrope", **rope, "short_factor": short,
                                  "long_factor": long, "attention_factor": attention_factor}, window)
 

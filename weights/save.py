@@ -10,7 +10,7 @@ import torch
 
 from common.checks import meta_ffn_dim
 from common.files import whole_file, write_json
-from data.tokenizer import JsonTokenizer, Tokenizer
+from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
 
 CHECKPOINT = "consolidated.00.pth"
@@ -18,7 +18,7 @@ SAVING = ".saving"  # in the model's folder: the files of a save at work
 SAVED = ".saved"    # in the model's folder: the files of a finished save, not yet at their places
 
 
-def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | JsonTokenizer | None = None,
+def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = None,
                dtype: torch.dtype | None = None) -> None:
     """Write a folder that load_model reads back bit for bit. Other files in it are left alone.
 

@@ -3,11 +3,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from data.gguf_file import read_header
-from data.tokenizer import JsonTokenizer, Tokenizer, is_tiktoken, open_tokenizer
+from data.tokenizer import Tokenizer, is_tiktoken, open_tokenizer
 from weights.save import find_file
 
 
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer | JsonTokenizer:
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model's folder, or of a tokenizer.model, tokenizer.json or .gguf file.
 
     vocab_size: of the model that uses it; a tokenizer that does not fit is a UserError. A model may
