@@ -31,7 +31,7 @@ from plot import plot_finetune
 from train import FitConfig, fit, validation
 from weights import load_config, load_model, load_tokenizer, with_rope
 from weights.extension import (baseline_rope, changes_positions, complete_flags, has_short_rows,
-                               load_extended, file_label, rope_flag, training_batches)
+                               load_extended, file_label, rope_flag, row_length, training_batches)
 from weights.size import parameter_count
 from weights.training_run import print_header
 
@@ -62,6 +62,8 @@ class FinetuneConfig(FitConfig):
     positions: str = field("own", "of the training rows. contiguous: L' tokens at 0 .. L'-1; pose: "
                            "L tokens at positions that skip and so reach L'; own: as the method "
                            "does by itself", choices=["own", "contiguous", "pose"])
+    row_length: int | None = field(None, "tokens of a training row [L', or L with pose]; positions "
+                                   "of shorter rows than L' skip (pose), so that they reach L'")
     corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is "
                         "made if it is not there")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus")
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, rope, direct_out = complete_flags(config, base)
     L, window = base.original_window, round(base.original_window * config.factor)    # L and L'
     target = dataclasses.replace(with_rope(base, rope), max_seq_len=window)
-    row = L if has_short_rows(config, rope) else window  # tokens of a training row
+    row = row_length(config, rope, L, window)
     if rank == 0:
         print_header(target, config, device, row)
     if config.dry_run:

@@ -294,6 +294,42 @@ def plot_sweep(result: dict, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def plot_real_model(result: dict, path: Path) -> Path:
+    """extras/real_model.py: for each kind of text, perplexity by position (dotted: untrained), and
+    perplexity in the last quarter of L' against the steps of fine-tuning."""
+    rows, window = result["rows"], result["window"]
+    kinds = list(rows[0]["nll_by_position"])
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    last = {method: max(r["steps"] for r in rows if r["method"] == method) for method in methods}
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 3.7 * len(kinds) + 0.6), squeeze=False)
+    for kind, (left, right) in zip(kinds, axes):
+        for r in rows:
+            if r["seed"] != result["seed"] or r["steps"] not in (0, last[r["method"]]):
+                continue
+            nll = r["nll_by_position"][kind]
+            position = [(i + 0.5) * window / len(nll) for i in range(len(nll))]
+            i = methods.index(r["method"])
+            label = f"{sweep_label(r['method'])}, {r['steps'] or 'no'} steps"
+            left.plot(position, [math.exp(x) for x in nll], label=label, color=COLOURS[i],
+                      linestyle="-" if r["steps"] else ":")
+        mark_windows(left, {"L": result["original_window"]})
+        left.set(xlabel="position in the text (tokens)", title=kind)
+        perplexity_axis(left)
+        points = [(r["method"], r["steps"], last_quarter(r["nll_by_position"][kind]))
+                  for r in rows]
+        draw_means(right, points, methods)
+        right.set(xlabel="fine-tuning steps", title=f"{kind}: the last quarter of L' = {window}")
+        perplexity_axis(right)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return save_figure(figure, path)
+
+
+def last_quarter(nll: list[float]) -> float:
+    """Perplexity over the last quarter of the parts."""
+    part = nll[-len(nll) // 4:]
+    return math.exp(sum(part) / len(part))
+
+
 def draw_sweep_from_scratch(result: dict, rows: list[dict], methods: list[str],
                             panels: Sequence[Axes]) -> None:
     """Perplexity and passkey accuracy against length."""
@@ -553,8 +589,9 @@ def plot_disturbance(theory: dict, path: Path) -> Path:
 # ---- The command ---------------------------------------------------------------------------------
 
 # The first of these keys that a result has decides how it is drawn.
-FIGURES = {"methods": plot_compare, "plan": plot_sweep, "rows": plot_finetune,
-           "accuracy_by_depth": plot_passkey, "theory": plot_theory, "lines": plot_training}
+FIGURES = {"bands": plot_real_model, "methods": plot_compare, "plan": plot_sweep,
+           "rows": plot_finetune, "accuracy_by_depth": plot_passkey, "theory": plot_theory,
+           "lines": plot_training}
 # Then these: all results with the key go into one figure.
 SHARED_FIGURES = {"nll_by_context": (plot_context, "context.png"),
                   "perplexity": (plot_perplexity, "perplexity.png")}

@@ -103,6 +103,13 @@ def has_short_rows(config: Any, rope: dict[str, Any]) -> bool:
     return config.positions == "pose" or config.positions == "own" and own_way != "target"
 
 
+def row_length(config: Any, rope: dict[str, Any], L: int, window: int) -> int:
+    """Tokens of a training row: --row-length, or L' where its positions are contiguous."""
+    if config.row_length is not None:
+        return config.row_length
+    return L if has_short_rows(config, rope) else window
+
+
 def training_batches(config: Any, rope: dict[str, Any], base: ModelConfig, tokenizer: Tokenizer,
                      ranks: int) -> Batches:
     """The rows of a fine-tuning. All methods with rows of one length see the same text in the same
@@ -110,7 +117,7 @@ def training_batches(config: Any, rope: dict[str, Any], base: ModelConfig, token
     L, window = base.original_window, round(base.original_window * config.factor)
     return Batches(TokenFile(config.corpus, "train"), tokenizer,
                    rows=config.batch_size * config.accumulate * ranks,
-                   seq_len=L if has_short_rows(config, rope) else window,
+                   seq_len=row_length(config, rope, L, window),
                    passkey_share=config.passkey_share, passkey_longest=L,
                    packed=config.passkey_packed, seed=config.seed,
                    positions=training_positions(with_rope(base, rope).rope, L, window,

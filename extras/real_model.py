@@ -1,0 +1,287 @@
+"""The paper's argument on a real pretrained LLaMA: SmolLM2-135M from 8,192 to 16,384 tokens, on a
+CPU if it has to be.
+
+    python -m weights fetch                     # the model, 93 MB
+    python extras/real_model.py                 # PI and direct fine-tuning, 25 steps
+    python extras/real_model.py --methods default linear yarn ntk_by_parts \\
+        '{"rope_type": "dprope", "interpolated_dims": 40}' --steps 10 25 50 100 --keys 3 --seeds 0 1
+
+Every method sees the same rows in the same order. A row has only 1,024 tokens, but its positions
+skip (PoSE) and so reach 16,384: that is what makes a step cheap. Each model reads the first 16,384
+tokens of texts that it was not trained on as one window, and its loss is averaged by position:
+inside the old window, and beyond it.
+
+Every training saves itself and every measurement is kept: after an interruption the same command
+goes on. It goes on, too, with more --steps, --methods or --seeds than before.
+"""
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the core lies one folder up
+
+import numpy as np
+import torch
+
+from common.cache import ResultCache
+from common.cli import field, parse, run_command
+from common.device import choose_device, describe_device
+from common.environment import command_line, versions
+from common.errors import UserError
+from common.files import read_json, write_json
+from data.corpus import ensure_corpus, read_documents, validation_documents
+from data.tokenizer import Tokenizer
+from eval import CONVENTIONS, passkey, perplexity
+from extras.sweep import Run, is_past, load_tokenizer_once, weight_digest
+from extras.sweep_tables import cell, markdown, method_label
+from finetune import FinetuneConfig
+from methods import ALIASES, parse_rope_flag
+from model import LLaMA
+from plot import plot_real_model
+from train import fit
+from weights import load_config
+from weights.extension import load_extended, training_batches
+from weights.training_state import resumable_settings
+
+PARTS = 16  # of the window L', in which the loss is averaged
+# Shown in the tables, in sixteenths of L': without the first tokens, which have little context.
+BANDS = [(1, 4), (4, 8), (8, 12), (12, 16)]
+
+
+@dataclass
+class RealModelConfig:
+    model: str = field("out/smollm2/smollm2-135m-instruct.gguf", "pretrained model")
+    methods: list[str] = field(["default", "linear"], "names or JSON objects; default is direct "
+                               "fine-tuning")
+    factor: float = field(2.0, "s = L'/L")
+    steps: list[int] = field([10, 25], "measured after so many optimiser steps, and untrained")
+    seeds: list[int] = field([0], "of the order of the training rows, and of the keys")
+    batch_size: int = field(4, "rows of a step")
+    row_length: int = field(1024, "tokens of a row")
+    lr: float = field(1e-4, "learning rate, constant after the warm-up")
+    warmup: int = field(5, "steps of linear warm-up")
+    corpus: str = field("data/corpora/python", "token folder to train on; the default one, Python "
+                        "source, is made if it is not there")
+    corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus, if made")
+    text: list[str] = field([], "UTF-8 files to measure on, each a kind of text [held-out Python "
+                            "source, and the prose of Python's language reference]")
+    keys: int = field(0, "passkeys at each quarter of L', evenly spaced over the prompt, for the "
+                      "untrained and the last model; 0 measures none")
+    device: str = field("auto", "auto, cpu, cuda or mps")
+    dtype: str = field("auto", "of the training's matrix products",
+                       choices=["auto", "float32", "bfloat16"])
+    folder: str = field("out/real-model", "where models and measurements lie")
+    out: str = field("results/real-model.json", "tables, as JSON, with a figure beside it")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    c = parse(RealModelConfig, __doc__, argv)
+    c.methods = list(dict.fromkeys(ALIASES.get(method, method) for method in c.methods))
+    c.steps, c.seeds = sorted(set(c.steps)), list(dict.fromkeys(c.seeds))
+    check(c)
+    device, base = choose_device(c.device), load_config(c.model)
+    L, window = base.original_window, round(base.original_window * c.factor)
+    tokenizer = load_tokenizer_once(c.model)
+    c.corpus = str(ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb))
+    documents = documents_to_measure(c, tokenizer, window)
+    tokens = c.batch_size * c.row_length
+    print(f"device     {describe_device(device)}\n"
+          f"model      {c.model}, window {L} -> {window}\n"
+          f"step       {c.batch_size} rows x {c.row_length} = {tokens:,} tokens, at positions up "
+          f"to {window - 1}\n"
+          f"measured   on {', '.join(documents)}: untrained and after "
+          f"{', '.join(map(str, c.steps))} steps", flush=True)
+
+    report = {
+        "model": c.model, "rope": base.rope.to_dict(), "original_window": L, "window": window,
+        **CONVENTIONS, "documents": {kind: len(ids) for kind, ids in documents.items()},
+        "corpus": read_json(Path(c.corpus) / "meta.json")["splits"]["train"],
+        "bands": BANDS, "settings": dataclasses.asdict(c), "seed": c.seeds[0],
+        "device": describe_device(device), "versions": versions(), "command": command_line()}
+    started = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    for seed in c.seeds:
+        for method in c.methods:
+            rows += run_method(c, method, seed, documents, tokenizer, device)
+            seconds = time.perf_counter() - started
+            write_report(c, report | {"rows": rows, "seconds": seconds})
+    for table in tables(read_json(c.out)):
+        print(markdown(*table))
+    print(f"\n(each text read once, as one window of {window:,} tokens; seeds "
+          f"{' '.join(map(str, c.seeds))}, ± half the range)\nwrote {c.out} and "
+          f"{Path(c.out).with_suffix('.png')}")
+
+
+def check(c: RealModelConfig) -> None:
+    """A UserError for settings that cannot work, before any work."""
+    if min(c.steps) < 1 or c.keys < 0 or min(c.seeds) < 0:
+        raise UserError("--steps have to be at least 1, --keys and --seeds at least 0")
+    if min(c.batch_size, c.row_length) < 1 or not (c.lr > 0 and math.isfinite(c.lr)):
+        raise UserError("--batch-size and --row-length have to be at least 1, --lr above 0")
+    if not (1 < c.factor and math.isfinite(c.factor)):
+        raise UserError(f"--factor {c.factor}: give a number above 1")
+    if len({Path(path).stem for path in c.text}) < len(c.text):
+        raise UserError("--text: two files have the same name, which is that of their table: "
+                        "rename one of them")
+
+
+# ---- The texts -----------------------------------------------------------------------------------
+
+
+def documents_to_measure(c: RealModelConfig, tokenizer: Tokenizer, window: int
+                         ) -> dict[str, np.ndarray]:
+    """{kind of text: its first L' + 1 tokens}, none of it in the training text."""
+    length = window + 1
+    if c.text:
+        return {Path(path).stem: read_documents([path], tokenizer, length, window)[0]
+                for path in c.text}
+    code = validation_documents(c.corpus, length, length, tokenizer)[0]
+    prose = np.array(tokenizer.encode(language_reference(), bos=True))
+    if len(prose) < length:
+        raise UserError(f"the prose of Python's language reference has {len(prose)} tokens, "
+                        f"{length} are needed: name texts with --text")
+    return {"held-out code": code, "language reference": prose[:length]}
+
+
+def language_reference() -> str:
+    """The help texts that come with every Python, excerpts of its language reference."""
+    from pydoc_data.topics import topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+# ---- One method ----------------------------------------------------------------------------------
+
+
+def run_method(c: RealModelConfig, method: str, seed: int, documents: dict[str, np.ndarray],
+               tokenizer: Tokenizer, device: torch.device) -> list[dict[str, Any]]:
+    """Measure a method untrained and after every number of steps: a row each. The untrained model
+    is the same for all seeds, so only the first one measures it."""
+    folder = Path(c.folder) / Run(method, c.factor, seed, tuple(c.steps)).name
+    cache = ResultCache(f"{folder}.json", quiet=True)
+    rows = []
+    for steps in [0, *c.steps] if seed == c.seeds[0] else c.steps:
+        keys = c.keys if steps in (0, c.steps[-1]) else 0
+        settings = training_settings(c, method, seed, max(steps, 1), folder)
+        conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps, keys,
+                      read_json(Path(c.corpus) / "meta.json")["splits"], device.type,
+                      {kind: ids.tolist() for kind, ids in documents.items()}, versions()]
+
+        def measure(steps=steps, keys=keys, settings=settings) -> dict[str, Any]:
+            model, seconds = trained_model(settings, steps, tokenizer, device)
+            row = {"rope": model.config.rope.to_dict(), "training_seconds": seconds}
+            return row | measure_model(model, tokenizer, documents, keys, seed, cache)
+
+        row = {"method": method, "seed": seed, "steps": steps,
+               "tokens_seen": steps * c.batch_size * c.row_length}
+        row |= cache.get(conditions, measure)
+        print(row_summary(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def training_settings(c: RealModelConfig, method: str, seed: int, steps: int, folder: Path
+                      ) -> FinetuneConfig:
+    return FinetuneConfig(
+        model=c.model, rope=method, factor=c.factor, out=str(folder), steps=steps,
+        batch_size=c.batch_size, row_length=c.row_length, positions="pose", lr=c.lr,
+        schedule="constant", warmup=c.warmup, passkey_share=0.0, seed=seed, corpus=c.corpus,
+        device=c.device, dtype=c.dtype, save_every=5, eval_every=10**6, log_every=1)
+
+
+def trained_model(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, device: torch.device
+                  ) -> tuple[LLaMA, float]:
+    """The pretrained model with a method's positions after `steps` steps, and the seconds of its
+    training so far."""
+    base = load_config(settings.model)
+    L, window = base.original_window, round(base.original_window * settings.factor)
+    rope = {"factor": settings.factor} | parse_rope_flag(settings.rope)
+    if rope["rope_type"] == "default":
+        rope["factor"] = 1.0
+    model = load_extended(settings.model, rope, L, window, device, "auto")
+    if steps == 0:
+        return model, 0.0
+    settings.fresh = is_past(settings, steps)
+    batches = training_batches(settings, rope, base, tokenizer, ranks=1)
+    return model, fit(model, settings, batches, None, tokenizer)
+
+
+def measure_model(model: LLaMA, tokenizer: Tokenizer, documents: dict[str, np.ndarray], keys: int,
+                  seed: int, cache: ResultCache) -> dict[str, Any]:
+    """The loss by position in each document, read as one window, and the passkeys found."""
+    window = model.config.max_seq_len
+    row: dict[str, Any] = {"nll_by_position": {}, "perplexity": {}, "passkeys_found": {}}
+    for kind, document in documents.items():
+        found = perplexity(model, [document], window, window, bins=PARTS, cache=cache)
+        row["nll_by_position"][kind] = found["nll_by_context"]
+        row["perplexity"][kind] = found["perplexity"]
+    for quarter in range(1, 5) if keys else []:
+        n = quarter * window // 4
+        found = passkey(model, tokenizer, [n], keys, 1, seed, cache=cache)
+        row["passkeys_found"][n] = round(found["accuracy"][n] * keys)
+    return row
+
+
+# ---- The report ----------------------------------------------------------------------------------
+
+
+def by_band(row: dict[str, Any], kind: str) -> list[float]:
+    """Perplexity in each of BANDS: exp of the mean loss of its parts, which are equally long."""
+    nll = row["nll_by_position"][kind]
+    return [math.exp(sum(nll[first:last]) / (last - first)) for first, last in BANDS]
+
+
+def row_summary(row: dict[str, Any]) -> str:
+    """A row as a line: perplexity in each band, for each kind of text."""
+    texts = [f"{kind} " + " ".join(f"{value:.1f}" for value in by_band(row, kind))
+             for kind in row["perplexity"]]
+    found = " ".join(f"{n}: {count}" for n, count in row["passkeys_found"].items())
+    return (f"{method_label(row['method'])}, seed {row['seed']}, {row['steps']} steps: "
+            f"{'; '.join(texts)}" + (f"; passkeys found {found}" if found else ""))
+
+
+def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """For every kind of text a table of perplexity by position, and one of the passkeys found."""
+    rows, window = report["rows"], report["window"]
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["steps"]), []).append(row)
+    first_columns = ["method", "steps", "tokens seen"]
+    found = []
+    for kind in rows[0]["perplexity"]:
+        body = []
+        for (method, steps), group in groups.items():
+            bands = zip(*(by_band(row, kind) for row in group))     # one sequence for each band
+            body.append([method_label(method), str(steps), f"{group[0]['tokens_seen']:,}",
+                         *(cell(values, 1) for values in bands)])
+        columns = [f"{first * window // PARTS:,} to {last * window // PARTS:,}"
+                   for first, last in BANDS]
+        found.append((f"Perplexity by position: {kind}", [*first_columns, *columns], body))
+    with_keys = {key: [row for row in group if row["passkeys_found"]]
+                 for key, group in groups.items()}
+    body = []
+    for (method, steps), group in with_keys.items():
+        if group:
+            counts = [sum(row["passkeys_found"][n] for row in group)
+                      for n in group[0]["passkeys_found"]]
+            of = report["settings"]["keys"] * len(group)
+            body.append([method_label(method), str(steps), f"{group[0]['tokens_seen']:,}",
+                         *(f"{count} of {of}" for count in counts)])
+    if body:
+        lengths = [f"{quarter * window // 4:,}" for quarter in range(1, 5)]
+        found.append(("Passkeys found, by length of the prompt", [*first_columns, *lengths], body))
+    return found
+
+
+def write_report(c: RealModelConfig, report: dict[str, Any]) -> None:
+    """The rows so far as JSON and as a figure."""
+    write_json(c.out, report)
+    plot_real_model(read_json(c.out), Path(c.out).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_command(main)
