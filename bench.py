@@ -59,7 +59,7 @@ class BenchConfig:
     dtype: str = field("float32", "of weights and arithmetic; training has autocast over float32",
                        choices=["auto", "float32", "bfloat16"])
     seed: int = field(0, "of random inputs")
-    out: str = field("results/bench.json", "JSON file to write")
+    out: str = field("out/bench.json", "JSON file to write")
 
 
 def time_sides(sides: dict[str, Callable[[], Any]], device: torch.device, repeat: int

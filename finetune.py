@@ -19,19 +19,21 @@ from typing import Any, ClassVar
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.device import choose_device
-from common.distributed import join_process_group, wait_for_all_ranks
+from common.distributed import join_process_group
 from common.files import read_json, write_json
+from common.progress import Progress
 from common.results import result
 from common.tables import format_table
 from data.batches import Batches
-from data.corpus import TokenFile, corpus_for, ensure_corpus, validation_documents
+from data.corpus import TokenFile, evaluation_documents
 from eval import CONVENTIONS, four_lengths, measure_lengths
 from model import ModelConfig
 from plot import plot_finetune
 from train import FitConfig, fit, validation
 from weights import load_config, load_model, load_tokenizer, with_rope
-from weights.extension import (baseline_rope, changes_positions, complete_flags, has_short_rows,
-                               load_extended, file_label, rope_flag, row_length, training_batches)
+from weights.extension import (baseline_rope, changes_positions, complete_flags, file_label,
+                               has_short_rows, load_extended, phases, prepare_corpus,
+                               print_phases, rope_flag, row_length, training_batches)
 from weights.size import parameter_count
 from weights.training_run import print_header
 
@@ -43,8 +45,7 @@ class FinetuneConfig(FitConfig):
     model: str = field("data/tiny", "pretrained model folder")
     rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., "
                       "or a JSON object. --rope default, plain RoPE, only fine-tunes directly")
-    factor: float = field(2.0, "s = L'/L, new window by that of pre-training, also for a model "
-                          "that was extended since")
+    factor: float = field(2.0, "s = L'/L; L is always the window of pre-training")
     out: str = field("", "folder of the extended model [out/pi-xFACTOR for linear, else "
                      "out/METHOD-xFACTOR]; the baseline goes to OUT-direct [out/direct-xFACTOR]")
     steps: int = field(400, "optimiser steps")
@@ -55,27 +56,26 @@ class FinetuneConfig(FitConfig):
                           choices=["cosine", "linear", "constant"])
     warmup: int = field(20, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.0, "AdamW weight decay")
-    passkey_share: float = field(1.0, "share of the rows that hold passkey prompts; no prompt is "
-                                 "longer than L, however long the row")
-    passkey_packed: bool = field(False, "fill these rows with prompts, as in pre-training, instead "
-                                 "of one each (the model then learns to ignore keys beyond L)")
-    positions: str = field("own", "of the training rows. contiguous: L' tokens at 0 .. L'-1; pose: "
-                           "L tokens at positions that skip and so reach L'; own: as the method "
-                           "does by itself", choices=["own", "contiguous", "pose"])
-    row_length: int | None = field(None, "tokens of a training row [L', or L with pose]; positions "
-                                   "of shorter rows than L' skip (pose), so that they reach L'")
-    corpus: str = field("data/corpora/python", "token folder (data/prepare.py); the default one is "
-                        "made if it is not there")
+    passkey_share: float = field(1.0, "share of rows with passkey prompts, none longer than L")
+    passkey_packed: bool = field(False, "fill these rows with prompts instead of one each (the "
+                                 "model then learns to ignore keys beyond L)")
+    positions: str = field("own", "of training rows. contiguous: 0 .. L'-1; pose: L tokens that "
+                           "skip and so reach L'; own: the method's own way",
+                           choices=["own", "contiguous", "pose"])
+    row_length: int | None = field(None, "tokens of a training row [L', or L with pose]. Shorter "
+                                   "rows than L' take pose")
+    text: list[str] = field([], "files and folders to train on; the end of the longest is held out")
+    corpus: str = field("data/corpora/python", "token folder; the default one is made if missing")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus")
-    baseline: bool | None = field(None, "also fine-tune without the method, as many steps on rows "
-                                  "of L' [no if the method trains on rows of L, to save memory]")
-    eval_tokens: int = field(16384, "held-out tokens that each perplexity is measured on")
+    baseline: bool | None = field(None, "also fine-tune directly [not if rows have L tokens only]")
+    eval: bool = field(True, "measure perplexity and passkeys before and after")
+    lengths: list[int] = field([], "at these lengths [half, one, two and four times L, and L']")
+    max_tokens: int | None = field(None, "held-out tokens to measure perplexity on [about 16384]")
     depths: int = field(10, "passkey: places of the key")
     trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
-    results: str = field("", "table, as JSON; a figure of the same name is drawn beside it "
-                         "[results/finetune.json, for others than linear finetune-METHOD.json]")
+    results: str = field("", "table, as JSON, with its figure beside it [out/finetune-METHOD.json]")
     may_change_on_resume: ClassVar[set[str]] = FitConfig.may_change_on_resume | {
-        "baseline", "eval_tokens", "depths", "trials", "results"}
+        "text", "baseline", "eval", "lengths", "max_tokens", "depths", "trials", "results"}
 
 
 @dataclass
@@ -96,54 +96,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, rope, direct_out = complete_flags(config, base)
     L, window = base.original_window, round(base.original_window * config.factor)    # L and L'
     target = dataclasses.replace(with_rope(base, rope), max_seq_len=window)
+    lengths = sorted(set(config.lengths or [*four_lengths(base), window]))
+    experiments = list_experiments(config, rope, direct_out, base)
     row = row_length(config, rope, L, window)
+    work = phases(config, experiments, target, row, lengths)
     if rank == 0:
         print_header(target, config, device, row)
+        print_phases(work)
     if config.dry_run:
         return
     tokenizer = load_tokenizer(config.model, base.vocab_size)
-    config = dataclasses.replace(config, corpus=str(corpus_for(config.corpus, tokenizer)))
-    if rank == 0:
-        ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)
-    wait_for_all_ranks()
-    lengths = sorted({*four_lengths(base), window})
-    # Twice the longest length: in shorter documents few tokens would have a full window.
-    documents = validation_documents(config.corpus, 2 * lengths[-1], config.eval_tokens, tokenizer)
-    evaluate = validation(TokenFile(config.corpus, "val"), tokenizer, config.batch_size, window)
-    experiments = list_experiments(config, rope, direct_out, base)
+    config.corpus = prepare_corpus(config, tokenizer, 2 * lengths[-1], rank)
+    held_out = TokenFile(config.corpus, "val")
     for e in experiments:
         if e.training:  # made before any training: a bad flag shows before hours of work
+            e.training.corpus = config.corpus
             e.batches = training_batches(e.training, e.rope, base, tokenizer, world)
+    if config.eval:
+        documents, lengths = evaluation_documents(held_out, lengths, config.max_tokens, tokenizer)
 
-    cache = ResultCache(config.results if rank == 0 else "")
+    cache = ResultCache(config.results if rank == 0 and config.eval else "")
+    progress = Progress(work, quiet=rank > 0)
     rows = []
     for e in experiments:
         model = None  # one at a time: the next may need the memory
         model = load_extended(config.model, e.rope, L, window, device, config.attention)
         seconds = 0.0
         if e.training:
+            progress.next()
+            evaluate = validation(held_out, tokenizer, config.batch_size, e.batches.seq_len,
+                                  positions=e.batches.positions)
             seconds = fit(model, e.training, e.batches, evaluate, tokenizer)
             model = None
             # What is measured is what was saved, as anyone will load it.
             model = load_model(e.training.out, device=device, attention=config.attention)
-        measured = measure_lengths(model, tokenizer, documents, lengths, config.depths,
-                                   config.trials, cache=cache)
-        rows.append({"name": e.name, "model": model.path, "rope": model.config.rope.to_dict(),
-                     "steps": config.steps if e.training else 0, "training_seconds": seconds,
-                     **measured})
-        if rank == 0 and e.training:
-            print(f"{e.name}: {config.steps} steps in {seconds:.0f} s -> {e.training.out}")
-        if rank == 0:
-            print(f"{e.name}: measured")
-    if rank == 0:
-        print(format_table(rows, lengths, {"L": L, "L'": window}))
-        # model is still the last experiment's; the run's own model and rope replace its below.
+        if config.eval:
+            progress.next()
+            measured = measure_lengths(model, tokenizer, documents, lengths, config.depths,
+                                       config.trials, cache=cache)
+            rows.append({"name": e.name, "model": model.path, "rope": model.config.rope.to_dict(),
+                         "steps": config.steps if e.training else 0, "training_seconds": seconds,
+                         **measured})
+    if rank == 0 and config.eval:  # model is the last experiment's: it gives the conditions
         report = result(model, config.seed, rows=rows, window=window, lengths=lengths,
-                        settings=dataclasses.asdict(config), documents=len(documents),
-                        tokens_scored=sum(len(d) - 1 for d in documents), stride="window / 4",
-                        **CONVENTIONS, parameters=parameter_count(target))
-        report |= {"model": config.model, "rope": target.rope.to_dict()}
-        write_report(config, cache, report)
+                        documents=len(documents), tokens_scored=sum(len(d) - 1 for d in documents))
+        write_report(config, cache, report | {"rope": target.rope.to_dict()})
+    if rank == 0:
+        print(f"the extended model is in {config.out}")
 
 
 def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: str,
@@ -164,22 +163,27 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
                    Experiment(f"{label}_finetuned", rope, extended)]
     wants_baseline = config.baseline
     if wants_baseline is None:
-        wants_baseline = not has_short_rows(config, rope)
+        wants_baseline = config.row_length is not None or not has_short_rows(config, rope)
     if wants_baseline:
-        direct = dataclasses.replace(direct, out=direct_out, positions="contiguous")
+        positions = "contiguous" if config.row_length is None else config.positions
+        direct = dataclasses.replace(direct, out=direct_out, positions=positions)
         experiments.append(Experiment("direct_finetuned", plain, direct))
     return experiments
 
 
 def write_report(config: FinetuneConfig, cache: ResultCache, report: dict[str, Any]) -> None:
-    """The table as JSON and as a figure."""
+    """The table on the screen, as JSON and as a figure."""
+    print(format_table(report["rows"], report["lengths"],
+                       {"L": report["original_window"], "L'": report["window"]}))
+    report |= {"model": config.model, "settings": dataclasses.asdict(config),
+               "parameters": parameter_count(load_config(config.model)), "stride": "window / 4",
+               **CONVENTIONS}
     write_json(config.results, report)
     cache.delete()
     figure = Path(config.results).with_suffix(".png")
     plot_finetune(read_json(config.results), figure)
     print(f"({report['documents']} held-out documents, stride window / 4; passkey: {config.depths} "
-          f"depths x {config.trials} keys)\nwrote {config.results} and {figure}; the extended "
-          f"model is in {config.out}")
+          f"depths x {config.trials} keys)\nwrote {config.results} and {figure}")
 
 
 if __name__ == "__main__":

@@ -455,8 +455,8 @@ def print_angles(angles: dict) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--out", default="results/theory.json", metavar="JSON",
-                        help="result file, for plot.py [results/theory.json]")
+    parser.add_argument("--out", default="out/theory.json", metavar="JSON",
+                        help="result file, for plot.py [out/theory.json]")
     flags = parser.parse_args(argv)
     theory = {"models": measure_models(), "scores": measure_scores(), "fit": measure_fit(),
               "bounds": measure_bounds(), "angles": measure_angles()}

@@ -176,19 +176,20 @@ def make_optimizer(model: LLaMA, config: FitConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-def validation(corpus: TokenFile, tokenizer: Tokenizer, rows: int, seq_len: int, steps: int = 8
-               ) -> Callable[[LLaMA], dict[str, float]]:
+def validation(corpus: TokenFile, tokenizer: Tokenizer, rows: int, seq_len: int, steps: int = 8,
+               positions: Callable | None = None) -> Callable[[LLaMA], dict[str, float]]:
     """Make the evaluate() of fit(): loss and perplexity on `steps` batches of random rows, the same
     ones at each call. A quick check of a run, on rows cut anywhere and scored from their first
-    token; the perplexity to report is eval.perplexity's."""
-    batches = Batches(corpus, tokenizer, rows, seq_len, seed=1)
+    token; the perplexity to report is eval.perplexity's. positions: as Batches takes them."""
+    seq_len = min(seq_len, len(corpus) - 1)
+    batches = Batches(corpus, tokenizer, rows, seq_len, seed=1, positions=positions)
 
     @torch.no_grad()
     def evaluate(model: LLaMA) -> dict[str, float]:
         total = 0.0
         for step in range(steps):
-            tokens, targets = batches(step)
-            total += model.loss(tokens.to(model.device), targets.to(model.device)).item()
+            batch = [tensor.to(model.device) for tensor in batches(step)]
+            total += model.loss(*batch).item()
         loss = total / steps
         return {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
     return evaluate

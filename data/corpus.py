@@ -1,5 +1,7 @@
 """Token folders, as prepare.py writes them, and the documents on which models are measured."""
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import read_json, read_json_object
-from data.prepare import PrepareConfig, prepare
-from data.sources import read_text
+from common.files import read_json, read_json_object, write_json
+from data.prepare import ROOT, PrepareConfig, prepare, replaced_folder, token_dtype
+from data.sources import read_text, text_files
 from data.tokenizer import Tokenizer, open_tokenizer
 
 
@@ -86,6 +88,78 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer, max_tokens
         raise UserError(f"the longest text has {longest} tokens, the window {window}: "
                         "give a longer text or a shorter --window")
     return documents
+
+
+def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: int | None,
+                         tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[int]]:
+    """Held-out documents to measure perplexity at all `lengths` on, as good as the corpus has them,
+    and the lengths that fit into them. What had to be done is said in a line.
+
+    Documents are cut to twice the longest length: in shorter ones few tokens would have a full
+    window. Where none is so long, documents are joined. max_tokens: of all of them together
+    [16,384, or one document].
+    """
+    require_same_tokenizer(corpus, tokenizer)
+    wanted = min(2 * max(lengths), max_tokens or len(corpus), len(corpus))
+    count = max(1, (max_tokens or 16384) // wanted)
+    chosen = [document[:wanted]
+              for document in itertools.islice(corpus.documents(wanted), count)]
+    if not chosen:
+        joined = corpus.tokens[:count * wanted].astype(np.int64)
+        chosen = [joined[i:i + wanted] for i in range(0, len(joined) - wanted + 1, wanted)]
+        print(f"held out   no document has {wanted:,} tokens: shorter ones are joined")
+    fitting = [n for n in lengths if n < wanted]
+    if not fitting:
+        raise UserError(f"{wanted:,} held-out tokens are fewer than the shortest length, "
+                        f"{min(lengths)}: give more text (or --max-tokens), shorter --lengths, or "
+                        "--no-eval")
+    if fitting != list(lengths):
+        missing = ", ".join(str(n) for n in lengths if n not in fitting)
+        print(f"held out   {wanted:,} tokens in a row: too few to measure {missing}")
+    return chosen, fitting
+
+
+# --------------------------------------------------------------------------------------------------
+# A user's own text
+
+def corpus_of_text(names: Sequence[str], tokenizer: Tokenizer, held_out: int) -> Path:
+    """A token folder of the user's files and folders of them, made once.
+
+    The end of the longest file is held out: a tenth of all tokens, or `held_out` if that is more,
+    but at most a third of the file.
+    """
+    paths = [path for path, _ in text_files(list(names))]
+    texts = [read_text(path) or "" for path in paths]
+    key = json.dumps([texts, tokenizer.sha256, held_out]).encode()
+    out = ROOT / "data" / "corpora" / f"text-{hashlib.sha256(key).hexdigest()[:12]}"
+    if find_problem(out, read_json_object(out / "meta.json"), tokenizer, None) is None:
+        return out
+    documents = [np.array(ids, np.int64)
+                 for ids in tokenizer.encode_batch(texts, bos=True, eos=True)]
+    total = sum(map(len, documents))
+    longest = max(range(len(documents)), key=lambda i: len(documents[i]))
+    document = documents[longest]
+    split = len(document) - min(max(total // 10, held_out), len(document) // 3)
+    documents[longest] = document[:split]
+    validation = np.concatenate([document[:1], document[split:]])  # BOS in front
+    with replaced_folder(out) as folder:
+        splits = {"train": write_tokens(folder, "train", documents, tokenizer),
+                  "val": write_tokens(folder, "val", [validation], tokenizer)}
+        write_json(folder / "meta.json", {
+            "source": "text", "files": [str(path) for path in paths], "splits": splits,
+            "tokenizer_sha256": tokenizer.sha256, "dtype": token_dtype(tokenizer)})
+    print(f"text       {total:,} tokens; the last {len(document) - split:,} of {paths[longest]} "
+          f"are held out -> {out}")
+    return out
+
+
+def write_tokens(folder: Path, split: str, documents: Sequence[np.ndarray],
+                 tokenizer: Tokenizer) -> dict[str, int]:
+    """SPLIT.bin and SPLIT.docs.npy in a new folder; returns their counts for meta.json."""
+    tokens = np.concatenate(documents).astype(token_dtype(tokenizer))
+    tokens.tofile(folder / f"{split}.bin")
+    np.save(folder / f"{split}.docs.npy", np.cumsum([0, *map(len, documents)]))
+    return {"documents": len(documents), "tokens": len(tokens)}
 
 
 # --------------------------------------------------------------------------------------------------

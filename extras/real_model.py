@@ -76,7 +76,7 @@ class RealModelConfig:
     dtype: str = field("auto", "of the training's matrix products",
                        choices=["auto", "float32", "bfloat16"])
     folder: str = field("out/real-model", "where models and measurements lie")
-    out: str = field("results/real-model.json", "tables, as JSON, with a figure beside it")
+    out: str = field("out/real-model.json", "tables, as JSON, with a figure beside it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in c.methods:
             rows += run_method(c, method, seed, documents, tokenizer, device)
             seconds = time.perf_counter() - started
-            write_report(c, report | {"rows": rows, "seconds": seconds})
+            save_report(c, report | {"rows": rows, "seconds": seconds})
     for table in tables(read_json(c.out)):
         print(markdown(*table))
     print(f"\n(each text read once, as one window of {window:,} tokens; seeds "
@@ -166,13 +166,13 @@ def run_method(c: RealModelConfig, method: str, seed: int, documents: dict[str, 
     rows = []
     for steps in [0, *c.steps] if seed == c.seeds[0] else c.steps:
         keys = c.keys if steps in (0, c.steps[-1]) else 0
-        settings = training_settings(c, method, seed, max(steps, 1), folder)
+        settings = settings_of_run(c, method, seed, max(steps, 1), folder)
         conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps, keys,
                       read_json(Path(c.corpus) / "meta.json")["splits"], device.type,
                       {kind: ids.tolist() for kind, ids in documents.items()}, versions()]
 
         def measure(steps=steps, keys=keys, settings=settings) -> dict[str, Any]:
-            model, seconds = trained_model(settings, steps, tokenizer, device)
+            model, seconds = model_after(settings, steps, tokenizer, device)
             row = {"rope": model.config.rope.to_dict(), "training_seconds": seconds}
             return row | measure_model(model, tokenizer, documents, keys, seed, cache)
 
@@ -184,7 +184,7 @@ def run_method(c: RealModelConfig, method: str, seed: int, documents: dict[str, 
     return rows
 
 
-def training_settings(c: RealModelConfig, method: str, seed: int, steps: int, folder: Path
+def settings_of_run(c: RealModelConfig, method: str, seed: int, steps: int, folder: Path
                       ) -> FinetuneConfig:
     return FinetuneConfig(
         model=c.model, rope=method, factor=c.factor, out=str(folder), steps=steps,
@@ -193,7 +193,7 @@ def training_settings(c: RealModelConfig, method: str, seed: int, steps: int, fo
         device=c.device, dtype=c.dtype, save_every=5, eval_every=10**6, log_every=1)
 
 
-def trained_model(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, device: torch.device
+def model_after(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, device: torch.device
                   ) -> tuple[LLaMA, float]:
     """The pretrained model with a method's positions after `steps` steps, and the seconds of its
     training so far."""
@@ -277,7 +277,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     return found
 
 
-def write_report(c: RealModelConfig, report: dict[str, Any]) -> None:
+def save_report(c: RealModelConfig, report: dict[str, Any]) -> None:
     """The rows so far as JSON and as a figure."""
     write_json(c.out, report)
     plot_real_model(read_json(c.out), Path(c.out).with_suffix(".png"))

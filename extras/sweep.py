@@ -78,7 +78,7 @@ class SweepConfig:
     lr: float | None = field(None, "learning rate, constant after 20 steps of warm-up")
     lengths: list[int] = field([], "windows and prompt lengths [half, one, two and four times L]")
     stride: int | None = field(None, "of the perplexity [a quarter of each window]")
-    eval_tokens: int | None = field(None, "tokens of each kind of text to measure perplexity on")
+    max_tokens: int | None = field(None, "tokens of each kind of text to measure perplexity on")
     text: list[str] = field([], "UTF-8 files, each a kind of text beside the corpus [C++ headers "
                             "of the PyTorch installation]")
     distances: int = field(32, "passkey at L': distances of the key, evenly spaced")
@@ -94,7 +94,7 @@ class SweepConfig:
     compile: bool = field(False, "torch.compile every block in training")
     recompute: bool = field(False, "keep only each block's input in training")
     folder: str = field("out/sweep", "where the runs' models and measurements lie")
-    out: str = field("", "tables, as JSON, with a figure beside it [results/sweep-PLAN.json]")
+    out: str = field("", "tables, as JSON, with a figure beside it [out/sweep-PLAN.json]")
     dry_run: bool = field(False, "only say what would be run and for how long")
 
 
@@ -111,7 +111,7 @@ BY_FACTOR = ["default"] + [
     and not method.needs_settings and not method.full_head]
 DPROPE = dprope_flag(interpolated_dims=40)  # of 64, the paper's share; alone it goes by a threshold
 PAPERS = ["default", "linear", "ntk", "yarn", DPROPE]
-TINY = dict(model="data/tiny", step_tokens=2048, eval_tokens=8192, trials=5)
+TINY = dict(model="data/tiny", step_tokens=2048, max_tokens=8192, trials=5)
 PLANS = {
     "methods": dict(
         TINY, methods=[*BY_FACTOR, DPROPE], curves=["default", "linear"], factors=[2.0, 4.0],
@@ -131,7 +131,7 @@ PLANS = {
         model="out/smollm2/smollm2-135m-instruct.gguf", methods=PAPERS, curves=PAPERS,
         factors=[2.0], seeds=[0], steps=[50, 100, 200], step_tokens=16384, lr=2e-5,
         passkey_share=0.0, lengths=[2048, 4096, 8192, 16384, 32768], stride=256,
-        eval_tokens=34816, trials=5)}
+        max_tokens=34816, trials=5)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def row_conditions(c: SweepConfig, run: Run) -> list:
     device = choose_device(c.device)
     return [weight_digest(c.model), read_json(Path(c.corpus) / "meta.json"),
             [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in c.text],
-            c.lengths, c.stride, c.eval_tokens, c.distances, c.trials, run.method in c.curves,
+            c.lengths, c.stride, c.max_tokens, c.distances, c.trials, run.method in c.curves,
             device.type, str(choose_dtype(c.dtype, device)), c.compile, c.recompute, versions()]
 
 
@@ -333,7 +333,7 @@ def mean_disturbance(config: ModelConfig, L: int, window: int) -> float:
 def documents_by_kind(c: SweepConfig, tokenizer: Tokenizer) -> dict[str, list[np.ndarray]]:
     """{kind of text: documents}, none of it in the training text. Each is longer than the longest
     window, twice as long if the tokens allow."""
-    longest, tokens = max(c.lengths), c.eval_tokens
+    longest, tokens = max(c.lengths), c.max_tokens
     length = max(longest + 1, min(2 * longest, tokens))
     kinds = {corpus_label(c.corpus): validation_documents(c.corpus, length, tokens, tokenizer)}
     for path in c.text:
@@ -391,9 +391,9 @@ def estimate(c: SweepConfig, runs: Sequence[Run], tokenizer: Tokenizer,
             passes = answer if depends_on_length(rope) else 1  # such answers are generated
             curve = run.method in c.curves
             keys = passes * c.trials * c.distances * window * (2 if curve else 1)
-            texts = [2 * c.eval_tokens * n / (c.stride or n / 4) for n in c.lengths]
+            texts = [2 * c.max_tokens * n / (c.stride or n / 4) for n in c.lengths]
             whole = sum(texts) + keys + passes * c.trials * 10 * sum(c.lengths)
-            between = c.eval_tokens * window / (c.stride or window / 4) + (keys if curve else 0)
+            between = c.max_tokens * window / (c.stride or window / 4) + (keys if curve else 0)
             tokens = whole + between * (len(run.steps) - 1)
             seconds += max(run.steps) * step_seconds + tokens * token_seconds
     return seconds
@@ -486,7 +486,7 @@ def fill_in(c: SweepConfig) -> SweepConfig:
     given["steps"] = sorted(set(given["steps"]))
     for name in ("methods", "factors", "seeds"):
         given[name] = list(dict.fromkeys(given[name]))
-    given["out"] = given["out"] or f"results/sweep-{c.plan}.json"
+    given["out"] = given["out"] or f"out/sweep-{c.plan}.json"
     return SweepConfig(**given)
 
 
@@ -500,8 +500,8 @@ def check_sweep(c: SweepConfig) -> None:
         raise UserError("--steps have to be at least 1, and --factors above 1: what is untrained "
                         "or unscaled is measured anyway")
     jobs = 1 if c.jobs is None else c.jobs
-    if c.trials < 0 or min(c.distances, c.eval_tokens, c.step_tokens, jobs) < 1:
-        raise UserError("--trials has to be at least 0; --distances, --eval-tokens, --step-tokens "
+    if c.trials < 0 or min(c.distances, c.max_tokens, c.step_tokens, jobs) < 1:
+        raise UserError("--trials has to be at least 0; --distances, --max-tokens, --step-tokens "
                         "and --jobs at least 1")
     if c.lengths[0] < 1 or min(c.seeds) < 0 or not (c.lr > 0 and math.isfinite(c.lr)):
         raise UserError("--lengths have to be at least 1, --seeds at least 0, --lr above 0")
@@ -583,7 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for table in sweep_tables(result):
         print(markdown(*table))
     figure = plot_sweep(result, Path(c.out).with_suffix(".png"))
-    print(f"\n(mean over seeds {listed(c.seeds)}, ± half the range; {c.eval_tokens:,} tokens of "
+    print(f"\n(mean over seeds {listed(c.seeds)}, ± half the range; {c.max_tokens:,} tokens of "
           f"each text; passkey: {c.distances} distances x {c.trials} keys, twice as many for "
           f"methods measured after every number of steps)\nwrote {c.out} and {figure}")
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "train.py": "--dim 16 --n-layers 1 --n-heads 2 --max-seq-len 80 --steps 2 --batch-size 2 "
                 "--device cpu --out out --corpus @corpus --tokenizer @model/tokenizer.model",
     "finetune.py": "--model @model --corpus @corpus --steps 2 --warmup 1 --depths 2 --trials 1 "
-                   "--eval-tokens 100 --device cpu --out out --results results.json",
+                   "--max-tokens 100 --device cpu --out out --results results.json",
     "eval.py ppl": "--model @model --text @long.txt --device cpu --out result.json",
     "eval.py passkey": "--model @model --lengths 90 --depths 2 --trials 1 --device cpu "
                        "--out result.json",
@@ -95,7 +95,7 @@ CASES = {
         **{f"--factor={value}": "--factor"
            for value in ("nan", "inf", "-inf", "0", "0.5", "1", "1.001", "-2")},
         "--rope rotten": "rope_type 'rotten' is unknown",
-        "--factor 1000": "no validation document has",
+        "--factor 1000": "the corpus holds",
         "--lr nan": "--lr",
         "--seed -1": "--seed",
         "--depths 0": "depths 0",

@@ -3,6 +3,7 @@ gets the same steps and rows."""
 import dataclasses
 import json
 import math
+import re
 import shutil
 import weakref
 
@@ -12,8 +13,9 @@ import torch
 
 import finetune
 from common.errors import UserError
+from common.progress import Progress
 from common.tables import format_table
-from data.corpus import validation_documents
+from data.corpus import TokenFile, evaluation_documents, validation_documents, write_tokens
 from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity
 from finetune import FinetuneConfig
@@ -54,7 +56,7 @@ def run_finetune(corpus_folder):
     Returns the content of the results file."""
     def command(model, folder, *flags, results="r/f.json"):
         flags = [*f"--corpus {corpus_folder} --steps 3 --warmup 1 --depths 2 --trials 1 "
-                  f"--eval-tokens {TOKENS} --device cpu".split(),
+                  f"--max-tokens {TOKENS} --device cpu".split(),
                  "--model", str(model), "--out", str(folder / "out"),
                  "--results", str(folder / results), *map(str, flags)]
         finetune.main(flags)
@@ -327,7 +329,7 @@ def test_no_baseline_unasked_that_takes_more_memory(recorded, base, run_finetune
                                                     monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run_finetune(base, tmp_path, "--positions", "pose", "--results", "", "--out", "",
-                          results="results/finetune-pi-pose.json")
+                          results="out/finetune-pi-pose.json")
     assert row_names(result) == ["extrapolation", "pi_zero_shot", "pi_finetuned"]
     assert [config.out for _, config, _ in recorded] == ["out/pi-pose-x2"]
 
@@ -447,3 +449,133 @@ def test_table_says_what_the_rows_hold(done, L):
 def test_table_without_passkeys_has_dashes():
     row = {"name": "base", "perplexity": {8: 2.0}, "passkey": {8: math.nan}}
     assert format_table([row], [8], {}).splitlines()[-1].split() == ["base", "2.000", "-"]
+
+
+# ---- Text of one's own, and evaluation as asked for ----------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A file of numbered sentences; the token folder made of it lies beside it."""
+    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    path = tmp_path / "book.txt"
+    path.write_text("\n".join(f"Sentence {i} of the book is here." for i in range(1500)))
+    return path
+
+
+def test_a_single_book_trains_and_its_end_is_held_out(base, run_finetune, book, tokenizer, L,
+                                                      tmp_path, capsys):
+    result = run_finetune(base, tmp_path, "--corpus", "data/corpora/python", "--text", book)
+    folder = result["settings"]["corpus"]
+    printed = capsys.readouterr().out
+    assert f"of {book} are held out -> {folder}" in printed
+    assert result["lengths"] == [L // 2, L, 2 * L, 4 * L]
+    train, val = TokenFile(folder, "train"), TokenFile(folder, "val")
+    ids = tokenizer.encode(book.read_text(), bos=True, eos=True)
+    assert [*train.tokens, *val.tokens[1:]] == ids  # nothing lost, nothing in both
+    assert val.tokens[0] == tokenizer.bos_id
+    assert len(val) - 1 == max(len(ids) // 10, 8 * L)
+    run_finetune(base, tmp_path, "--corpus", "data/corpora/python", "--text", book)
+    assert "held out ->" not in capsys.readouterr().out, "made once"
+
+
+def test_text_that_is_too_short_to_measure_all_lengths(base, run_finetune, book, L, tmp_path,
+                                                       capsys):
+    book.write_text(book.read_text()[:len(book.read_text()) // 20])
+    result = run_finetune(base, tmp_path, "--corpus", "data/corpora/python", "--text", book,
+                          "--passkey-share", 0)
+    assert result["lengths"] == [n for n in (L // 2, L, 2 * L, 4 * L) if n < result["tokens_scored"]
+                                 + 1]
+    assert 4 * L not in result["lengths"]
+    assert f"too few to measure {4 * L}" in capsys.readouterr().out
+
+
+def test_short_documents_are_joined(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pieces = [np.array([tokenizer.bos_id, *range(5, 40 + i), tokenizer.eos_id]) for i in range(9)]
+    write_tokens(tmp_path, "val", pieces, tokenizer)
+    (tmp_path / "meta.json").write_text(json.dumps(
+        {"dtype": "uint16", "tokenizer_sha256": tokenizer.sha256}))
+    corpus = TokenFile(tmp_path, "val")
+    documents, lengths = evaluation_documents(corpus, [40, 60], None, tokenizer)
+    joined = np.concatenate(pieces)
+    assert [len(document) for document in documents] == [120, 120, 120]
+    assert np.array_equal(np.concatenate(documents), joined[:360])
+    assert lengths == [40, 60]
+    assert "shorter ones are joined" in capsys.readouterr().out
+    documents, _ = evaluation_documents(corpus, [10, 20], None, tokenizer)
+    assert np.array_equal(documents[0], pieces[3]), "a document that is long enough is whole"
+    with pytest.raises(UserError, match="30 held-out tokens are fewer than the shortest length"):
+        evaluation_documents(corpus, [40, 60], 30, tokenizer)
+
+
+def test_lengths_and_max_tokens_bound_the_evaluation(base, run_finetune, L, tmp_path):
+    result = run_finetune(base, tmp_path, "--lengths", L, 3 * L, "--max-tokens", 2 * L,
+                          "--steps", 1)
+    assert result["lengths"] == [L], "3 L does not fit into 2 L tokens"
+    assert result["tokens_scored"] == 2 * L - 1
+    assert {tuple(row["perplexity"]) for row in result["rows"]} == {(str(L),)}
+
+
+def test_no_eval_only_trains(base, corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "measure_lengths", None)  # measuring would fail
+    finetune.main(f"--model {base} --corpus {corpus_folder} --steps 2 --device cpu --no-eval "
+                  f"--out {tmp_path / 'out'} --results {tmp_path / 'r.json'}".split())
+    assert load_model(tmp_path / "out").config.rope.factor == 2
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_short_rows_skip_to_all_positions_for_both_sides(recorded, base, run_finetune, L, tmp_path):
+    """Rows of 8 tokens whose positions reach L'; direct fine-tuning gets the very same."""
+    run_finetune(base, tmp_path, "--row-length", 8, "--passkey-share", 0, "--batch-size", 50)
+    (_, ours, our_batches), (_, direct, direct_batches) = recorded
+    assert (ours.positions, direct.positions) == ("pose", "pose")
+    for step in range(2):
+        tokens, _, positions = our_batches(step)
+        assert tokens.shape == (50, 8)
+        assert L < positions.max() < 2 * L
+        assert all(torch.equal(a, b) for a, b in zip(our_batches(step), direct_batches(step)))
+    with pytest.raises(UserError, match=f"--row-length {2 * L + 1}: has to be from 1 to L'"):
+        run_finetune(base, tmp_path, "--row-length", 2 * L + 1)
+
+
+def test_validation_rows_are_those_of_training(recorded, base, run_finetune, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(finetune, "validation",
+                        lambda corpus, tokenizer, rows, seq_len, positions: calls.append(
+                            (seq_len, positions is not None)))
+    run_finetune(base, tmp_path, "--row-length", 8, "--passkey-share", 0, "--no-baseline")
+    assert calls == [(8, True)]
+
+
+def test_dry_run_counts_the_evaluation(base, corpus_folder, tmp_path, capsys):
+    def measuring(*flags):
+        finetune.main(["--model", str(base), "--corpus", str(corpus_folder), "--dry-run", *flags])
+        return re.search(r"in all +(\d+) phases, (\S+) .* (\d+)% measuring",
+                         capsys.readouterr().out).groups()
+    phases, flops, share = measuring()
+    assert phases == "6"  # two trainings, four measurements
+    assert 0 < int(share) < 100
+    fewer_phases, fewer_flops, none = measuring("--no-eval")
+    assert (fewer_phases, none) == ("2", "0")
+    assert float(fewer_flops) == pytest.approx(float(flops) * (1 - int(share) / 100), rel=0.02)
+
+
+def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):
+    clock = iter([0.0, 60.0, 180.0])
+    monkeypatch.setattr("common.progress.time.perf_counter", lambda: next(clock))
+    progress = Progress([("training", 10.0), ("measuring", 20.0), ("again", 5.0)])
+    for _ in range(3):
+        progress.next()
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 3     training",
+        "2 of 3     measuring (the whole: about 2.5 minutes more)",
+        "3 of 3     again (the whole: about 0.5 minutes more)"]
+
+
+def test_defaults_write_beside_no_committed_result(recorded, base, corpus_folder, tmp_path,
+                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finetune.main(f"--model {base} --corpus {corpus_folder} --steps 2 --device cpu --depths 1 "
+                  "--trials 1".split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -53,7 +53,7 @@ def command(base, corpus_folder, place, L):
 
     def call(*flags, folder):
         sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text),
-                    "--lengths", str(L), "--jobs", "1", "--eval-tokens", "900", "--trials", "1",
+                    "--lengths", str(L), "--jobs", "1", "--max-tokens", "900", "--trials", "1",
                     "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
                     "--folder", str(place / folder), "--out", str(place / f"{folder}.json"),
                     *map(str, flags)])
@@ -155,8 +155,8 @@ def test_an_interruption_costs_only_the_measurement_in_hand(command, whole, monk
 def test_other_conditions_are_measured_anew(command):
     flags = ["--methods", "linear", "--factors", "2", "--steps", "1", "2", "--seeds", "0"]
     first = command(*flags, folder="other")
-    again = command(*flags, "--eval-tokens", "450", folder="other")
-    fresh = command(*flags, "--eval-tokens", "450", folder="fresh")
+    again = command(*flags, "--max-tokens", "450", folder="other")
+    fresh = command(*flags, "--max-tokens", "450", folder="fresh")
     assert numbers(again) == numbers(fresh) != numbers(first)
 
 
@@ -257,7 +257,7 @@ def test_dprope_by_the_number_of_interpolated_dimensions(command):
 def test_without_a_text_the_other_kind_is_code_that_comes_with_pytorch(base, corpus_folder,
                                                                       tokenizer, L):
     c = sweep.SweepConfig(model=str(base), corpus=str(corpus_folder), lengths=[L, 2 * L],
-                          eval_tokens=10 * L)
+                          max_tokens=10 * L)
     documents = sweep.documents_by_kind(c, tokenizer)
     assert list(documents) == [corpus_folder.name, "C++ headers"]
     headers = documents["C++ headers"]
@@ -344,7 +344,7 @@ def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_pa
                "--corpus", str(corpus_folder), "--text", str(text), "--trials", "0",
                "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2",
                "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
-               "--lengths", str(L), "--eval-tokens", "900", "--device", "cpu",
+               "--lengths", str(L), "--max-tokens", "900", "--device", "cpu",
                "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",

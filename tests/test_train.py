@@ -333,7 +333,7 @@ def test_dry_run_says_what_it_would_take(corpus_folder, tokenizer, tmp_path, cap
     assert f"model      {parameters:,} parameters, window 80 -> 80" in printed
     assert f"{3 * forward / 1e6:.1f} MFLOP a token" in printed
     training = 3 * 2 * 80 * (4 if recompute else 3) * forward
-    assert f"in all     {training:.2e} floating-point operations" in printed
+    assert f"training   {training:.2e} floating-point operations" in printed
     assert "then       to read 80 tokens in bfloat16: " in printed
     assert f"weights {2 * parameters / 2**20:,.0f} MiB" in printed
     assert f"keys and values 0 MiB, {80 * forward:.2e} operations" in printed

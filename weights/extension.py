@@ -2,21 +2,24 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.distributed import wait_for_all_ranks
 from common.errors import UserError
 from data.batches import Batches
-from data.corpus import TokenFile
+from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag, training_positions
 from model import LLaMA, ModelConfig
 from weights.load import load_model, with_rope
-from weights.size import parameter_count
+from weights.size import evaluation_flops, flops_per_token, parameter_count
 from weights.training_run import validate_settings
 
+DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
 
 
@@ -32,8 +35,10 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     label = file_label(rope["rope_type"])
     if config.positions != "own":
         label += f"-{config.positions}"
-    results = "results/finetune.json" if label == "pi" else f"results/finetune-{label}.json"
-    direct_out = f"{config.out}-direct" if config.out else f"out/direct-x{config.factor:g}"
+    rows = f"-rows{config.row_length}" if config.row_length else ""
+    label += rows
+    results = "out/finetune.json" if label == "pi" else f"out/finetune-{label}.json"
+    direct_out = f"{config.out}-direct" if config.out else f"out/direct{rows}-x{config.factor:g}"
     config = dataclasses.replace(
         config, out=config.out or f"out/{label}-x{config.factor:g}",
         results=config.results or results, lr=learning_rate_of(config, base))
@@ -46,7 +51,24 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     if window <= base.original_window:
         raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer "
                         f"than the original window {base.original_window}; give a factor above 1")
+    if config.row_length is not None:
+        if not 1 <= config.row_length <= window:
+            raise UserError(f"--row-length {config.row_length}: has to be from 1 to L' = {window}")
+        own_way = METHODS[rope["rope_type"]].trained_on
+        if config.positions == "own" and own_way == "target" and config.row_length < window:
+            config = dataclasses.replace(config, positions="pose")
+    check_evaluation(config)
     return config, rope, direct_out
+
+
+def check_evaluation(config: Any) -> None:
+    """A UserError for settings of the measurements that cannot work."""
+    if config.max_tokens is not None and config.max_tokens < 1:
+        raise UserError(f"--max-tokens {config.max_tokens}: give at least 1")
+    if config.lengths and min(config.lengths) < 1:
+        raise UserError(f"--lengths {min(config.lengths)}: give numbers of tokens, 1 and more")
+    if config.text and config.corpus != DEFAULT_CORPUS:
+        raise UserError("--text and --corpus: give one of them")
 
 
 def learning_rate_of(config: Any, base: ModelConfig) -> float:
@@ -94,6 +116,43 @@ def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: 
     # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
     model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)
     return model
+
+
+def prepare_corpus(config: Any, tokenizer: Tokenizer, held_out: int, rank: int) -> str:
+    """The token folder of --text or --corpus, made by rank 0 where it is not there."""
+    if rank == 0 and config.text:
+        corpus_of_text(config.text, tokenizer, held_out)
+    elif rank == 0:
+        ensure_corpus(config.corpus, tokenizer.path, config.corpus_mb)
+    wait_for_all_ranks()
+    if config.text:
+        return str(corpus_of_text(config.text, tokenizer, held_out))  # it is there
+    return str(corpus_for(config.corpus, tokenizer))
+
+
+def phases(config: Any, experiments: Sequence[Any], shape: ModelConfig, row: int,
+           lengths: Sequence[int]) -> list[tuple[str, float]]:
+    """(name, floating-point operations) of everything that finetune.py will do."""
+    found = []
+    rows = config.steps * config.batch_size * config.accumulate
+    keys = config.depths * config.trials
+    tokens = config.max_tokens or max(16384, 2 * max(lengths))
+    for e in experiments:
+        if e.training:
+            training = rows * row * flops_per_token(shape, row)
+            found.append((f"{e.name}: training, {config.steps} steps", training))
+        if config.eval:
+            measuring = evaluation_flops(shape, lengths, tokens, keys)
+            found.append((f"{e.name}: measuring", measuring))
+    return found
+
+
+def print_phases(work: Sequence[tuple[str, float]]) -> None:
+    """How the whole work is shared among training and measuring."""
+    whole = sum(flops for _, flops in work)
+    training = sum(flops for name, flops in work if "training" in name)
+    print(f"in all     {len(work)} phases, {whole:.2e} floating-point operations: "
+          f"{training / whole:.0%} training, {1 - training / whole:.0%} measuring")
 
 
 def has_short_rows(config: Any, rope: dict[str, Any]) -> bool:

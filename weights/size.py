@@ -2,6 +2,8 @@
 
     V vocabulary   C width   F feed-forward width   D head_dim   H, K query and key/value heads
 """
+from collections.abc import Sequence
+
 import torch
 
 from methods import METHODS
@@ -44,6 +46,16 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     attention = 4 * config.n_heads * config.head_dim * (seq_len + 1) / 2
     forward = 2 * matrices + config.n_layers * attention
     return int(3 * forward if training else forward)
+
+
+def evaluation_flops(config: ModelConfig, lengths: Sequence[int], tokens: int, keys: int) -> float:
+    """Floating-point operations to measure perplexity on `tokens` tokens with stride n / 4, and
+    `keys` passkeys, at every length n."""
+    flops = 0.0
+    for n in lengths:
+        read = min(4, max(1, 2 * tokens / n - 1)) * tokens + keys * n  # a short text has one window
+        flops += read * flops_per_token(config, n, training=False)
+    return flops
 
 
 def training_bytes(config: ModelConfig, rows: int, seq_len: int,

@@ -251,7 +251,7 @@ def print_costs(shape: ModelConfig, config: Any, rows: int, row: int) -> None:
     weights = 2 * parameter_count(shape)
     cache = 2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * window
     reading = flops_per_token(shape, window, training=False) * window
-    print(f"in all     {flops:.2e} floating-point operations, {flops / 1e14 / 3600:,.3g} hours at "
+    print(f"training   {flops:.2e} floating-point operations, {flops / 1e14 / 3600:,.3g} hours at "
           "100 TFLOP/s")
     print(f"then       to read {window} tokens in bfloat16: weights {weights / 2**20:,.0f} MiB, "
           f"keys and values {cache / 2**20:,.0f} MiB, {reading:.2e} operations")

@@ -1,0 +1,114 @@
+"""extras/real_model.py on a random model: equal rows, what is kept, and what the tables say."""
+import json
+import math
+
+import pytest
+import torch
+
+from common.errors import UserError
+from eval import perplexity
+from extras import real_model
+from extras.real_model import BANDS, by_band, tables
+from model import LLaMA, ModelConfig
+from weights import load_model, save_model
+
+L = 256
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size,
+                         multiple_of=16, max_seq_len=L)
+    save_model(LLaMA(config), folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text("\n".join(f"Sentence {i} of the prose." for i in range(200)))
+    return path
+
+
+@pytest.fixture
+def command(base, text, corpus_folder, tmp_path):
+    """Run the command in a folder; returns the result."""
+    def run(*flags):
+        real_model.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text),
+                         "--row-length", "16", "--steps", "1", "3", "--folder",
+                         str(tmp_path / "runs"), "--out", str(tmp_path / "r.json"), "--device",
+                         "cpu", *flags])
+        return json.loads((tmp_path / "r.json").read_text())
+    return run
+
+
+def test_rows_are_what_the_folders_measure(command, base, text, tokenizer, tmp_path):
+    result = command("--keys", "2")
+    rows = result["rows"]
+    assert [(row["method"], row["steps"]) for row in rows] == [
+        ("default", 0), ("default", 1), ("default", 3), ("linear", 0), ("linear", 1), ("linear", 3)]
+    assert [row["tokens_seen"] for row in rows[:3]] == [0, 64, 192]
+    assert [bool(row["passkeys_found"]) for row in rows[:3]] == [True, False, True]
+    ids = torch.tensor(tokenizer.encode(text.read_text(), bos=True)[:2 * L + 1]).numpy()
+    trained = load_model(tmp_path / "runs" / "linear-x2-seed0")
+    for row, model in ((rows[5], trained), (rows[0], load_model(base))):
+        measured = perplexity(model, [ids], 2 * L, 2 * L, bins=16, progress=False)
+        assert row["nll_by_position"]["prose"] == measured["nll_by_context"]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    losses = [rows[i]["nll_by_position"]["prose"][-1] for i in (3, 4, 5)]
+    assert len(set(losses)) == 3, "training changes the model"
+
+
+def test_what_is_measured_is_kept_and_more_steps_go_on(command, monkeypatch, tmp_path):
+    before = command()["rows"]
+    trained = []
+    fit = real_model.fit
+    monkeypatch.setattr(real_model, "fit",
+                        lambda model, config, *rest: trained.append(config.steps)
+                        or fit(model, config, *rest))
+    assert command()["rows"] == before
+    assert trained == []
+    more = command("--steps", "1", "3", "4", "--methods", "linear")["rows"]
+    assert trained == [4]
+    assert more[:3] == before[3:]
+    fresh = command("--steps", "4", "--methods", "linear", "--folder", str(tmp_path / "fresh"))
+    seconds = {"training_seconds": 0.0}
+    assert fresh["rows"][1] | seconds == more[3] | seconds, "in one go it is the same"
+
+
+def test_two_seeds_share_the_untrained_rows(command):
+    result = command("--methods", "linear", "--seeds", "0", "1", "--steps", "2", "--keys", "1")
+    assert [(row["seed"], row["steps"]) for row in result["rows"]] == [(0, 0), (0, 2), (1, 2)]
+    (_, header, body), (_, lengths, found) = tables(result)
+    assert header[3:] == ["32 to 128", "128 to 256", "256 to 384", "384 to 512"]
+    assert lengths[3:] == ["128", "256", "384", "512"]
+    assert [row[:3] for row in body] == [["PI", "0", "0"], ["PI", "2", "128"]]
+    assert "±" in body[1][3]
+    assert found[1][3].endswith(" of 2")
+
+
+def test_bands_are_means_of_losses():
+    row = {"nll_by_position": {"x": [float(i) for i in range(16)]}}
+    assert by_band(row, "x") == [math.exp(sum(range(a, b)) / (b - a)) for a, b in BANDS]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], "--steps have to be at least 1"),
+    (["--row-length", "0"], "--row-length have to be at least 1"),
+    (["--factor", "1"], "--factor 1.0: give a number above 1"),
+    (["--text", "missing.txt"], "missing.txt: no such file")])
+def test_wrong_input(command, flags, words):
+    with pytest.raises(UserError, match=words):
+        command(*flags)
+
+
+def test_texts_of_every_python(base, corpus_folder, tmp_path):
+    """Without --text: held-out documents of the corpus, and the language reference."""
+    real_model.main(["--model", str(base), "--corpus", str(corpus_folder), "--row-length", "16",
+                     "--steps", "1", "--methods", "linear", "--folder", str(tmp_path / "runs"),
+                     "--out", str(tmp_path / "r.json"), "--device", "cpu"])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["documents"]) == ["held-out code", "language reference"]
+    assert set(result["documents"].values()) == {2 * L + 1}
