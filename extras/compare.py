@@ -40,7 +40,7 @@ class CompareFlags(ModelFlags):
     methods: list[str] = field([], "names or JSON objects [every method that suits the model]")
     factors: list[float] = field([2.0, 4.0], "s, for the methods that have a fixed one")
     lengths: list[int] = field([], "windows and prompt lengths [half, one, two and four times L]")
-    eval_tokens: int = field(16384, "tokens of held-out documents to measure perplexity on")
+    max_tokens: int = field(16384, "tokens of held-out documents to measure perplexity on")
     depths: int = field(10, "passkey: places of the key")
     trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
     out: str = field("results/compare.json", "table, as JSON, with a figure beside it")
@@ -129,15 +129,18 @@ def compare(flags: CompareFlags, cache: ResultCache) -> dict:
     base = load_config(flags.model)
     plan = variants(base, flags.factors, flags.methods)
     lengths = sorted(set(flags.lengths or four_lengths(base)))
-    if lengths[0] < 1 or flags.eval_tokens < 1:
-        raise UserError(f"--lengths {lengths[0]}, --eval-tokens {flags.eval_tokens}: both have "
-                        "to be at least 1")
+    if lengths[0] < 1 or flags.max_tokens < 1:
+        raise UserError(f"--lengths {lengths[0]}, --max-tokens {flags.max_tokens}: both have to be "
+                        "at least 1")
+    if flags.text and flags.max_tokens < lengths[-1]:
+        raise UserError(f"--max-tokens {flags.max_tokens} is below the longest of --lengths, "
+                        f"{lengths[-1]}: give at least as many, or shorter lengths")
     tokenizer = load_tokenizer(flags.model, base.vocab_size)
     if flags.text:
-        documents = read_documents(flags.text, tokenizer, flags.eval_tokens + 1, lengths[-1])
+        documents = read_documents(flags.text, tokenizer, flags.max_tokens + 1, lengths[-1])
     else:
         corpus = ensure_corpus(flags.corpus, tokenizer.path)
-        documents = validation_documents(corpus, 2 * lengths[-1], flags.eval_tokens, tokenizer)
+        documents = validation_documents(corpus, 2 * lengths[-1], flags.max_tokens, tokenizer)
     scored = sum(len(document) - 1 for document in documents)
     started = time.perf_counter()
     keys = f"passkey: {flags.depths} depths x {flags.trials} keys"

@@ -117,7 +117,7 @@ def test_compare_measures_what_ppl_and_passkey_measure(tmp_path, tokenizer, corp
     out = tmp_path / "compare.json"
     main(["--model", str(tmp_path / "model"), "--corpus", str(corpus_folder),
           "--methods", "default", "linear", "dynamic", "--factors", "2",
-          "--lengths", str(L), str(2 * L), "--eval-tokens", "900", "--depths", "2", "--trials", "1",
+          "--lengths", str(L), str(2 * L), "--max-tokens", "900", "--depths", "2", "--trials", "1",
           "--out", str(out), "--device", "cpu"])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert [row["name"] for row in result["methods"]] == ["default", "linear x2", "dynamic"]
@@ -143,6 +143,8 @@ def test_compare_measures_what_ppl_and_passkey_measure(tmp_path, tokenizer, corp
     (["--factors", "0.5"], "at least 1"),
     (["--lengths", "0"], "--lengths"),
     (["--rope", "linear"], "--methods"),
+    (["--text", "x.txt", "--max-tokens", "500", "--lengths", "256", "512"],
+     "--max-tokens 500 is below"),
     (["--methods", '{"rope_type": "yarn", "ramp": "steep"}'], "ramp")])
 def test_compare_refuses_before_it_measures(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
@@ -160,7 +162,7 @@ def test_no_passkey_if_none_is_asked_for(tmp_path, corpus_folder, tokenizer, cap
     text, out = tmp_path / "text.txt", tmp_path / "c.json"
     text.write_text("def f(x):\n    return x + 1\n" * 40, encoding="utf-8")
     main(["--model", str(tmp_path), "--text", str(text), "--methods", "linear", "--factors", "2",
-          "--lengths", "20", "40", "--trials", "0", "--eval-tokens", "120", "--out", str(out),
+          "--lengths", "20", "40", "--trials", "0", "--max-tokens", "120", "--out", str(out),
           "--device", "cpu"])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert result["documents"] == 1 and result["tokens_scored"] == 120
