@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.grid import accuracy_grid
 from common.jobs import Window, map_windows
 from common.results import result
-from data.corpus import ensure_corpus, read_documents, validation_documents
+from data.corpus import (check_max_tokens, ensure_corpus, read_documents, validation_documents)
 from data.passkey import PasskeyPrompts, random_key
 from data.retrieval import retrieve_passkeys
 from data.tokenizer import Tokenizer
@@ -260,6 +260,7 @@ def perplexity_command(flags: PerplexityFlags, cache: ResultCache) -> dict[str, 
         raise UserError(f"--max-tokens {flags.max_tokens}: give a number of tokens, or 0 for all "
                         "of them")
     if flags.text:
+        check_max_tokens(flags.max_tokens, window)
         documents = read_documents(flags.text, tokenizer, flags.max_tokens, window)
     else:
         # L is the original window. Documents of 8 L serve every --window up to 4 L, so that all
@@ -306,7 +307,8 @@ COMMANDS = {"ppl": (PerplexityFlags, perplexity_command, "sliding-window perplex
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, epilog="python eval.py ppl -h lists the flags of ppl; so "
+                    "does -h behind passkey and generate")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (settings, _, text) in COMMANDS.items():
         add_flags(commands.add_parser(name, help=text, description=text), settings)

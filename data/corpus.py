@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, read_json_object, write_json
-from data.prepare import ROOT, PrepareConfig, prepare, replaced_folder, token_dtype
+from data.prepare import (DEFAULT_MB, ROOT, PrepareConfig, prepare, replaced_folder,
+                          token_dtype)
 from data.sources import read_text, text_files
 from data.tokenizer import Tokenizer, open_tokenizer
 
@@ -90,6 +92,15 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer, max_tokens
     return documents
 
 
+def check_max_tokens(max_tokens: int, window: int) -> None:
+    """Refuse a --max-tokens (0: no limit) that cuts every text to the window or less. The window
+    reads `window` tokens and predicts the one after each, so it needs one more."""
+    if 0 < max_tokens <= window:
+        raise UserError(f"--max-tokens {max_tokens} is below the window {window} and the token "
+                        f"after it: give at least {window + 1}, or 0 for the whole text, or a "
+                        "shorter --window")
+
+
 def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: int | None,
                          tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[int]]:
     """Held-out documents to measure perplexity at all `lengths` on, as good as the corpus has them,
@@ -132,7 +143,7 @@ def corpus_of_text(names: Sequence[str], tokenizer: Tokenizer, held_out: int) ->
     texts = [read_text(path) or "" for path in paths]
     key = json.dumps([texts, tokenizer.sha256, held_out]).encode()
     out = ROOT / "data" / "corpora" / f"text-{hashlib.sha256(key).hexdigest()[:12]}"
-    if find_problem(out, read_json_object(out / "meta.json"), tokenizer, None) is None:
+    if find_problem(out, read_json_object(out / "meta.json"), tokenizer) is None:
         return out
     documents = [np.array(ids, np.int64)
                  for ids in tokenizer.encode_batch(texts, bos=True, eos=True)]
@@ -165,39 +176,58 @@ def write_tokens(folder: Path, split: str, documents: Sequence[np.ndarray],
 # --------------------------------------------------------------------------------------------------
 # The default corpus, which is prepared when it is first needed
 
-def corpus_for(folder: str | Path, tokenizer: Tokenizer) -> Path:
-    """The folder of the default corpus for this tokenizer: `folder`, or a neighbour named after the
-    tokenizer if the default corpus in `folder` has another one. So two models can take turns."""
+def corpus_for(folder: str | Path, tokenizer: Tokenizer, max_mb: float | None = None) -> Path:
+    """The folder of the default corpus for this tokenizer, of max_mb or more (None: any size).
+
+    That is `folder`, or a neighbour of it:
+        python-0a1b2c3d    if the default corpus in `folder` has another tokenizer
+        python-96mb        if it is smaller, or not there yet and to have another size than 32 MB
+    So two models, and two sizes, can take turns: a training on more text does not change the
+    held-out documents on which all others are measured.
+    """
     folder = Path(folder)
+    is_default = folder.name == "python"  # and not a name that somebody chose
     meta = read_json_object(folder / "meta.json")
-    same_tokenizer = meta.get("tokenizer_sha256", tokenizer.sha256) == tokenizer.sha256
-    if meta.get("source") == "python" and not same_tokenizer:
-        return folder.with_name(f"{folder.name}-{tokenizer.sha256[:8]}")
-    return folder
+    if meta.get("source", "python") != "python":
+        return folder
+    if meta.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        folder = folder.with_name(f"{folder.name}-{tokenizer.sha256[:8]}")
+        meta = read_json_object(folder / "meta.json")
+    if max_mb is None:
+        return folder
+    another_size = is_smaller(meta, max_mb) if meta else (
+        is_default and max_mb != DEFAULT_MB["python"])
+    return folder.with_name(f"{folder.name}-{max_mb:g}mb") if another_size else folder
+
+
+def is_smaller(meta: dict, max_mb: float) -> bool:
+    """Whether the default corpus holds less than max_mb although its source has more."""
+    is_part = "beyond --max-mb" in meta.get("left_out", {})
+    return is_part and meta.get("max_mb", 0) < max_mb
 
 
 def ensure_corpus(folder: str | Path, tokenizer_path: str | Path,
                   max_mb: float | None = None) -> Path:
     """A token folder that is whole, of this tokenizer and of at least max_mb (None: any size).
 
-    This is corpus_for(folder), prepared from the default source if it is missing or does not serve.
+    This is corpus_for(folder), prepared from the default source if it is missing or damaged.
     A folder made from other text is never written over: if it does not serve, that is a UserError.
     """
     tokenizer = open_tokenizer(tokenizer_path)
-    folder = corpus_for(folder, tokenizer)
+    folder = corpus_for(folder, tokenizer, max_mb)
     if (folder / "meta.json").exists():
         meta = read_json_object(folder / "meta.json")
-        problem = find_problem(folder, meta, tokenizer, max_mb)
+        problem = find_problem(folder, meta, tokenizer)
         if problem is None:
             return folder
         if meta.get("source") != "python":
             raise UserError(f"{folder}: {problem}: prepare it again: python data/prepare.py "
                             f"--out {folder} --tokenizer {tokenizer_path} ...")
+        warnings.warn(f"{folder}: {problem}: it is made again", stacklevel=1)
     return prepare(PrepareConfig(tokenizer=str(tokenizer_path), out=str(folder), max_mb=max_mb))
 
 
-def find_problem(folder: Path, meta: dict, tokenizer: Tokenizer,
-                 max_mb: float | None) -> str | None:
+def find_problem(folder: Path, meta: dict, tokenizer: Tokenizer) -> str | None:
     """Why a token folder does not serve, in a few words; None if it does."""
     try:
         bytes_per_token = np.dtype(meta["dtype"]).itemsize
@@ -208,10 +238,6 @@ def find_problem(folder: Path, meta: dict, tokenizer: Tokenizer,
                 return "a file is missing or cut off"
         if meta["tokenizer_sha256"] != tokenizer.sha256:
             return f"made with another tokenizer than {tokenizer.path}"
-        # The default source holds more than was taken, and less was taken than is asked for now.
-        is_part = meta["source"] == "python" and "beyond --max-mb" in meta["left_out"]
-        if is_part and max_mb is not None and meta["max_mb"] < max_mb:
-            return "smaller than asked"
     except (OSError, KeyError, TypeError, AttributeError):
         return "not a whole token folder"
     return None

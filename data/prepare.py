@@ -53,8 +53,9 @@ class PrepareConfig:
                         choices=["python", "gutenberg", "pg19"])
     text: list[str] = field([], "your own UTF-8 files, and folders of them")
     books: list[int] = field([], "numbers of Project Gutenberg books, for --source gutenberg")
-    tokenizer: str = field("", "SentencePiece model, tokenizer.json or GGUF file [data/tiny/"
-                           "tokenizer.model, trained on the documents if it is not there]")
+    tokenizer: str = field("", "SentencePiece model, tokenizer.json, GGUF file, or a model's "
+                           "folder [data/tiny/tokenizer.model, trained on the documents if it is "
+                           "not there]")
     train_tokenizer: int = field(0, "first train a tokenizer of this many pieces on the "
                                  "documents, and write it to --tokenizer")
     out: str = field("", "token folder to write [data/corpora/SOURCE]")

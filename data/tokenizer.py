@@ -219,11 +219,22 @@ class JsonTokenizer(Tokenizer):
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, of a tokenizer.json, or inside a .gguf file."""
+    """The tokenizer of a tokenizer.model, a tokenizer.json, a folder with one of them, or inside a
+    .gguf file."""
+    if Path(path).is_dir():
+        path = choose_file(Path(path) / "tokenizer.model", Path(path) / "tokenizer.json")
     suffix = Path(path).suffix
     if suffix == ".gguf":
         return read_gguf_tokenizer(path)
     return JsonTokenizer(path) if suffix == ".json" else Tokenizer(path)
+
+
+def choose_file(model_file: Path, json_file: Path) -> Path:
+    """Of a folder with both, tokenizer.model; tokenizer.json where that is missing or a tiktoken
+    file, as in LLaMA 3."""
+    if json_file.is_file() and (not model_file.exists() or is_tiktoken(model_file)):
+        return json_file
+    return model_file
 
 
 def read_gguf_tokenizer(path: str | Path) -> Tokenizer:

@@ -130,8 +130,11 @@ def compare(flags: CompareFlags, cache: ResultCache) -> dict:
     plan = variants(base, flags.factors, flags.methods)
     lengths = sorted(set(flags.lengths or four_lengths(base)))
     if lengths[0] < 1 or flags.max_tokens < 1:
-        raise UserError(f"--lengths {lengths[0]}, --max-tokens {flags.max_tokens}: both have "
-                        "to be at least 1")
+        raise UserError(f"--lengths {lengths[0]}, --max-tokens {flags.max_tokens}: both have to be "
+                        "at least 1")
+    if flags.text and flags.max_tokens < lengths[-1]:
+        raise UserError(f"--max-tokens {flags.max_tokens} is below the longest of --lengths, "
+                        f"{lengths[-1]}: give at least as many, or shorter lengths")
     tokenizer = load_tokenizer(flags.model, base.vocab_size)
     if flags.text:
         documents = read_documents(flags.text, tokenizer, flags.max_tokens + 1, lengths[-1])

@@ -442,10 +442,12 @@ def ruler(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int], tasks: Seq
             by_length.setdefault(prompts.length, []).append(score)
     scores = {task: values for task, values in scores.items() if values}
     averages = {length: float(np.mean(values)) for length, values in by_length.items()}
-    return result(model, seed, scores=scores, averages=averages,
-                  effective_length=effective_length(averages, threshold), threshold=threshold,
-                  lengths=lengths, samples=samples, left_out=left_out, template=template, **notes,
-                  seconds=time.perf_counter() - started)
+    # The threshold is one of the average of all tasks: that of a part says nothing.
+    all_were_run = all(set(scores.get(task, {})) == set(lengths) for task in TASKS)
+    effective = effective_length(averages, threshold) if all_were_run else None
+    return result(model, seed, scores=scores, averages=averages, effective_length=effective,
+                  threshold=threshold, lengths=lengths, samples=samples, left_out=left_out,
+                  template=template, **notes, seconds=time.perf_counter() - started)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,9 +497,13 @@ def print_scores(measured: dict) -> None:
     for task, at in measured["left_out"].items():
         reasons = [f"{length} (needs {needed})" for length, needed in at.items()]
         print(f"left out: {task} at {', '.join(reasons)}")
-    print(f"effective length {measured['effective_length']} (average at least "
-          f"{measured['threshold']:g}, there and at every shorter length; {measured['samples']} "
-          f"samples each, greedy; {measured['seconds']:.1f} s)")
+    conditions = f"{measured['samples']} samples each, greedy; {measured['seconds']:.1f} s"
+    if measured["effective_length"] is None:
+        print(f"no effective length, as only a part of the {len(TASKS)} tasks was run "
+              f"({conditions})")
+    else:
+        print(f"effective length {measured['effective_length']} (average at least "
+              f"{measured['threshold']:g}, there and at every shorter length; {conditions})")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,7 +39,7 @@ COMMANDS = {
     "plot.py": "--out figures",
 }
 BROKEN_MODELS = {
-    "@missing": "no such folder", "@long.txt": "a file: give the folder",
+    "@missing": "Hugging Face folder (config.json", "@long.txt": "a file: give the folder",
     "@empty": "no params.json", "@truncated": "cut off", "@evil": "would run code",
     "@strangers": "pieces", "@no_json": "not a JSON file",
     "@no_weights": "no consolidated.00.pth",
@@ -104,6 +104,7 @@ CASES = {
         "--model @short": "passkey prompt needs",
         "--passkey-share 7": "share",
         "--device cuda": "cuda",
+        "--model llama-2-7b --lr 1e-5": "huggingface.co/meta-llama",
         "--out @model/../model": "written over",
     },
     "eval.py ppl": {
@@ -113,7 +114,12 @@ CASES = {
         "--stride 0": "at least 1",
         "--stride -1": "at least 1",
         "--window 16 --stride 17": "stride 17",
+        "--model llama-2-7b": "huggingface.co/meta-llama",
         "--max-tokens -1": "--max-tokens",
+        "--max-tokens 50 --window 100": "--max-tokens 50 is below the window 100",
+        "--max-tokens 100 --window 100": "at least 101",
+        '--rope {"rope_type":"linear","factor":2,"original_max_position_embeddings":40}':
+            "original_max_position_embeddings 40: the model was trained with a window of 160",
         "--text @short.txt": "longer text",
         "--text @missing": "no such file",
         "--text @empty": "@empty",

@@ -143,6 +143,8 @@ def test_compare_measures_what_ppl_and_passkey_measure(tmp_path, tokenizer, corp
     (["--factors", "0.5"], "at least 1"),
     (["--lengths", "0"], "--lengths"),
     (["--rope", "linear"], "--methods"),
+    (["--text", "x.txt", "--max-tokens", "500", "--lengths", "256", "512"],
+     "--max-tokens 500 is below"),
     (["--methods", '{"rope_type": "yarn", "ramp": "steep"}'], "ramp")])
 def test_compare_refuses_before_it_measures(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):

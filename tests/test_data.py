@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import types
 import typing
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,12 +28,12 @@ import data.prepare as prepare_module
 import data.sources as sources_module
 import data.tokenizer as tokenizer_module
 from common.errors import UserError
-from data.corpus import ensure_corpus
+from data.corpus import corpus_for, ensure_corpus
 from data.download import download
 from data.prepare import (PrepareConfig, choose_documents, prepare, split_documents,
                           tokenizer_sample)
 from data.sources import read_text, strip_gutenberg, unwanted
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = ["▁", "▁▁", "\0", "\n", "\r\n", "\r", "\t", " ", "  ", "\x0b", "\x1f", "\x7f", "\x85",
@@ -577,19 +578,25 @@ def test_ensure_corpus(own, tmp_path, monkeypatch):
     assert made(own.path, max_mb=0.01)
     assert not made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.005)
     assert not made(own.path)  # whatever size it has
-    assert made(own.path, max_mb=0.02) and made(own.path, max_mb=1)
-    assert not made(own.path, max_mb=2)  # the source holds less than 1 MB
-    beside = folder.with_name(f"corpus-{other.sha256[:8]}")  # another tokenizer, another folder
     before = (folder / "train.bin").read_bytes()
+    larger = folder.with_name("corpus-1mb")  # another size, another folder
+    assert corpus_for(folder, own, max_mb=1) == larger and not larger.exists()
+    assert ensure_corpus(folder, own.path, max_mb=1) == larger
+    assert ensure_corpus(larger, own.path, max_mb=1) == larger
+    assert ensure_corpus(larger, own.path, max_mb=2) == larger  # the source holds less than 1 MB
+    assert len(read_folder(larger, own)["train"]) > len(read_folder(folder, own)["train"])
+    beside = folder.with_name(f"corpus-{other.sha256[:8]}")  # another tokenizer, another folder
     assert ensure_corpus(folder, other.path, max_mb=1) == beside
     assert read_folder(beside, other)["train"]
-    assert not made(own.path, max_mb=1) and (folder / "train.bin").read_bytes() == before
+    assert not made(own.path, max_mb=0.01) and (folder / "train.bin").read_bytes() == before
     content = (beside / "train.bin").read_bytes()
     (beside / "train.bin").write_bytes(content[:-2])
-    assert ensure_corpus(folder, other.path, max_mb=1) == beside
+    with pytest.warns(UserWarning, match="cut off: it is made again"):
+        assert ensure_corpus(folder, other.path, max_mb=1) == beside
     assert (beside / "train.bin").read_bytes() == content
     (beside / "train.bin").unlink()
-    assert ensure_corpus(folder, other.path, max_mb=1) == beside
+    with pytest.warns(UserWarning, match="not a whole token folder: it is made again"):
+        assert ensure_corpus(folder, other.path, max_mb=1) == beside
     assert (beside / "train.bin").read_bytes() == content
 
     prepare(PrepareConfig(text=[str(tmp_path / "lib")], tokenizer=str(own.path), out=str(folder)))
@@ -602,6 +609,36 @@ def test_ensure_corpus(own, tmp_path, monkeypatch):
     (folder / "meta.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="not a whole token folder"):
         ensure_corpus(folder, own.path)
+
+
+def test_a_tokenizer_is_found_in_a_models_folder(own, tmp_path):
+    (tmp_path / "text.txt").write_text("One two three. " * 200, encoding="utf-8")
+    config = PrepareConfig(text=[str(tmp_path / "text.txt")], tokenizer=str(own.path.parent),
+                           out=str(tmp_path / "tokens"))
+    meta = json.loads((prepare(config) / "meta.json").read_text(encoding="utf-8"))
+    assert meta["tokenizer_sha256"] == own.sha256
+    with pytest.raises(UserError, match="tokenizer.model: No such file"):
+        open_tokenizer(tmp_path)
+
+
+def test_the_default_corpus_has_a_folder_for_each_size(own, tmp_path):
+    """train.py's 96 MB never take the place of the 32 MB on which all others are measured. A folder
+    that is there already keeps serving."""
+    folder = tmp_path / "python"
+    larger = tmp_path / "python-96mb"
+    assert corpus_for(folder, own) == corpus_for(folder, own, 32) == folder
+    assert corpus_for(folder, own, 96.0) == corpus_for(larger, own, 96.0) == larger
+    for size, left_out, expected in ((32, {"beyond --max-mb": 9}, larger), (32, {}, folder),
+                                     (96, {"beyond --max-mb": 9}, folder)):
+        folder.mkdir(exist_ok=True)
+        meta = {"source": "python", "tokenizer_sha256": own.sha256, "max_mb": size,
+                "left_out": left_out}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        assert corpus_for(folder, own, 96) == expected
+        assert corpus_for(folder, own, 32) == corpus_for(folder, own) == folder
+    stranger = types.SimpleNamespace(sha256="0a1b2c3d4e5f")
+    assert corpus_for(folder, stranger, 96) == tmp_path / "python-0a1b2c3d-96mb"
+    assert corpus_for(tmp_path / "mine", own, 96) == tmp_path / "mine"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_the_command_is_recorded_as_typed(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     ("ppl --model @model --text @text.py --max-tokens 64",
-     "give a longer text or a shorter --window"),
+     "--max-tokens 64 is below the window 64 and the token after it: give at least 65"),
     ("ppl --model @model --text @text.py --rope linear --factor 64",
      "give a longer text or a shorter --window"),
     ("ppl --model @model --corpus @corpus --window 310", "no validation document has 620 tokens"),
@@ -197,6 +197,15 @@ def test_max_tokens_cuts_the_text_and_zero_does_not(cli, text_ids):
     for limit, tokens in ((100, 99), (0, everything), (10**6, everything)):
         measured, _ = cli("ppl", "--model", "@model", "--text", "@text.py", "--max-tokens", limit)
         assert measured["tokens"] == tokens
+
+
+def test_help_points_to_the_flags_of_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["-h"])
+    assert "python eval.py ppl -h lists the flags of ppl" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["ppl", "-h"])
+    assert "--max-tokens" in capsys.readouterr().out
 
 
 # ---- Precision and positions ---------------------------------------------------------------------

@@ -1033,6 +1033,7 @@ def test_which_tokenizer_of_a_folder(tmp_path, json_folder, tokenizer):
     # LLaMA 3's tiktoken file, which says the same
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
+    assert open_tokenizer(tmp_path).path.name == "tokenizer.json"
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
 

@@ -338,6 +338,24 @@ def test_who_forgets_beyond_a_length_has_it_as_effective_length(monkeypatch):
     assert measure(monkeypatch, reach, threshold=9)[0]["effective_length"] == 7000
 
 
+def test_a_part_of_the_tasks_has_no_effective_length(monkeypatch):
+    some = [task for task in TASKS if task != "vt"]
+    measured, _ = measure(monkeypatch, oracle, tasks=some)
+    assert measured["averages"] == {2500: 100.0, 7000: 100.0}
+    assert measured["effective_length"] is None
+    measured, _ = measure(monkeypatch, oracle, lengths=(1500, 7000))
+    assert set(measured["left_out"]) and measured["effective_length"] is None
+
+
+def test_the_effective_length_is_printed(capsys):
+    measured = {"averages": {64: 90.0}, "scores": {}, "left_out": {}, "effective_length": 64,
+                "threshold": 85.6, "samples": 2, "seconds": 1.0}
+    ruler.print_scores(measured)
+    printed = capsys.readouterr().out
+    assert "effective length 64 (average at least 85.6, there and at every shorter" in printed
+    assert "no effective length" not in printed
+
+
 def test_batches_keep_to_the_budget_and_answers_to_their_prompts(monkeypatch):
     monkeypatch.setattr(ruler, "rows_per_pass", lambda model, length, generating=False: 2)
 
@@ -451,8 +469,10 @@ def test_the_command_prints_and_writes_all_there_is_to_say(folder, capsys):
     assert left_out["512"] > 512
     for words in ("do not compare", f"{len(ESSAY)} words of {folder}/essay.txt",
                   f"left out: cwe at 256 (needs {left_out['256']}), 512",
-                  "effective length 0 (average at least 85.6", "niah_single_2"):
+                  "no effective length, as only a part of the 11 tasks was run (2 samples each",
+                  "niah_single_2"):
         assert words in printed
+    assert measured["effective_length"] is None
     assert "do not compare" in measured["note"]
     ruler.main(argv)
     again = json.loads((folder / "r.json").read_text(encoding="utf-8"))

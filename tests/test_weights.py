@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from model import LLaMA, ModelConfig
 from weights import load_config, load_model, load_tokenizer, meta, presets, save, save_model
 from weights import with_rope
 from weights.__main__ import main
+from weights.flags import ModelFlags, load_from_flags, warn_if_shorter
 from weights.size import parameter_count
 from weights.tokenizer import has_tokenizer
 from weights.training_state import resumable_settings, resume_run, save_run
@@ -420,8 +422,6 @@ def test_override_details():
     dynamic = with_rope(PI4, {"rope_type": "dynamic", "factor": 2})  # it needs L, and is given it
     assert dynamic.rope.original_max_position_embeddings == 32
     assert dynamic.max_seq_len == 64
-    shorter = with_rope(BASE, {**LINEAR_2, "original_max_position_embeddings": 16})
-    assert shorter.max_seq_len == 32
     for given, theta in [(RopeConfig("linear", 2), 5e5),
                          (LINEAR_2, 5e5),
                          (RopeConfig("linear", 2, rope_theta=1e6), 1e6),
@@ -431,6 +431,8 @@ def test_override_details():
     for wrong, words in [("linear", "give a RopeConfig, or a dict"),
                          ({"rope_type": "linear", "factor": 0.5}, "at least 1"),
                          ({"rope_type": "yam"}, "unknown"),
+                         ({**LINEAR_2, "original_max_position_embeddings": 16},
+                          "16: the model was trained with a window of 32"),
                          ({"factr": 2}, "factr")]:
         with pytest.raises(UserError, match=words):
             with_rope(BASE, wrong)
@@ -646,7 +648,8 @@ WK_1 = "layers.1.attention.wk"
 EMBEDDING = "tok_embeddings.weight"
 WRONG = [
     # the folder
-    (rename("", "../elsewhere"), r"model: no such folder: give a folder with params.json"),
+    (rename("", "../elsewhere"),
+     r"model: no such folder or file: .*Meta's folder .*Hugging Face folder .*\.gguf"),
     (rename("params.json", "params"), r"model: no params.json in it"),
     (rename("params.json", "config.json"),
      r"config.json: architecture null: only LLaMA's loads"),
@@ -899,8 +902,34 @@ PARAMETERS = {
 
 def test_known_models_have_their_published_sizes():
     assert {name: parameter_count(load_config(name)) for name in presets.PRESETS} == PARAMETERS
-    with pytest.raises(UserError, match="llama-7b: known by name only"):
-        load_model("llama-7b")
+    for name in presets.PRESETS:
+        with pytest.raises(UserError, match=f"{name}: known by name only.* download them and give"):
+            load_model(name)
+
+
+def test_info_of_a_name_says_where_its_weights_are(capsys):
+    main(["info", "--model", "llama-2-7b"])
+    assert "huggingface.co/meta-llama" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("window, warned", [(8192, False), (16384, True), (131072, False),
+                                            (262144, False)])
+def test_a_window_shorter_than_the_models_own_is_a_warning(window, warned):
+    """LLaMA 3.1: 8,192 -> 131,072."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_if_shorter(load_config("llama-3.1-8b"), window)
+    assert [str(each.message) for each in caught] == warned * [
+        "the target window 16384 is shorter than the model's own, 131072: a factor counts from the "
+        "original window 8192, so ask for a --factor above 16"]
+
+
+def test_the_warning_comes_when_a_model_is_loaded_from_flags(tmp_path, tokenizer):
+    save_model(make(vocab_size=tokenizer.vocab_size, max_seq_len=128, rope=PI4.rope), tmp_path,
+               tokenizer)
+    flags = ModelFlags(model=str(tmp_path), rope="linear", factor=2.0, device="cpu")
+    with pytest.warns(UserWarning, match="window 64 is shorter than the model's own, 128"):
+        load_from_flags(flags, quiet=True)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True}, {"head_dim": 6}, {"rope": CLEX}])

@@ -6,12 +6,13 @@
 """
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.cli import Parser, run_command
 from common.device import DTYPES
 from weights.export import export
 from weights.load import load_config
-from weights.presets import fetch_smollm2
+from weights.presets import fetch_smollm2, how_to_get_weights
 from weights.size import parameter_count
 from weights.tokenizer import has_tokenizer, load_tokenizer
 
@@ -37,6 +38,8 @@ def print_info(path: str) -> None:
           f"window      {config.max_seq_len} tokens, original {config.original_window}\n"
           f"rope        {json.dumps(config.rope.to_dict())}\n"
           f"tokenizer   {tokenizer}")
+    if not Path(path).exists():
+        print(f"weights     none, a name to plan with: {how_to_get_weights(path)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

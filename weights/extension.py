@@ -127,7 +127,7 @@ def prepare_corpus(config: Any, tokenizer: Tokenizer, held_out: int, rank: int) 
     wait_for_all_ranks()
     if config.text:
         return str(corpus_of_text(config.text, tokenizer, held_out))  # it is there
-    return str(corpus_for(config.corpus, tokenizer))
+    return str(corpus_for(config.corpus, tokenizer, config.corpus_mb))
 
 
 def phases(config: Any, experiments: Sequence[Any], shape: ModelConfig, row: int,

