@@ -2,14 +2,18 @@
 
     python plot.py results/*.json out/base/metrics.jsonl
 
-draws a PNG beside each file, and one figure of all `eval.py ppl` results. The keys of a result
-decide how it is drawn: see FIGURES and SHARED_FIGURES. A metrics.jsonl is a training curve.
+draws a PNG beside each file, and one figure of all `eval.py ppl` results that belong together: of
+the same text, cut by the same tokenizer. The keys of a result decide how it is drawn: see FIGURES
+and SHARED_FIGURES. A metrics.jsonl is a training curve.
+
+A method (plain RoPE, PI, YaRN, ...) has the same colour and marker in every figure. Where some
+lines are trained and others not, those that are not are dotted, with hollow markers.
 """
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +29,45 @@ from common.cli import Parser, run_command
 from common.errors import UserError
 from common.files import read_json, whole_file
 
-# Okabe & Ito's colours: told apart by every kind of colour vision, and in print by style and marker
-COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
-STYLES = [("--", "o"), (":", "s"), ("-", "D"), ("-.", "^"), ("-", "v"), ("--", "P"), (":", "X")]
+# The first seven are Okabe & Ito's: told apart by every kind of colour vision. In print markers do.
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B5A2B",
+           "#808080", "#B5A400", "#5D3A9B", "#00B7C3"]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h"]
+# Method i has colour and marker i. Methods that are not here take those that follow.
+METHOD_ORDER = ["default", "ntk", "linear", "yarn", "ntk_by_parts", "dprope", "dynamic", "llama3"]
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 150,
                      "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3,
                      "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False})
 
 # ---- Parts of a figure ---------------------------------------------------------------------------
 
-def line_style(i: int) -> dict[str, Any]:
-    """Colour, dashes and marker of line i. Line 7 has the colour of line 0, in another style."""
-    dashes, marker = STYLES[(i + i // len(COLOURS)) % len(STYLES)]
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes, "marker": marker}
+def line_style(i: int, trained: bool = True, again: int = 0) -> dict[str, Any]:
+    """Colour, marker and dashes of method i. again: for the second, third, ... line of the method
+    in one figure, which has the same colour, another marker and other dashes."""
+    style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ["-", "--"][again % 2],
+             "marker": MARKERS[(i + 3 * again + i // len(COLOURS)) % len(MARKERS)]}
+    if not trained:
+        style |= {"linestyle": [":", "-."][again % 2], "markerfacecolor": "white"}
+    return style
 
 
-def draw_line(axis: Axes, values: dict[float, float | None], label: str, i: int) -> None:
-    """Line i through {x: y}. Points are left out where y is infinite (null in JSON)."""
+def method_numbers(methods: Iterable[str]) -> dict[str, int]:
+    """{method: i} for a figure of these methods."""
+    others = [method for method in dict.fromkeys(methods) if method not in METHOD_ORDER]
+    return {method: i for i, method in enumerate([*METHOD_ORDER, *others])}
+
+
+def line_styles(lines: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """The style of each (method, trained) of a figure."""
+    numbers = method_numbers(method for method, _ in lines)
+    return [line_style(numbers[method], trained, again=lines[:n].count((method, trained)))
+            for n, (method, trained) in enumerate(lines)]
+
+
+def draw_line(axis: Axes, values: dict[float, float | None], label: str, style: dict) -> None:
+    """A line through {x: y}. Points are left out where y is infinite (null in JSON)."""
     points = sorted((x, y) for x, y in values.items() if y is not None and math.isfinite(y))
-    axis.plot([x for x, _ in points], [y for _, y in points], label=label, **line_style(i))
+    axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
 
 
 def draw_map(axis: Axes, shades: list[list[float]], texts: list[list[str]], fontsize: int) -> None:
@@ -111,7 +135,14 @@ def model_and_rope(result: dict) -> str:
     rope = result["rope"]
     if rope["rope_type"] == "default":
         return f"{model}, plain RoPE"
-    return f"{model}, {rope['rope_type']} x{rope.get('factor', 1):g}"
+    words = [rope["rope_type"], *settings_in_words(rope), f"x{rope.get('factor', 1):g}"]
+    return f"{model}, {' '.join(words)}"
+
+
+def settings_in_words(rope: dict) -> list[str]:
+    """The settings of a rope dict that its method has by itself: ["interpolated dims 40"]."""
+    common = ("rope_type", "factor", "original_max_position_embeddings", "rope_theta")
+    return [f"{key.replace('_', ' ')} {value}" for key, value in rope.items() if key not in common]
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -133,10 +164,11 @@ ROW_LABELS = {"extrapolation": "no change (extrapolation)", "pi_zero_shot": "PI,
 def plot_finetune(result: dict, path: Path) -> Path:
     """finetune.py: perplexity and passkey accuracy against length, a line for each row."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
-    for i, row in enumerate(result["rows"]):
+    rows = result["rows"]
+    for row, style in zip(rows, line_styles([method_of_row(row["name"]) for row in rows])):
         label = ROW_LABELS.get(row["name"], row["name"].replace("_", " "))
-        draw_line(left, {int(n): v for n, v in row["perplexity"].items()}, label, i)
-        draw_line(right, {int(n): v for n, v in row["passkey"].items()}, label, i)
+        draw_line(left, {int(n): v for n, v in row["perplexity"].items()}, label, style)
+        draw_line(right, {int(n): v for n, v in row["passkey"].items()}, label, style)
     lengths = [int(n) for n in result["lengths"]]
     windows = {"L": result["original_window"], "L'": result["window"]}
     length_panels(left, right, lengths, windows)
@@ -144,15 +176,29 @@ def plot_finetune(result: dict, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def method_of_row(name: str) -> tuple[str, bool]:
+    """The method of a row of finetune.py, and whether it was trained: ("yarn", True)."""
+    method = name.removesuffix("_zero_shot").removesuffix("_finetuned")
+    others = {"pi": "linear", "extrapolation": "default", "direct": "default"}
+    return others.get(method, method), name.endswith("_finetuned")
+
+
+def method_of_result(result: dict) -> tuple[str, bool]:
+    """The method of a result of eval.py, and whether its model was trained with it: not where
+    --rope replaced the model's own."""
+    words = [result["rope"]["rope_type"], *settings_in_words(result["rope"])]
+    return " ".join(words), " --rope " not in result.get("command", "")
+
+
 def plot_perplexity(results: list[dict], path: Path) -> Path:
     """eval.py ppl: perplexity against window, a line for each model and RoPE scaling."""
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    lines = {}  # {(model, label): {window: perplexity}}; two models may have the same label
+    lines = {}  # {(model, label): its results}; two models may have the same label
     for result in results:
-        values = lines.setdefault((result["model"], model_and_rope(result)), {})
-        values[result["window"]] = result["perplexity"]
-    for i, ((_, label), values) in enumerate(lines.items()):
-        draw_line(axis, values, label, i)
+        lines.setdefault((result["model"], model_and_rope(result)), []).append(result)
+    styles = line_styles([method_of_result(line[0]) for line in lines.values()])
+    for ((_, label), line), style in zip(lines.items(), styles):
+        draw_line(axis, {r["window"]: r["perplexity"] for r in line}, label, style)
     length_axis(axis, sorted({r["window"] for r in results}), "window (tokens)")
     perplexity_axis(axis)
     axis.legend()
@@ -162,13 +208,13 @@ def plot_perplexity(results: list[dict], path: Path) -> Path:
 def plot_context(results: list[dict], path: Path) -> Path:
     """eval.py ppl --bins: loss against the tokens of context that a prediction had."""
     figure, axis = plt.subplots(figsize=(7.5, 4))
-    for i, result in enumerate(results):
+    for result, style in zip(results, line_styles([method_of_result(r) for r in results])):
         starts = result["context"]
         ends = [*starts[1:], result["window"] + 1]
         bins = zip(starts, ends, result["nll_by_context"], result["tokens_by_context"])
         # sqrt(..): the middle of the bin on a logarithmic axis
         values = {math.sqrt(start * (end - 1)): nll for start, end, nll, tokens in bins if tokens}
-        draw_line(axis, values, f"{model_and_rope(result)}, window {result['window']}", i)
+        draw_line(axis, values, f"{model_and_rope(result)}, window {result['window']}", style)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda n, _: f"{n:.0f}")
     axis.set(xlabel="tokens of context", ylabel="loss (nats a token, lower is better)")
@@ -259,7 +305,7 @@ def plot_training(lines: list[dict], path: Path) -> Path:
     axis.plot(steps, smooth, color=COLOURS[2], linewidth=1.8, label="training")
     if validation:
         values = {r["step"]: r["val_loss"] for r in validation}
-        draw_line(axis, values, "validation (text only)", 3)
+        draw_line(axis, values, "validation (text only)", line_style(3))
     axis.set(xlabel="step", ylabel="loss (nats per token)")
     axis.legend()
     return save_figure(figure, path)
@@ -271,7 +317,7 @@ def plot_sweep(result: dict, path: Path) -> Path:
     """extras/sweep.py: panels for each factor s, in each a line for each method."""
     rows = result["rows"]
     factors = sorted({r["factor"] for r in rows if r["steps"]})
-    methods = list(dict.fromkeys(r["method"] for r in rows))  # by first row: their colours
+    methods = list(dict.fromkeys(r["method"] for r in rows))
     from_scratch = factors == [1]
     if len({r["rope"].get("interpolated_dims") for r in rows} - {None}) > 1:
         draw_panels, columns = draw_sweep_by_dims, 1
@@ -295,8 +341,8 @@ def plot_sweep(result: dict, path: Path) -> Path:
 
 
 def plot_real_model(result: dict, path: Path) -> Path:
-    """extras/real_model.py: for each kind of text, perplexity by position (dotted: untrained), and
-    perplexity in the last quarter of L' against the steps of fine-tuning."""
+    """extras/real_model.py: for each kind of text, perplexity by position, untrained and after the
+    last step, and perplexity in the last quarter of L' against the steps of fine-tuning."""
     rows, window = result["rows"], result["window"]
     kinds = list(rows[0]["nll_by_position"])
     methods = list(dict.fromkeys(r["method"] for r in rows))
@@ -308,12 +354,12 @@ def plot_real_model(result: dict, path: Path) -> Path:
                 continue
             nll = r["nll_by_position"][kind]
             position = [(i + 0.5) * window / len(nll) for i in range(len(nll))]
-            i = methods.index(r["method"])
             label = f"{sweep_label(r['method'])}, {r['steps'] or 'no'} steps"
-            left.plot(position, [math.exp(x) for x in nll], label=label, color=COLOURS[i],
-                      linestyle="-" if r["steps"] else ":")
+            style = line_style(method_numbers(methods)[r["method"]], trained=r["steps"] > 0)
+            draw_line(left, dict(zip(position, map(math.exp, nll))), label, style)
         mark_windows(left, {"L": result["original_window"]})
-        left.set(xlabel="position in the text (tokens)", title=kind)
+        left.set_xlabel("position in the text (tokens)")
+        left.set_title(kind, loc="left")  # L stands in the middle
         perplexity_axis(left)
         points = [(r["method"], r["steps"], last_quarter(r["nll_by_position"][kind]))
                   for r in rows]
@@ -345,10 +391,12 @@ def draw_sweep_by_dims(result: dict, rows: list[dict], methods: list[str],
                        panels: Sequence[Axes]) -> None:
     """Perplexity at L' against the number of interpolated dimensions, before and after training."""
     rows = [r for r in rows if r["rope"].get("interpolated_dims") is not None]
-    labels = {0: "untrained", max(r["steps"] for r in rows): "fine-tuned"}
-    points = [(labels[r["steps"]], r["rope"]["interpolated_dims"], perplexity_at(r["window"], r))
-              for r in rows if r["steps"] in labels]
-    draw_means(panels[0], points, list(labels.values()))
+    name = rows[0]["rope"]["rope_type"]
+    for steps, label in {0: "untrained", max(r["steps"] for r in rows): "fine-tuned"}.items():
+        points = [(r["rope"]["interpolated_dims"], perplexity_at(r["window"], r))
+                  for r in rows if r["steps"] == steps]
+        style = line_style(method_numbers([name])[name], trained=steps > 0)
+        draw_line(panels[0], means(points), label, style)
     panels[0].set_xlabel("interpolated dimensions")
     perplexity_axis(panels[0])
 
@@ -371,23 +419,27 @@ def draw_sweep_by_steps(result: dict, rows: list[dict], methods: list[str],
 
     disturbance = [(r["method"], r["disturbance"], perplexity_at(r["window"], r))
                    for r in rows if not r["steps"] and r.get("disturbance") is not None]
-    draw_means(panels[2], disturbance, methods)
+    draw_means(panels[2], disturbance, methods, trained=False)
     panels[2].set(xscale="log", xlabel="disturbance of the rotary angles (nats), untrained")
     perplexity_axis(panels[2])
 
 
-def draw_means(axis: Axes, points: list[tuple[str, float, float | None]],
-               methods: list[str]) -> None:
+def draw_means(axis: Axes, points: list[tuple[str, float, float | None]], methods: list[str],
+               trained: bool = True) -> None:
     """A line for each method through the means over the seeds. points: [(method, x, y)]."""
-    for i, method in enumerate(methods):
-        values = {}
-        for name, x, y in points:
-            if name == method:
-                values.setdefault(x, []).append(y)
-        # One infinite perplexity (None) makes the mean infinite.
-        means = {x: None if None in ys else sum(ys) / len(ys) for x, ys in values.items()}
-        if any(mean is not None for mean in means.values()):
-            draw_line(axis, means, sweep_label(method), i)
+    numbers = method_numbers(methods)
+    for method in methods:
+        values = means([(x, y) for name, x, y in points if name == method])
+        if any(mean is not None for mean in values.values()):
+            draw_line(axis, values, sweep_label(method), line_style(numbers[method], trained))
+
+
+def means(points: list[tuple[float, float | None]]) -> dict[float, float | None]:
+    """{x: mean of its ys}. One infinite perplexity (None) makes the mean infinite."""
+    values = {}
+    for x, y in points:
+        values.setdefault(x, []).append(y)
+    return {x: None if None in ys else sum(ys) / len(ys) for x, ys in values.items()}
 
 
 def perplexity_at(length: int, row: dict) -> float | None:
@@ -425,8 +477,9 @@ def plot_score(theory: dict, path: Path) -> Path:
     labels = {"default": "plain RoPE", "linear": "PI, s = 4", "ntk": "NTK-aware, s = 4",
               "yarn": "YaRN, s = 4"}
     figure, axis = plt.subplots(figsize=(8, 4))
-    for i, (name, values) in enumerate(scores["curves"].items()):
-        look = {**line_style(i), "marker": None, "linewidth": 1.3}
+    numbers = method_numbers(scores["curves"])
+    for (name, values), dashes in zip(scores["curves"].items(), ["--", "-.", "-", ":"]):
+        look = {"color": COLOURS[numbers[name]], "linestyle": dashes, "linewidth": 1.3}
         axis.plot(scores["x"], values, label=labels.get(name, name), **look)
     axis.set_xscale("symlog", base=2, linthresh=1)
     ticks = [0, 1, 4, 16, 64, 256, 1024, 4096, 16384]
@@ -486,9 +539,10 @@ def plot_bounds(theory: dict, path: Path) -> Path:
     """How far a score strays from the straight line between two integers, and its bounds."""
     rows = theory["bounds"]["rows"]
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    draw_line(axis, {r["head_dim"]: r["printed"] for r in rows}, "bound as printed", 3)
-    draw_line(axis, {r["head_dim"]: r["search"] for r in rows}, "found by search", 0)
-    draw_line(axis, {r["head_dim"]: r["corrected"] for r in rows}, "corrected bound", 2)
+    draw_line(axis, {r["head_dim"]: r["printed"] for r in rows}, "bound as printed", line_style(3))
+    draw_line(axis, {r["head_dim"]: r["search"] for r in rows}, "found by search", line_style(0))
+    draw_line(axis, {r["head_dim"]: r["corrected"] for r in rows}, "corrected bound",
+              line_style(2) | {"linestyle": "--"})
     length_axis(axis, [r["head_dim"] for r in rows], "head_dim D")
     axis.set(yscale="log", ylabel="deviation half way between\ntwo integers (units of max |h|)")
     y_ticks(axis, [0.05, 0.1, 0.2, 0.5])
@@ -564,8 +618,8 @@ def plot_disturbance(theory: dict, path: Path) -> Path:
     labels = {"left_alone": "left alone (extrapolation)", "interpolated": "interpolated"}
     for axis, stretch in zip(axes[:, 0], stretches):
         pairs, chosen = len(stretch["left_alone"]), stretch["chosen"]
-        for key, i in (("left_alone", 3), ("interpolated", 2)):
-            look = {**line_style(i), "markersize": 4, "linewidth": 1.2}
+        for key, method in (("left_alone", "default"), ("interpolated", "linear")):
+            look = line_style(METHOD_ORDER.index(method)) | {"markersize": 4, "linewidth": 1.2}
             y = [v if v > low else math.nan for v in stretch[key]]
             axis.plot(range(pairs), y, label=labels[key], **look)
         axis.set(yscale="log", ylim=(low, 4), xlim=(-1, pairs), ylabel="disturbance (nats)")
@@ -592,7 +646,7 @@ def plot_disturbance(theory: dict, path: Path) -> Path:
 FIGURES = {"bands": plot_real_model, "methods": plot_compare, "plan": plot_sweep,
            "rows": plot_finetune, "accuracy_by_depth": plot_passkey, "theory": plot_theory,
            "lines": plot_training}
-# Then these: all results with the key go into one figure.
+# Then these: all results with the key go into one figure, if they belong together.
 SHARED_FIGURES = {"nll_by_context": (plot_context, "context.png"),
                   "perplexity": (plot_perplexity, "perplexity.png")}
 NOT_A_RESULT = "not a result of eval.py, finetune.py or train.py"
@@ -619,6 +673,34 @@ def kind_of(result: dict | list[dict]) -> str:
     if isinstance(result, list):
         return "lines"
     return next((key for key in [*FIGURES, *SHARED_FIGURES] if key in result), "")
+
+
+def belong_together(result: dict) -> str:
+    """Equal for results of eval.py ppl that one figure can compare: the same text in the same
+    tokens, original window and dtype, and windows that overlap, or that do not."""
+    names = ("tokens", "documents", "bytes", "original_window", "dtype")
+    overlap = result.get("stride") != result.get("window")
+    return repr([result.get(name) for name in names] + [overlap])
+
+
+def shared_figures(results: dict[Path, dict], key: str, name: str) -> dict[str, list[Path]]:
+    """{file name of a figure: the files of the results in it}. A second figure, of another text or
+    base model, is named after its first model, too. A lone perplexity is a point, no figure."""
+    groups: dict[str, list[Path]] = {}
+    for path, result in results.items():
+        groups.setdefault(belong_together(result), []).append(path)
+    figures = {}
+    for paths in groups.values():
+        if key == "perplexity" and len(paths) == 1:
+            print(f"{paths[0]}: one perplexity, no line: name others of the same text beside it",
+                  file=sys.stderr)
+            continue
+        file, n = name, 1
+        while file in figures:
+            model = Path(str(results[paths[0]].get("model"))).stem
+            file, n = f"{Path(name).stem}-{model}{f'-{n}' if n > 1 else ''}.png", n + 1
+        figures[file] = paths
+    return figures
 
 
 def draw_file(function: Callable, content: Any, target: Path, sources: list[Path]) -> None:
@@ -649,10 +731,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif not kind:
             print(f"{path}: nothing to draw", file=sys.stderr)
     for key, (function, name) in SHARED_FIGURES.items():
-        sources = [path for path, kind in kinds.items() if kind == key]
-        if sources:
+        shared = {path: results[path] for path, kind in kinds.items() if kind == key}
+        for file, sources in shared_figures(shared, key, name).items():
             folder = Path(flags.out) if flags.out else sources[-1].parent
-            draw_file(function, [results[path] for path in sources], folder / name, sources)
+            draw_file(function, [results[path] for path in sources], folder / file, sources)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank, world = join_process_group()
     device = choose_device(config.device)
     tokenizer = open_tokenizer(config.tokenizer)
-    corpus = corpus_for(config.corpus, tokenizer)  # its folder for this tokenizer; made below
+    corpus = corpus_for(config.corpus, tokenizer, config.corpus_mb)  # its folder; made below
     config = dataclasses.replace(config, corpus=str(corpus))
     rope = rope_of_training(config)
     L = config.max_seq_len

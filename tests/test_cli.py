@@ -300,7 +300,8 @@ def test_right_input_of_these_cases_works(script, name):
 def test_plot_draws_what_eval_writes(script):
     assert script("eval.py ppl") == (0, "")
     assert script("eval.py passkey", "--out passkey.json") == (0, "")
-    assert script("plot.py", "result.json passkey.json") == (0, "")
+    assert script("eval.py ppl", "--window 80 --out second.json") == (0, "")
+    assert script("plot.py", "result.json second.json passkey.json") == (0, "")
     assert sorted(os.listdir("figures")) == ["passkey.png", "perplexity.png"]
 
 

@@ -124,9 +124,8 @@ def test_finetune_draws_each_row_in_both_panels(tmp_path, kept):
     assert right.get_yscale() == "linear"
     assert "perplexity" in left.get_ylabel() and "passkey" in right.get_ylabel()
     assert words(left.get_yticklabels()) == ["6", "8", "10", "15", "20", "30"]
-    styles = [(line.get_color(), line.get_linestyle(), line.get_marker())
-              for line in left.get_lines()[:4]]
-    assert all(len(set(part)) == 4 for part in zip(*styles)), "told apart without colour, too"
+    styles = [(line.get_linestyle(), line.get_marker()) for line in left.get_lines()[:4]]
+    assert len(set(styles)) == 4, "told apart without colour, too"
     legend, = kept().legends
     top = max(axis.get_tightbbox().y1 for axis in (left, right))
     assert legend.get_window_extent().y0 >= top - 1, "the legend covers something"
@@ -304,6 +303,92 @@ def write(path, content):
     path.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
 
 
+BLACK, BLUE, VERMILION = "#000000", "#0072B2", "#D55E00"
+
+
+def looks(axis):
+    """{label: (colour, is it solid, is its marker filled)}"""
+    return {line.get_label(): (line.get_color(), line.get_linestyle() == "-",
+                               line.get_markerfacecolor() == line.get_color())
+            for line in axis.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_a_method_has_one_colour_in_all_figures(tmp_path, kept):
+    """Solid and filled is what was trained, dotted and hollow what was not."""
+    plot.plot_finetune(FINETUNE, tmp_path / "figure.png")
+    assert looks(kept().axes[0]) == {
+        "no change (extrapolation)": (BLACK, False, False), "PI, no training": (BLUE, False, False),
+        "PI, fine-tuned": (BLUE, True, True), "fine-tuned directly": (BLACK, True, True)}
+    plot.plot_finetune(finetune(yarn_finetuned=[1, 2, 3, 4]), tmp_path / "figure.png")
+    assert looks(kept().axes[0]) == {"yarn finetuned": (VERMILION, True, True)}
+
+    rows = [sweep_row(method, 0, steps, 9.0, disturbance=0.1)
+            for method in ("mine", "yarn", "linear") for steps in (0, 10)]
+    result = {"rows": rows, "lengths": [100, 200], "original_window": 100, "plan": "methods"}
+    plot.plot_sweep(result, tmp_path / "figure.png")
+    trained, _, untrained = kept().axes
+    assert looks(trained)["PI"] == (BLUE, True, True)
+    assert looks(trained)["yarn"] == (VERMILION, True, True)
+    assert looks(trained)["mine"][0] not in plot.COLOURS[:len(plot.METHOD_ORDER)]
+    assert looks(untrained)["PI"] == (BLUE, False, False)
+
+    rows = [{"method": method, "seed": 0, "steps": steps, "nll_by_position": {"prose": [2.0] * 8}}
+            for method in ("default", "linear") for steps in (0, 10)]
+    plot.plot_real_model({"rows": rows, "window": 512, "original_window": 256, "seed": 0},
+                         tmp_path / "figure.png")
+    left, right = kept().axes
+    assert looks(left) == {
+        "plain RoPE, no steps": (BLACK, False, False), "plain RoPE, 10 steps": (BLACK, True, True),
+        "PI, no steps": (BLUE, False, False), "PI, 10 steps": (BLUE, True, True)}
+    assert looks(right) == {"plain RoPE": (BLACK, True, True), "PI": (BLUE, True, True)}
+
+    tried = ppl(256, 7.0, rope_type="linear", factor=2.0)
+    tried["command"] = "python eval.py ppl --rope linear --factor 2"
+    plot.plot_perplexity([tried, ppl(256, 6.0, "out/pi", rope_type="linear", factor=2.0),
+                          ppl(256, 5.0), ppl(256, 6.0, "out/direct")], tmp_path / "figure.png")
+    found = looks(kept().axes[0])
+    assert found["data/tiny, linear x2"] == (BLUE, False, False)
+    assert found["out/pi, linear x2"] == (BLUE, True, True)
+    # Two models with one method: the same colour, other dashes.
+    assert found["data/tiny, plain RoPE"] == (BLACK, True, True)
+    assert found["out/direct, plain RoPE"] == (BLACK, False, True)
+
+
+def test_methods_without_a_colour_of_their_own_take_those_that_follow():
+    names = [f"method {i}" for i in range(30)]
+    numbers = plot.method_numbers(["yarn", *names])
+    assert numbers["yarn"] == plot.METHOD_ORDER.index("yarn")
+    styles = [plot.line_style(numbers[name]) for name in names]
+    assert styles[0]["color"] == plot.COLOURS[len(plot.METHOD_ORDER)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 30
+
+
+def test_settings_of_a_method_make_lines_of_their_own(tmp_path, kept):
+    rope = {"rope_type": "dprope", "factor": 2.0}
+    plot.plot_perplexity([ppl(256, 6.0, **rope, interpolated_dims=8),
+                          ppl(512, 7.0, **rope, interpolated_dims=40)], tmp_path / "figure.png")
+    assert shown(kept().axes[0]) == {"data/tiny, dprope interpolated dims 8 x2": {256: 6.0},
+                                     "data/tiny, dprope interpolated dims 40 x2": {512: 7.0}}
+
+
+def test_perplexities_of_other_texts_and_base_models_are_other_figures(command, tmp_path, capsys):
+    tiny = {"tokens": 100, "documents": 1, "bytes": 300, "original_window": 256}
+    smol = {**tiny, "tokens": 80, "model": "out/smol.gguf", "original_window": 8192}
+    prose = {**smol, "tokens": 70, "bytes": 200}
+    contents = [{**ppl(n, 6.0), **text} for text in (tiny, smol, prose) for n in (128, 256)]
+    contents.append({**ppl(256, 6.0), **tiny, "dtype": "bfloat16"})
+    for i, content in enumerate(contents):
+        write(tmp_path / f"{i}.json", content)
+    main = [f"{i}.json" for i in range(len(contents))]
+    plot.main(main)
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["wrote", "perplexity.png", "wrote", "perplexity-smol.png",
+                                   "wrote", "perplexity-smol-2.png"]
+    assert printed.err.startswith("6.json: one perplexity, no line: name others of the same text")
+    groups = plot.shared_figures(dict(enumerate(contents[:6])), "perplexity", "perplexity.png")
+    assert list(groups.values()) == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_each_file_becomes_its_figure_and_ppl_results_become_one(command, tmp_path):
     for name, content in (("finetune.json", FINETUNE), ("keys.json", passkey()),
                           ("a.json", ppl(128, 6.4)), ("b.json", ppl(256, 6.0))):
@@ -312,7 +397,8 @@ def test_each_file_becomes_its_figure_and_ppl_results_become_one(command, tmp_pa
     figures = {p.name for p in (tmp_path / "results").glob("*.png")}
     assert figures == {"finetune.png", "keys.png", "perplexity.png"}
     write(tmp_path / "metrics.jsonl", training())
-    out = command("results/keys.json", "results/a.json", "metrics.jsonl", "--out", "figures")
+    out = command("results/keys.json", "results/a.json", "results/b.json", "metrics.jsonl",
+                  "--out", "figures")
     figures = "wrote figures/keys.png wrote figures/metrics.png wrote figures/perplexity.png"
     assert out.split() == figures.split()
     for figure in tmp_path.rglob("*.png"):

@@ -15,6 +15,7 @@ from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag, training_positions
 from model import LLaMA, ModelConfig
+from weights.flags import warn_if_shorter
 from weights.load import load_model, with_rope
 from weights.size import evaluation_flops, flops_per_token, parameter_count
 from weights.training_run import validate_settings
@@ -58,6 +59,7 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
         if config.positions == "own" and own_way == "target" and config.row_length < window:
             config = dataclasses.replace(config, positions="pose")
     check_evaluation(config)
+    warn_if_shorter(base, window)
     return config, rope, direct_out
 
 
