@@ -27,8 +27,8 @@ class TokenFile:
         try:
             self.offsets = np.load(folder / f"{split}.docs.npy")
             if len(self.offsets) == 1:
-                raise UserError(f"{folder}: no document is in the {split} split: prepare it from "
-                                "at least two files (cut a single book in two)")
+                raise UserError(f"{folder}: no document is in the {split} split: prepare it with "
+                                "a --val-fraction between 0 and 1")
             self.tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
             self.tokenizer_sha256 = meta["tokenizer_sha256"]
             written = self.offsets[-1]

@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +83,14 @@ def prepare(config: PrepareConfig) -> Path:
     splits = split_documents(documents, config.val_fraction)
     tokenizer = tokenizer_for(config, splits["train"] or splits["val"], read)
 
+    readers = {split: read for split in splits}
+    if len(documents) == 1 and config.val_fraction > 0:  # a single book: both splits get a part
+        splits = {split: [path for _, _, path in documents] for split in splits}
+        readers = {split: partial(read_part, read, split) for split in splits}
     counts = {}
     with replaced_folder(out) as folder:
         for split, paths in splits.items():
-            counts[split] = write_split(folder, split, paths, read, tokenizer)
+            counts[split] = write_split(folder, split, paths, readers[split], tokenizer)
         write_json(folder / "meta.json", {
             "source": source, "settings": dataclasses.asdict(config), "max_mb": max_mb,
             "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
@@ -184,6 +189,15 @@ def split_documents(documents: list[tuple], val_fraction: float) -> dict[str, li
         drawn = "val" if draw < val_fraction else "train"
         splits[split or drawn].append(path)
     return splits
+
+
+def read_part(read: Callable, split: str, path: str | Path) -> str:
+    """The part of a single document that a split gets: the last tenth is for validation. Cut at
+    the end of a line, if there is one."""
+    text = read(path)
+    cut = len(text) * 9 // 10
+    cut = text.rfind("\n", 0, cut) + 1 or cut
+    return text[:cut] if split == "train" else text[cut:]
 
 
 def tokenizer_for(config: PrepareConfig, paths: list, read: Callable) -> Tokenizer:

@@ -149,13 +149,14 @@ def test_an_unpacked_row_is_text_with_one_prompt_in_it(corpus, tokenizer, longes
     assert len(prompt_lengths) > 15 and len(begins) > 15
 
 
-def test_a_corpus_of_one_document_says_what_it_lacks(tokenizer, tmp_path):
+def test_a_corpus_without_validation_says_what_it_lacks(tokenizer, tmp_path):
     from data.prepare import PrepareConfig, prepare
     (tmp_path / "book.txt").write_text("one book\n" * 300, encoding="utf-8")
     folder = prepare(PrepareConfig(text=[str(tmp_path / "book.txt")],
-                                   tokenizer=str(tokenizer.path), out=str(tmp_path / "tokens")))
+                                   tokenizer=str(tokenizer.path), out=str(tmp_path / "tokens"),
+                                   val_fraction=0))
     assert len(TokenFile(folder, "train")) > 300
-    with pytest.raises(UserError, match="no document is in the val split.*two files"):
+    with pytest.raises(UserError, match="no document is in the val split.*--val-fraction"):
         TokenFile(folder, "val")
 
 

@@ -28,7 +28,7 @@ import data.prepare as prepare_module
 import data.sources as sources_module
 import data.tokenizer as tokenizer_module
 from common.errors import UserError
-from data.corpus import corpus_for, ensure_corpus
+from data.corpus import TokenFile, corpus_for, ensure_corpus
 from data.download import download
 from data.prepare import (PrepareConfig, choose_documents, prepare, split_documents,
                           tokenizer_sample)
@@ -925,3 +925,16 @@ def test_pg19_that_cannot_be(own, server, tmp_path):
     prepare(config)
     assert not list(tmp_path.rglob("evil*"))
     assert not [path for path, *_ in server.seen if "evil" in path]
+
+
+def test_a_single_book_is_cut_in_two(own, tmp_path):
+    text = "".join(f"Line {i} of the only book.\n" for i in range(400))
+    (tmp_path / "book.txt").write_text(text)
+    config = PrepareConfig(text=[str(tmp_path / "book.txt")], tokenizer=str(own.path),
+                           out=str(tmp_path / "out"))
+    parts = {split: [own.decode(d[1:-1].tolist()) for d in TokenFile(prepare(config), split).documents()]
+             for split in ("train", "val")}
+    assert parts["train"][0] + parts["val"][0] == text
+    assert 0.09 < len(parts["val"][0]) / len(text) < 0.11
+    config.val_fraction = 0
+    assert own.decode(next(TokenFile(prepare(config), "train").documents())[1:-1].tolist()) == text
