@@ -932,9 +932,11 @@ def test_a_single_book_is_cut_in_two(own, tmp_path):
     (tmp_path / "book.txt").write_text(text)
     config = PrepareConfig(text=[str(tmp_path / "book.txt")], tokenizer=str(own.path),
                            out=str(tmp_path / "out"))
-    parts = {split: [own.decode(d[1:-1].tolist()) for d in TokenFile(prepare(config), split).documents()]
-             for split in ("train", "val")}
-    assert parts["train"][0] + parts["val"][0] == text
-    assert 0.09 < len(parts["val"][0]) / len(text) < 0.11
+
+    def part(split):
+        (document,) = TokenFile(prepare(config), split).documents()
+        return own.decode(document[1:-1].tolist())
+    assert part("train") + part("val") == text
+    assert 0.09 < len(part("val")) / len(text) < 0.11
     config.val_fraction = 0
-    assert own.decode(next(TokenFile(prepare(config), "train").documents())[1:-1].tolist()) == text
+    assert part("train") == text
