@@ -8,7 +8,7 @@ import json
 from common.errors import UserError
 from data.gguf_tokenizer import (CONTROL, IGNORE_MERGES, NORMAL, PREFIX, SAMPLING, SPLIT_PATTERNS,
                                  UNUSED, USER_DEFINED, default_keys, files_of_keys)
-from data.sentencepiece_json import CHECK_TEXTS, sentencepiece_pieces
+from data.sentencepiece_json import CHECK_TEXTS, is_bpe, sentencepiece_pieces
 from data.tokenizer import JsonTokenizer, Tokenizer, open_tokenizer_files
 
 
@@ -32,7 +32,11 @@ def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int, files: dict[str, byte
 
 
 def sentencepiece_keys(tokenizer: Tokenizer) -> dict:
-    pieces = sentencepiece_pieces(tokenizer.model.serialized_model_proto())
+    data = tokenizer.model.serialized_model_proto()
+    if not is_bpe(data):
+        raise UserError(f"{tokenizer.path}: no BPE model of SentencePiece: only BPE is written to "
+                        "GGUF")
+    pieces = sentencepiece_pieces(data)
     tokens, scores, kinds = zip(*pieces)
     trimmed = tokenizer.model.encode("a   b") == tokenizer.model.encode("a b")
     return {"model": "llama", "pre": "default", "tokens": list(tokens), "scores": list(scores),

@@ -31,6 +31,13 @@ def sentencepiece_pieces(data: bytes) -> list[tuple[str, float, int]]:
     return pieces
 
 
+def is_bpe(data: bytes) -> bool:
+    """Whether a tokenizer.model joins pieces by their scores, as LLaMA's; else it is a Unigram
+    model, say, which takes the likeliest cut of a word."""
+    trainer = dict(protobuf_fields(data)).get(2, b"")
+    return dict(protobuf_fields(trainer)).get(3) == 2
+
+
 def protobuf_fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
     """(number, value) of each field of a protocol buffer: gguf_tokenizer.protobuf the other way."""
     at = 0
@@ -70,6 +77,8 @@ def sentencepiece_as_json(data: bytes, dummy_prefix: bool, bos: str) -> bytes | 
         import tokenizers
     except ImportError:
         raise UserError("writing tokenizer.json needs a package: pip install tokenizers") from None
+    if not is_bpe(data):
+        return None
     pieces = sentencepiece_pieces(data)
     written = json.dumps(tokenizer_json(pieces, dummy_prefix, bos), ensure_ascii=False)
     found = tokenizers.Tokenizer.from_str(written)

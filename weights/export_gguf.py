@@ -86,7 +86,8 @@ def export_gguf(model: LLaMA, out: str | Path, tokenizer: Tokenizer | None = Non
 
 
 def add_keys(writer: object, keys: dict) -> None:
-    """Metadata, each value by its Python type. An empty list has no type in GGUF: left out."""
+    """Metadata, each value of the type that it has in Python: llama.cpp insists on floats where it
+    wants floats. An empty list has no type in GGUF and is left out."""
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
            bool: writer.add_bool, list: writer.add_array}
     for key, value in keys.items():
@@ -104,7 +105,7 @@ def shape_keys(config: ModelConfig) -> dict:
              "attention.head_count_kv": config.n_kv_heads,
              "attention.key_length": config.head_dim,
              "attention.value_length": config.head_dim,
-             "attention.layer_norm_rms_epsilon": config.norm_eps,
+             "attention.layer_norm_rms_epsilon": float(config.norm_eps),
              "vocab_size": config.vocab_size}
     return {"general.type": "model", "general.quantization_version": 2,
             **{f"llama.{key}": value for key, value in shape.items()}}
@@ -141,17 +142,18 @@ def rope_words(config: ModelConfig) -> tuple[dict, dict[str, torch.Tensor]]:
     """
     rope = config.rope
     refuse_what_llama_cpp_lacks(rope)
-    keys = {"freq_base": rope.base, "dimension_count": config.head_dim}
+    keys = {"freq_base": float(rope.base), "dimension_count": config.head_dim}
     tensors = {}
     is_plain = not rope.resonance and rope.options.keys() <= {"attention_factor", "mscale",
                                                               "mscale_all_dim"}
     if rope.rope_type == "longrope":
         _, temperature = inv_freq(rope, config.head_dim)
-        tensors = {f"rope_factors_{length}": torch.tensor(rope.setting(f"{length}_factor"))
-                   for length in ("short", "long")}
+        for length in ("short", "long"):
+            factors = torch.tensor(rope.setting(f"{length}_factor"), dtype=torch.float32)
+            tensors[f"rope_factors_{length}"] = factors
         keys |= {"scaling.type": "longrope", "scaling.attn_factor": temperature}
     elif rope.rope_type == "linear" and is_plain:
-        keys |= {"scaling.type": "linear", "scaling.factor": rope.factor}
+        keys |= {"scaling.type": "linear", "scaling.factor": float(rope.factor)}
     elif rope.rope_type == "yarn" and is_plain and rope.factor > 1:
         keys |= yarn_words(rope, config.head_dim)
     elif rope.rope_type != "default" or not is_plain:
@@ -167,7 +169,7 @@ def rope_words(config: ModelConfig) -> tuple[dict, dict[str, torch.Tensor]]:
 def yarn_words(rope: RopeConfig, head_dim: int) -> dict:
     """attn_factor is by what llama.cpp multiplies the 0.1 ln s + 1 that it computes by itself."""
     _, temperature = inv_freq(rope, head_dim)
-    return {"scaling.type": "yarn", "scaling.factor": rope.factor,
+    return {"scaling.type": "yarn", "scaling.factor": float(rope.factor),
             "scaling.attn_factor": temperature / (0.1 * math.log(rope.factor) + 1)}
 
 
