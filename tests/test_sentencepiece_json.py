@@ -83,7 +83,7 @@ def test_the_same_ids(tmp_path, kind):
 
 def test_of_equal_scores_the_earlier_piece_is_joined_first():
     """Mistral's runs of spaces all have one score: 16 of them are one piece, not 14 and 2."""
-    runs = ["▁" * n for n in (2, 4, 8, 6, 16, 14, 1)]
+    runs = ["▁" * n for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 1)]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *runs]
     data = sentencepiece_model({
         "tokens": tokens, "scores": [0.0] * 259 + [-1e9] * len(runs),
@@ -110,19 +110,27 @@ def test_what_bpe_cannot_do_is_not_written(tmp_path, capsys, kind):
 
 
 def test_transformers_needs_neither_protobuf_nor_sentencepiece(tmp_path, tokenizer):
+    """And makes SentencePiece's ids, BOS in front, with a dummy prefix and without."""
     pytest.importorskip("transformers")
-    save_model(make(vocab_size=1024), tmp_path / "meta", tokenizer)
-    main(["export", "--model", str(tmp_path / "meta"), "--to", "hf", "--out", str(tmp_path / "hf")])
+    meta = load_tokenizer(train_sentencepiece(tmp_path / "tokenizer.model", "prefix"))
+    expected = []
+    for n, each in enumerate((tokenizer, meta)):
+        save_model(make(vocab_size=each.vocab_size), tmp_path / f"meta{n}", each)
+        main(["export", "--model", str(tmp_path / f"meta{n}"), "--to", "hf",
+              "--out", str(tmp_path / f"hf{n}")])
+        expected += [each.encode(text, bos=True) for text in TRICKY]
     code = """if True:
         import json, sys
         sys.modules["google.protobuf"] = sys.modules["sentencepiece"] = None
         import transformers
-        tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
         texts = json.load(sys.stdin)
-        print(json.dumps([tokenizer(text)["input_ids"] for text in texts]))
+        ids = []
+        for folder in sys.argv[1:]:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            ids += [tokenizer(text)["input_ids"] for text in texts]
+        print(json.dumps(ids))
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "hf")], text=True,
-                          capture_output=True, input=json.dumps(TRICKY))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "hf0", tmp_path / "hf1"],
+                          capture_output=True, text=True, input=json.dumps(TRICKY))
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found == [tokenizer.encode(text, bos=True) for text in TRICKY]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
