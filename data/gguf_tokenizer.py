@@ -12,7 +12,11 @@ from data.gguf_file import damaged, read_header
 
 PREFIX = "tokenizer.ggml."
 ELEMENTS = {"tokens": str, "scores": float, "token_type": int, "merges": str}  # of the arrays
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens; 5 is unused, 6 a byte
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
+# generation_config.json's words for how to sample -> GGUF's.
+SAMPLING = {"temperature": "general.sampling.temp", "top_k": "general.sampling.top_k",
+            "top_p": "general.sampling.top_p", "min_p": "general.sampling.min_p",
+            "repetition_penalty": "general.sampling.penalty_repeat"}
 
 # How a text is split before its bytes are merged, by llama.cpp's names. The patterns are applied in
 # turn, each to the pieces that the ones before it left. They are facts about the models: merges
@@ -41,22 +45,47 @@ IGNORE_MERGES = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekke
 
 
 def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """{name: bytes}: what a model folder needs to have this tokenizer, the tokenizer itself first.
+    """{name: bytes}: what a model folder needs to have this tokenizer, the tokenizer itself first,
+    the chat template and the settings of generation last.
     A UserError if the file has none, or one that is not known here."""
-    header = read_header(path)
+    metadata = read_header(path).metadata
     try:
-        keys = tokenizer_keys(header.metadata)
-        if keys["model"] == "llama":
-            return {"tokenizer.model": sentencepiece_model(keys)}
-        if keys["model"] == "gpt2":
-            return {"tokenizer.json": json.dumps(byte_level_bpe(keys), ensure_ascii=False).encode(),
-                    "tokenizer_config.json": json.dumps(gguf_tokenizer_config(keys)).encode()}
-        raise UserError(f"{PREFIX}model {keys['model']!r:.40}: only llama (SentencePiece) and gpt2 "
-                        "(byte-level BPE) are read: take the model as a Hugging Face folder")
+        keys = tokenizer_keys(metadata)
+        return files_of_keys(keys) | companions_of_keys(keys, metadata)
     except UnicodeEncodeError:
         raise damaged(f"{path}: damaged (a token that is no UTF-8)") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def files_of_keys(keys: dict) -> dict[str, bytes]:
+    """{name: bytes} of the tokenizer alone. keys: complete, without their prefix."""
+    if keys["model"] == "llama":
+        return {"tokenizer.model": sentencepiece_model(keys)}
+    if keys["model"] == "gpt2":
+        return {"tokenizer.json": json.dumps(byte_level_bpe(keys), ensure_ascii=False).encode(),
+                "tokenizer_config.json": json.dumps(gguf_tokenizer_config(keys)).encode()}
+    raise UserError(f"{PREFIX}model {keys['model']!r:.40}: only llama (SentencePiece) and gpt2 "
+                    "(byte-level BPE) are read: take the model as a Hugging Face folder")
+
+
+def companions_of_keys(keys: dict, metadata: dict) -> dict[str, bytes]:
+    """{name: bytes} of chat_template.jinja, if there is one, and generation_config.json."""
+    ends = [keys.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = [i for i in dict.fromkeys(ends) if type(i) is int and 0 <= i < len(keys["tokens"])]
+    how = {"bos_token_id": keys["bos_token_id"], "eos_token_id": ids if len(ids) > 1 else ids[0]}
+    padding = keys.get("padding_token_id")
+    if type(padding) is int and 0 <= padding < len(keys["tokens"]):
+        how["pad_token_id"] = padding
+    sampling = {name: metadata[key] for name, key in SAMPLING.items()
+                if type(metadata.get(key)) in (int, float)}
+    if sampling:
+        how |= {"do_sample": True} | sampling
+    files = {"generation_config.json": json.dumps(how).encode()}
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        files["chat_template.jinja"] = template.encode()
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,7 +100,19 @@ def tokenizer_keys(metadata: dict) -> dict:
                         "into the new folder")
     keys = default_keys(keys) | keys
     check_keys(keys)
+    drop_padding(keys)
     return keys
+
+
+def drop_padding(keys: dict) -> None:
+    """Leave out the tokens at the end that only fill the rows of a model's embedding."""
+    used = len(keys["tokens"])
+    named = [keys.get(f"{name}_token_id") for name in ("bos", "eos", "unknown")]
+    while used - 1 not in named and keys["tokens"][used - 1] == f"[PAD{used - 1}]":
+        used -= 1
+    for name in ("tokens", "scores", "token_type"):
+        if name in keys:
+            keys[name] = keys[name][:used]
 
 
 def default_keys(keys: dict) -> dict:
@@ -164,11 +205,16 @@ def bos_eos_template(keys: dict) -> dict | None:
     eos = [keys["tokens"][keys["eos_token_id"]]] if keys["add_eos_token"] else []
     if not bos and not eos:
         return None
+    return begin_and_end(bos, eos, {token: keys["tokens"].index(token) for token in bos + eos})
+
+
+def begin_and_end(bos: list[str], eos: list[str], id_of: dict[str, int]) -> dict:
+    """The post-processor with these tokens around a text, and around a pair of texts."""
     before = [{"SpecialToken": {"id": token, "type_id": 0}} for token in bos]
     after = [{"SpecialToken": {"id": token, "type_id": 0}} for token in eos]
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    ids = {token: {"id": token, "ids": [keys["tokens"].index(token)], "tokens": [token]}
+    ids = {token: {"id": token, "ids": [id_of[token]], "tokens": [token]}
            for token in bos + eos}
     return {"type": "TemplateProcessing", "single": [*before, first, *after],
             "pair": [*before, first, second, *after], "special_tokens": ids}

@@ -241,17 +241,24 @@ def read_gguf_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer inside a .gguf file, opened as the tokenizer.model or tokenizer.json that says
     the same. sha256 is that file's: quantisations of one model share their tokenizer."""
     files = gguf_tokenizer_files(path)
+    try:
+        tokenizer = open_tokenizer_files(files)
+    except UserError as error:
+        raise UserError(f"{path}: its tokenizer, as {error}") from None
+    tokenizer.path = Path(path)
+    tokenizer.files = files.copy
+    return tokenizer
+
+
+def open_tokenizer_files(files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer of {name: bytes}, the first of which is the tokenizer itself."""
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
         try:
-            tokenizer = open_tokenizer(Path(folder) / next(iter(files)))
+            return open_tokenizer(Path(folder) / next(iter(files)))
         except UserError as error:
-            problem = str(error).replace(f"{folder}/", "its tokenizer, as ")
-            raise UserError(f"{path}: {problem}") from None
-    tokenizer.path = Path(path)
-    tokenizer.files = files.copy
-    return tokenizer
+            raise UserError(str(error).replace(f"{folder}/", "")) from None
 
 
 def read_tokenizer_file(path: str | Path) -> bytes:

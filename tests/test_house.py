@@ -154,7 +154,7 @@ def lines_of_code(file):
 
 
 def test_the_product_does_not_grow_unnoticed():
-    """Code alone: with its docstrings, comments and blank lines it is some 11,000 lines."""
+    """Code alone: with its docstrings, comments and blank lines it is some 11,500 lines."""
     assert sum(map(lines_of_code, product_files())) <= 8800
 
 

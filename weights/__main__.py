@@ -2,6 +2,7 @@
 
     python -m weights info --model DIR
     python -m weights export --model DIR --to hf --out NEW_DIR
+    python -m weights export --model DIR --to gguf --out NEW_FILE.gguf --rope yarn --factor 4
     python -m weights fetch
 """
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from common.cli import Parser, run_command
 from common.device import DTYPES
 from weights.export import export
+from weights.export_gguf import Q8_0
+from weights.flags import ModelFlags, rope_from_flags
 from weights.load import load_config
 from weights.presets import fetch_smollm2, how_to_get_weights
 from weights.size import parameter_count
@@ -50,18 +53,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("info", "export"):
         flags[name].add_argument("--model", required=True, metavar="DIR",
                                  help="Meta's folder, Hugging Face's, or a .gguf file")
-    flags["export"].add_argument("--to", required=True, choices=["hf", "meta"],
-                                 help="layout: hf is what transformers and most other tools load")
-    flags["export"].add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    flags["export"].add_argument("--dtype", default="stored", choices=["stored", *DTYPES],
-                                 help="of the weights [stored]")
+    flags["export"].add_argument("--to", required=True, choices=["hf", "meta", "gguf"],
+                                 help="layout: hf is what transformers and most other tools load, "
+                                 "gguf is llama.cpp's")
+    flags["export"].add_argument("--out", required=True, metavar="PATH",
+                                 help="a new folder; for gguf a new file, NAME.gguf")
+    flags["export"].add_argument("--dtype", default="stored", choices=["stored", *DTYPES, Q8_0],
+                                 help=f"of the weights; {Q8_0} (8 bits) for gguf only [stored]")
+    flags["export"].add_argument("--rope", metavar="R", help="method to extend the model with, "
+                                 "untrained: linear (= pi), ntk, yarn, ..., or a JSON object")
+    flags["export"].add_argument("--factor", type=float, metavar="F",
+                                 help="s = target window / original window, for --rope")
     flags["fetch"].add_argument("--out", default="out/smollm2", metavar="DIR",
                                 help="folder for it [out/smollm2]")
     given = parser.parse_args(argv)
     if given.command == "info":
         print_info(given.model)
     elif given.command == "export":
-        export(given.model, given.to, given.out, DTYPES.get(given.dtype))
+        dtype = Q8_0 if given.dtype == Q8_0 else DTYPES.get(given.dtype)
+        rope = rope_from_flags(ModelFlags(given.model, given.rope, given.factor))
+        export(given.model, given.to, given.out, dtype, rope)
     else:
         print(f"wrote {fetch_smollm2(given.out)}")
 

@@ -11,11 +11,14 @@ from common.device import dtype_name
 from common.errors import UserError
 from common.files import (read_json_object, require_new_folder, whole_file, whole_folder,
                           write_json)
+from data.sentencepiece_json import sentencepiece_as_json
 from data.tokenizer import IDS, Tokenizer, companion_files
+from methods import RopeConfig
 from model import LLaMA, ModelConfig
 from weights.checks import check_tensor_values
+from weights.export_gguf import Q8_0, export_gguf, require_gguf_name, rope_words
 from weights.hugging_face import SHAPE, hugging_face_name, reorder_rows
-from weights.load import load_config, load_model
+from weights.load import load_config, load_model, with_rope
 from weights.rope_dialects import (ORIGINAL, refuse_what_transformers_lacks,
                                    rope_to_hugging_face)
 from weights.save import compact_tensor, save_model
@@ -27,22 +30,36 @@ SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 NamedTensors = list[tuple[str, torch.Tensor]]  # with Meta's names
 
 
-def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the model of any folder or .gguf file, with its tokenizer, into the new folder `out`.
+def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | str | None = None,
+           rope: RopeConfig | dict | None = None) -> None:
+    """Write the model of any folder or .gguf file, with its tokenizer, into the new folder `out`,
+    or into the new file `out`.
 
-    to: "hf" or "meta", the layout. dtype: of the weights; None keeps each, bit for bit.
+    to: "hf" or "meta", folders, or "gguf", a file. dtype: of the weights; None keeps each, bit for
+    bit; "q8_0" is for gguf. rope: as for load_model, an extension without training.
     """
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
-    require_new_folder(out)
-    if to == "hf":
-        # A model that transformers cannot compute is refused before its weights are read. What is
-        # assumed of a config.json is printed by load_model, once.
+    if dtype == Q8_0 and to != "gguf":
+        raise UserError(f"--dtype {Q8_0}: only --to gguf has it: choose another, or leave it out")
+    if to == "gguf":
+        require_gguf_name(out)
+    else:
+        require_new_folder(out)
+    if to != "meta":
+        # A model that the other side cannot compute is refused before its weights are read. What
+        # is assumed of a config.json is printed by load_model, once.
         with contextlib.redirect_stdout(None):
-            config = load_config(path)
-        config_json(config, torch.float32)
-    model = load_model(path, dtype=dtype)
+            config = with_rope(load_config(path), rope)
+        if to == "hf":
+            config_json(config, torch.float32)
+        else:
+            rope_words(config)
+    model = load_model(path, rope, dtype=None if dtype == Q8_0 else dtype)
     if to == "hf":
         export_hugging_face(model, out, tokenizer)
+    elif to == "gguf":
+        companions, _ = tokenizer_files(tokenizer, Path(path))
+        export_gguf(model, out, tokenizer, dtype, companions)
     else:
         save_model(model, out, tokenizer)
     origin = f"tokenizer of {tokenizer.path}" if tokenizer else "no tokenizer: there was none"
@@ -64,6 +81,8 @@ def export_hugging_face(model: LLaMA, out: str | Path,
     tensors = [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
     config = config_json(model.config, dtype or tensors[0][1].dtype)
     files, ids = tokenizer_files(tokenizer, Path(getattr(model, "path", os.devnull)))
+    if tokenizer is not None:
+        files |= files_for_transformers(tokenizer, files)
     with whole_folder(out) as folder:
         for name, data in files.items():
             with whole_file(folder / name) as file:
@@ -129,23 +148,46 @@ def tokenizer_files(tokenizer: Tokenizer | None, source: Path
     else:
         files = tokenizer.files()
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-            files["tokenizer_config.json"] = tokenizer_config(tokenizer)
     ids |= json.loads(files.get("generation_config.json", b"{}"))
     if tokenizer is None or tokenizer.path.parent == source:
         ids |= read_json_object(source / "config.json")
     return files, {key: ids[key] for key in IDS if ids.get(key) is not None}
 
 
-def tokenizer_config(tokenizer: Tokenizer) -> bytes:
-    """tokenizer_config.json for a SentencePiece model, by which transformers' LlamaTokenizer makes
+def files_for_transformers(tokenizer: Tokenizer, files: dict[str, bytes]) -> dict[str, bytes]:
+    """What transformers wants beside a tokenizer.model: tokenizer.json, so that it needs no
+    protobuf, and tokenizer_config.json. Its versions before 4.54 look for the chat template in the
+    latter only."""
+    added = {}
+    if "tokenizer.model" in files and "tokenizer.json" not in files:
+        bos = tokenizer.model.id_to_piece(tokenizer.bos_id)
+        proto = tokenizer.model.serialized_model_proto()
+        written = sentencepiece_as_json(proto, tokenizer.dummy_prefix, bos)
+        if written is None:
+            print(f"no tokenizer.json: it cannot do what {tokenizer.path} does; transformers needs "
+                  "protobuf, to read tokenizer.model")
+        else:
+            added["tokenizer.json"] = written
+    given = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config = given
+    if "tokenizer.model" in files and not given:
+        config = tokenizer_config(tokenizer, "tokenizer.json" in files | added)
+    if "chat_template.jinja" in files:
+        config = {"chat_template": files["chat_template.jinja"].decode()} | config
+    if config != given:
+        added["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
+    return added
+
+
+def tokenizer_config(tokenizer: Tokenizer, has_json: bool) -> dict:
+    """The object in tokenizer_config.json for a SentencePiece model, by which transformers makes
     the same ids: BOS in front, no EOS, and a space in front only if the model adds one itself."""
     piece = tokenizer.model.id_to_piece
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": piece(tokenizer.bos_id),
-              "eos_token": piece(tokenizer.eos_id), "unk_token": piece(tokenizer.model.unk_id()),
-              "add_bos_token": True, "add_eos_token": False, "legacy": False,
-              "add_prefix_space": tokenizer.dummy_prefix, "clean_up_tokenization_spaces": False}
-    return json.dumps(config, indent=1).encode()
+    kind = "PreTrainedTokenizerFast" if has_json else "LlamaTokenizer"
+    return {"tokenizer_class": kind, "bos_token": piece(tokenizer.bos_id),
+            "eos_token": piece(tokenizer.eos_id), "unk_token": piece(tokenizer.model.unk_id()),
+            "add_bos_token": True, "add_eos_token": False, "legacy": False,
+            "add_prefix_space": tokenizer.dummy_prefix, "clean_up_tokenization_spaces": False}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ model.py do. Hugging Face rotates (i, i + D/2), so the converter from Hugging Fa
 of attn_q and attn_k back into Meta's order; Meta's own weights it leaves alone. Either way the rows
 are taken as they are. transformers permutes them once more and computes the same logits.
 """
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ import torch
 from common.errors import UserError
 from data.gguf_file import (Header, StoredTensor, damaged, gguf_package, read_header,
                             shortest_decimal)
-from methods import RopeConfig
+from methods import RopeConfig, inv_freq
 from model import ModelConfig
 from rope import llama3, rope_frequencies
 
+NAMED_ROPE = "params.rope"  # export_gguf.py's key: the method by its name, as in params.json
 SCALINGS = ("none", "linear", "yarn", "longrope")
 REQUIRED = object()  # the default of a key that has none
 UNQUANTISED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -49,6 +51,7 @@ def read_config(path: str | Path) -> ModelConfig:
         refuse_what_is_not_llama(header.metadata, keys)
         shape = model_shape(keys, header.tensors)
         rope = rope_config(keys, header, shape["head_dim"], shape["max_seq_len"])
+        rope = named_rope(header.metadata, rope, shape["head_dim"], shape["max_seq_len"])
         keys.refuse_unread()
         return ModelConfig(**shape, rope=rope)
     except UserError as error:
@@ -194,11 +197,11 @@ def rope_config(keys: LlamaKeys, header: Header, head_dim: int, window: int) -> 
         if temperature != 1:
             scaled["attention_factor"] = temperature * (0.1 * math.log(factor) + 1)
         return RopeConfig.from_dict({"rope_type": "yarn", **scaled}, window)
-    if temperature != 1:
-        raise UserError(f"llama.rope.scaling.attn_factor {temperature:g} with scaling type {kind}: "
-                        "only yarn and longrope have a temperature")
     if kind == "none":
         factor = 1.0
+    if temperature != 1:  # llama.cpp has one with every type, and here longrope has
+        divisors = [factor * divisor for divisor in freqs or [1.0] * (rotated // 2)]
+        return longrope_config(scaled, window, divisors, divisors, temperature)
     if freqs is not None and set(freqs) != {1.0}:
         return divided_rope(scaled, factor, window, freqs)
     if factor == 1:
@@ -257,6 +260,26 @@ def divided_rope(rope: dict, factor: float, window: int, divisors: list[float]) 
             return RopeConfig.from_dict({"rope_type": "llama3", **rope, "factor": s,
                                          "original_max_position_embeddings": original})
     return longrope_config(rope, window, divisors, divisors, attention_factor=1.0)
+
+
+def named_rope(metadata: dict, found: RopeConfig, head_dim: int, window: int) -> RopeConfig:
+    """The RopeConfig that export_gguf.py named, if it gives the angles of `found`, which
+    llama.cpp's words say; else `found`: somebody has changed those words since."""
+    if NAMED_ROPE not in metadata:
+        return found
+    try:
+        named = RopeConfig.from_dict(json.loads(metadata[NAMED_ROPE]), window)
+    except (ValueError, TypeError, RecursionError):
+        raise damaged(f"{NAMED_ROPE} is no JSON object") from None
+    for length in (1, max(window, named.original_max_position_embeddings or 1) + 1):
+        theta, factor = inv_freq(found, head_dim, length)
+        named_theta, named_factor = inv_freq(named, head_dim, length)
+        same_size = theta.shape == named_theta.shape
+        if not same_size or not torch.allclose(theta, named_theta, rtol=1e-5, atol=0):
+            return found
+        if not math.isclose(factor, named_factor, rel_tol=1e-5):
+            return found
+    return named
 
 
 # --------------------------------------------------------------------------------------------------
