@@ -649,6 +649,7 @@ FIGURES = {"bands": plot_real_model, "methods": plot_compare, "plan": plot_sweep
 # Then these: all results with the key go into one figure, if they belong together.
 SHARED_FIGURES = {"nll_by_context": (plot_context, "context.png"),
                   "perplexity": (plot_perplexity, "perplexity.png")}
+LONE = "one perplexity makes no line: name others of the same text beside it"
 NOT_A_RESULT = "not a result of eval.py, finetune.py or train.py"
 
 
@@ -685,15 +686,13 @@ def belong_together(result: dict) -> str:
 
 def shared_figures(results: dict[Path, dict], key: str, name: str) -> dict[str, list[Path]]:
     """{file name of a figure: the files of the results in it}. A second figure, of another text or
-    base model, is named after its first model, too. A lone perplexity is a point, no figure."""
+    base model, is named after its first model, too. A lone perplexity, a point, is in none."""
     groups: dict[str, list[Path]] = {}
     for path, result in results.items():
         groups.setdefault(belong_together(result), []).append(path)
     figures = {}
     for paths in groups.values():
         if key == "perplexity" and len(paths) == 1:
-            print(f"{paths[0]}: one perplexity, no line: name others of the same text beside it",
-                  file=sys.stderr)
             continue
         file, n = name, 1
         while file in figures:
@@ -724,17 +723,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds = {path: kind_of(result) for path, result in results.items()}
     if not any(kinds.values()):
         raise UserError("nothing to draw: name files that eval.py, finetune.py or train.py wrote")
+    left_out = {path: "nothing to draw" for path, kind in kinds.items() if not kind}
     for path, kind in kinds.items():
         folder = Path(flags.out) if flags.out else path.parent
         if kind in FIGURES:
             draw_file(FIGURES[kind], results[path], folder / f"{path.stem}.png", [path])
-        elif not kind:
-            print(f"{path}: nothing to draw", file=sys.stderr)
     for key, (function, name) in SHARED_FIGURES.items():
         shared = {path: results[path] for path, kind in kinds.items() if kind == key}
+        left_out |= dict.fromkeys(shared, LONE)
         for file, sources in shared_figures(shared, key, name).items():
             folder = Path(flags.out) if flags.out else sources[-1].parent
             draw_file(function, [results[path] for path in sources], folder / file, sources)
+            left_out = {path: why for path, why in left_out.items() if path not in sources}
+    notes = [f"{path}: {why}" for path, why in left_out.items()]
+    if len(notes) == len(paths):
+        raise UserError("; ".join(notes))
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 if __name__ == "__main__":

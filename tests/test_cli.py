@@ -39,7 +39,7 @@ COMMANDS = {
     "plot.py": "--out figures",
 }
 BROKEN_MODELS = {
-    "@missing": "Hugging Face folder (config.json", "@long.txt": "a file: give the folder",
+    "@missing": "Hugging Face's (config.json", "@long.txt": "a file: give the folder",
     "@empty": "no params.json", "@truncated": "cut off", "@evil": "would run code",
     "@strangers": "pieces", "@no_json": "not a JSON file",
     "@no_weights": "no consolidated.00.pth",

@@ -384,7 +384,9 @@ def test_perplexities_of_other_texts_and_base_models_are_other_figures(command, 
     printed = capsys.readouterr()
     assert printed.out.split() == ["wrote", "perplexity.png", "wrote", "perplexity-smol.png",
                                    "wrote", "perplexity-smol-2.png"]
-    assert printed.err.startswith("6.json: one perplexity, no line: name others of the same text")
+    assert printed.err.startswith("6.json: one perplexity makes no line: name others")
+    with pytest.raises(UserError, match="6.json: one perplexity makes no line"):
+        plot.main(["6.json"])
     groups = plot.shared_figures(dict(enumerate(contents[:6])), "perplexity", "perplexity.png")
     assert list(groups.values()) == [[0, 1], [2, 3], [4, 5]]
 

@@ -649,7 +649,7 @@ EMBEDDING = "tok_embeddings.weight"
 WRONG = [
     # the folder
     (rename("", "../elsewhere"),
-     r"model: no such folder or file: .*Meta's folder .*Hugging Face folder .*\.gguf"),
+     r"model: no such folder or file: .*Meta's .*Hugging Face's .*\.gguf"),
     (rename("params.json", "params"), r"model: no params.json in it"),
     (rename("params.json", "config.json"),
      r"config.json: architecture null: only LLaMA's loads"),

@@ -102,10 +102,10 @@ def why_no_model(path: Path) -> str:
     if path.is_dir():
         problem = "no params.json in it, and no config.json"
     elif path.exists():
-        problem = "a file: give the folder that holds it"
-    return (f"{problem}: a model is Meta's folder (params.json, consolidated.00.pth, "
-            "tokenizer.model), a Hugging Face folder (config.json, model.safetensors, "
-            "tokenizer.json), or a .gguf file; python -m weights fetch gets a small one")
+        problem = "a file"
+    return (f"{problem}: give the folder of a model, Meta's (params.json, consolidated.00.pth, "
+            "tokenizer.model) or Hugging Face's (config.json, model.safetensors, tokenizer.json), "
+            "or a .gguf file; python -m weights fetch gets a small one")
 
 
 def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfig:
