@@ -245,7 +245,7 @@ TRAIN_SETTINGS = FIT_SETTINGS | {
     "tokenizer", "corpus", "corpus_mb", "passkey_share"}
 FINETUNE_SETTINGS = FIT_SETTINGS | {
     "model", "rope", "factor", "passkey_share", "passkey_packed", "positions", "corpus",
-    "corpus_mb"}
+    "corpus_mb", "row_length"}
 
 
 @pytest.mark.parametrize("config, names", [(FitConfig, FIT_SETTINGS), (TrainConfig, TRAIN_SETTINGS),
