@@ -579,3 +579,20 @@ def test_defaults_write_beside_no_committed_result(recorded, base, corpus_folder
     finetune.main(f"--model {base} --corpus {corpus_folder} --steps 2 --device cpu --depths 1 "
                   "--trials 1".split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_target_below_what_the_model_can_do_is_a_warning(tokenizer, L, tmp_path):
+    """As LLaMA 3.1: L = 8,192 and a window of 131,072. A factor counts from L."""
+    rope = RopeConfig("yarn", factor=16.0, original_max_position_embeddings=L)
+    model = random_llama(tokenizer, L, rope=rope)
+    model.config.max_seq_len = 16 * L
+    save_model(model, tmp_path / "model", tokenizer)
+    with pytest.warns(UserWarning, match=f"target window {2 * L} is shorter than the model's own, "
+                                         f"{16 * L}.*--factor above 16"):
+        finetune.main(["--model", str(tmp_path / "model"), "--device", "cpu", "--dry-run"])
+
+
+def test_another_original_window_than_the_models_is_refused(base, run_finetune, tmp_path, L):
+    rope = json.dumps({"rope_type": "linear", "original_max_position_embeddings": 2 * L})
+    with pytest.raises(UserError, match="original_max_position_embeddings"):
+        run_finetune(base, tmp_path, "--rope", rope)
