@@ -155,7 +155,7 @@ def lines_of_code(file):
 
 def test_the_product_does_not_grow_unnoticed():
     """Code alone: with its docstrings, comments and blank lines it is some 11,500 lines."""
-    assert sum(map(lines_of_code, product_files())) <= 8450
+    assert sum(map(lines_of_code, product_files())) <= 8470
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)
