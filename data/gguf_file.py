@@ -1,4 +1,4 @@
-"""GGUF: one file with a model's shape, its weights (mostly quantised) and its tokenizer. Read only.
+"""GGUF: one file with a model's shape, its weights (mostly quantised) and its tokenizer. Read here.
 
     "GGUF"  version  number of tensors  number of keys
     key, type, value          ...  general.architecture = "llama", llama.block_count = 30,

@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.gguf_tokenizer import (CONTROL, IGNORE_MERGES, NORMAL, PREFIX, SAMPLING, SPLIT_PATTERNS,
                                  UNUSED, USER_DEFINED, default_keys, files_of_keys)
 from data.sentencepiece_json import CHECK_TEXTS, is_bpe, sentencepiece_pieces
-from data.tokenizer import JsonTokenizer, Tokenizer, open_tokenizer_files
+from data.tokenizer import JsonTokenizer, Tokenizer, json_of_file, open_tokenizer_files
 
 
 def vocabulary_keys(tokenizer: Tokenizer, vocab_size: int, files: dict[str, bytes]) -> dict:
@@ -102,28 +102,30 @@ def refuse_other_ids(tokenizer: Tokenizer, keys: dict) -> None:
 def generation_ids(files: dict[str, bytes], keys: dict) -> dict:
     """The ids of generation_config.json. llama.cpp has three that end an answer: EOS, end of turn
     (eot) and end of message (eom)."""
-    said = json.loads(files.get("generation_config.json", b"{}"))
+    said = json_of_file(files, "generation_config.json")
     ends = said.get("eos_token_id")
     others = [i for i in ends if i != keys["eos_token_id"]] if isinstance(ends, list) else []
     found = dict(zip(("eot_token_id", "eom_token_id"), others))
-    if type(said.get("pad_token_id")) is int:
-        found["padding_token_id"] = said["pad_token_id"]
-    return {name: i for name, i in found.items() if 0 <= i < len(keys["tokens"])}
+    found["padding_token_id"] = said.get("pad_token_id")
+    return {name: i for name, i in found.items()
+            if type(i) is int and 0 <= i < len(keys["tokens"])}
 
 
 def sampling_keys(files: dict[str, bytes]) -> dict:
-    said = json.loads(files.get("generation_config.json", b"{}"))
+    said = json_of_file(files, "generation_config.json")
     if not said.get("do_sample"):
         return {}
     return {key: said[name] for name, key in SAMPLING.items()
-            if type(said.get(name)) in (int, float)}
+            if type(said.get(name)) in (int, float) and 0 <= said[name] < 2**31}
 
 
 def chat_template_key(files: dict[str, bytes]) -> dict:
     """From chat_template.jinja, or from tokenizer_config.json, which may have several by name."""
-    template = files.get("chat_template.jinja", b"").decode()
+    template = files.get("chat_template.jinja", b"").decode("utf-8", "replace")
     if not template:
-        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        template = json_of_file(files, "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return {PREFIX.split(".")[0] + ".chat_template": template} if template else {}
+        by_name = {entry.get("name"): entry.get("template") for entry in template
+                   if isinstance(entry, dict)}
+        template = by_name.get("default")
+    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}

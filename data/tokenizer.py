@@ -290,6 +290,17 @@ def companion_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
+def json_of_file(files: dict[str, bytes], name: str) -> dict:
+    """The object in one of a tokenizer's files, {name: bytes}; {} where there is no such file."""
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{name}, beside the tokenizer: holds no object {{...}}: copy it again")
+    return value
+
+
 def drop_padding_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
     """`ids` without those from vocab_size on, which only round a model's vocabulary up. An id that
     is not in 0 .. padded_size - 1 is a UserError."""

@@ -258,6 +258,29 @@ def test_keys_that_llama_cpp_reads(tmp_path, chat_model):
     assert "general.sampling.temp" not in read_header(tmp_path / "n.gguf").metadata
 
 
+@pytest.mark.parametrize("said, key", [
+    ({"top_k": -1}, "top_k"), ({"temperature": 1e300}, "temp"), ({"top_p": math.nan}, "top_p")])
+def test_settings_out_of_range_are_not_told(tmp_path, chat_model, said, key):
+    (chat_model / "generation_config.json").write_text(json.dumps(HOW | said))
+    command("--model", chat_model, "--to", "gguf", "--out", tmp_path / "m.gguf")
+    keys = read_header(tmp_path / "m.gguf").metadata
+    assert f"general.sampling.{key}" not in keys and "tokenizer.chat_template" in keys
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
+@pytest.mark.parametrize("to", ["gguf", "hf"])
+def test_damaged_companions(tmp_path, capsys, tokenizer, to, content):
+    save_model(make(vocab_size=1024), tmp_path / "meta", tokenizer)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        file = tmp_path / "meta" / name
+        file.write_text(content, errors="surrogateescape")
+        line = refused(capsys, "--model", tmp_path / "meta", "--to", to, "--out",
+                       tmp_path / "m.gguf")
+        assert f"{name}, beside the tokenizer: holds no object" in line
+        assert not (tmp_path / "m.gguf").exists()
+        file.unlink()
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda whole: whole.update(normalizer={"type": "NFC"}), "GGUF has no words for what"),
     (lambda whole: whole.update(pre_tokenizer={"type": "Whitespace"}), "how this tokenizer splits"),

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import (read_json_object, require_new_folder, whole_file, whole_folder,
                           write_json)
 from data.sentencepiece_json import sentencepiece_as_json
-from data.tokenizer import IDS, Tokenizer, companion_files
+from data.tokenizer import IDS, Tokenizer, companion_files, json_of_file
 from methods import RopeConfig
 from model import LLaMA, ModelConfig
 from weights.checks import check_tensor_values
@@ -148,7 +148,7 @@ def tokenizer_files(tokenizer: Tokenizer | None, source: Path
     else:
         files = tokenizer.files()
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    ids |= json.loads(files.get("generation_config.json", b"{}"))
+    ids |= json_of_file(files, "generation_config.json")
     if tokenizer is None or tokenizer.path.parent == source:
         ids |= read_json_object(source / "config.json")
     return files, {key: ids[key] for key in IDS if ids.get(key) is not None}
@@ -168,12 +168,13 @@ def files_for_transformers(tokenizer: Tokenizer, files: dict[str, bytes]) -> dic
                   "protobuf, to read tokenizer.model")
         else:
             added["tokenizer.json"] = written
-    given = json.loads(files.get("tokenizer_config.json", b"{}"))
+    given = json_of_file(files, "tokenizer_config.json")
     config = given
     if "tokenizer.model" in files and not given:
         config = tokenizer_config(tokenizer, "tokenizer.json" in files | added)
     if "chat_template.jinja" in files:
-        config = {"chat_template": files["chat_template.jinja"].decode()} | config
+        template = files["chat_template.jinja"].decode("utf-8", "replace")
+        config = {"chat_template": template} | config
     if config != given:
         added["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
     return added

@@ -5,11 +5,12 @@ makes of the keys about RoPE was measured (tests/test_llama_cpp.py), for the ang
 token, and for the factor of cos and sin:
 
     linear       theta_i / scaling.factor            attn_factor
-    yarn         YaRN's, ramp by the pair's number   attn_factor (0.1 ln s + 1)
+    yarn         YaRN's with its usual settings      attn_factor (0.1 ln s + 1)
     longrope     theta_i / rope_factors_i            attn_factor
     no type      theta_i / rope_freqs_i              attn_factor
 
-The last line says every method whose frequencies are fixed. A method without words here is refused.
+The last line says every method whose frequencies are fixed; also YaRN's with other betas, whose
+keys llama.cpp ignores. A method without words here is refused.
 """
 import json
 import math
