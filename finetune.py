@@ -52,8 +52,7 @@ class FinetuneConfig(FitConfig):
     batch_size: int = field(4, "rows of L' tokens per micro-batch and device")
     lr: float | None = field(None, "peak learning rate [1e-3 for a small model; to be given for a "
                              "large one, the paper has 2e-5]")
-    schedule: str = field("linear", "after warm-up; the paper's is constant",
-                          choices=["cosine", "linear", "constant"])
+    schedule: str = field("linear", "the paper: constant", choices=["cosine", "linear", "constant"])
     warmup: int = field(20, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.0, "AdamW weight decay")
     passkey_share: float = field(1.0, "share of rows with passkey prompts, none longer than L")
@@ -70,7 +69,7 @@ class FinetuneConfig(FitConfig):
     baseline: bool | None = field(None, "also fine-tune directly [not if rows have L tokens only]")
     eval: bool = field(True, "measure perplexity and passkeys before and after")
     lengths: list[int] = field([], "at these lengths [half, one, two and four times L, and L']")
-    max_tokens: int | None = field(None, "held-out tokens to measure perplexity on [about 16384]")
+    max_tokens: int | None = field(None, "held-out tokens to score [16384, or 2 longest lengths]")
     depths: int = field(10, "passkey: places of the key")
     trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
     results: str = field("", "table, as JSON, with its figure beside it [out/finetune-METHOD.json]")
@@ -97,26 +96,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     L, window = base.original_window, round(base.original_window * config.factor)    # L and L'
     target = dataclasses.replace(with_rope(base, rope), max_seq_len=window)
     lengths = sorted(set(config.lengths or [*four_lengths(base), window]))
-    experiments = list_experiments(config, rope, direct_out, base)
-    row = row_length(config, rope, L, window)
-    work = phases(config, experiments, target, row, lengths)
+    experiments = [e for e in list_experiments(config, rope, direct_out, base)
+                   if e.training or config.eval]
+    work = phases(config, experiments, target, lengths, world)
     if rank == 0:
-        print_header(target, config, device, row)
+        print_header(target, config, device, row_length(config, rope, L, window))
         print_phases(work)
     if config.dry_run:
         return
     tokenizer = load_tokenizer(config.model, base.vocab_size)
-    config.corpus = prepare_corpus(config, tokenizer, 2 * lengths[-1], rank)
-    held_out = TokenFile(config.corpus, "val")
+    config.corpus = prepare_corpus(config, tokenizer, 2 * max(*four_lengths(base), window), rank)
+    val = TokenFile(config.corpus, "val")
     for e in experiments:
         if e.training:  # made before any training: a bad flag shows before hours of work
             e.training.corpus = config.corpus
             e.batches = training_batches(e.training, e.rope, base, tokenizer, world)
     if config.eval:
-        documents, lengths = evaluation_documents(held_out, lengths, config.max_tokens, tokenizer)
+        texts, lengths = evaluation_documents(val, lengths, config.max_tokens, tokenizer, rank > 0)
 
     cache = ResultCache(config.results if rank == 0 and config.eval else "")
-    progress = Progress(work, quiet=rank > 0)
+    progress = Progress([(phase.name, phase.flops) for phase in work], quiet=rank > 0)
     rows = []
     for e in experiments:
         model = None  # one at a time: the next may need the memory
@@ -124,25 +123,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = 0.0
         if e.training:
             progress.next()
-            evaluate = validation(held_out, tokenizer, config.batch_size, e.batches.seq_len,
+            evaluate = validation(val, tokenizer, config.batch_size, e.batches.seq_len,
                                   positions=e.batches.positions)
             seconds = fit(model, e.training, e.batches, evaluate, tokenizer)
-            model = None
-            # What is measured is what was saved, as anyone will load it.
-            model = load_model(e.training.out, device=device, attention=config.attention)
+            if rank == 0:
+                print(f"{config.steps} steps in {seconds:.0f} s -> {e.training.out}")
         if config.eval:
+            if e.training:  # what is measured is what was saved, as anyone will load it
+                model = None
+                model = load_model(e.training.out, device=device, attention=config.attention)
             progress.next()
-            measured = measure_lengths(model, tokenizer, documents, lengths, config.depths,
+            measured = measure_lengths(model, tokenizer, texts, lengths, config.depths,
                                        config.trials, cache=cache)
             rows.append({"name": e.name, "model": model.path, "rope": model.config.rope.to_dict(),
                          "steps": config.steps if e.training else 0, "training_seconds": seconds,
                          **measured})
     if rank == 0 and config.eval:  # model is the last experiment's: it gives the conditions
         report = result(model, config.seed, rows=rows, window=window, lengths=lengths,
-                        documents=len(documents), tokens_scored=sum(len(d) - 1 for d in documents))
+                        parameters=parameter_count(target), documents=len(texts),
+                        tokens_scored=sum(len(d) - 1 for d in texts))
         write_report(config, cache, report | {"rope": target.rope.to_dict()})
-    if rank == 0:
-        print(f"the extended model is in {config.out}")
 
 
 def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: str,
@@ -165,7 +165,8 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
     if wants_baseline is None:
         wants_baseline = config.row_length is not None or not has_short_rows(config, rope)
     if wants_baseline:
-        positions = "contiguous" if config.row_length is None else config.positions
+        whole_rows = config.row_length in (None, round(base.original_window * config.factor))
+        positions = "contiguous" if whole_rows else "pose"
         direct = dataclasses.replace(direct, out=direct_out, positions=positions)
         experiments.append(Experiment("direct_finetuned", plain, direct))
     return experiments
@@ -176,8 +177,7 @@ def write_report(config: FinetuneConfig, cache: ResultCache, report: dict[str, A
     print(format_table(report["rows"], report["lengths"],
                        {"L": report["original_window"], "L'": report["window"]}))
     report |= {"model": config.model, "settings": dataclasses.asdict(config),
-               "parameters": parameter_count(load_config(config.model)), "stride": "window / 4",
-               **CONVENTIONS}
+               "stride": "window / 4", **CONVENTIONS}
     write_json(config.results, report)
     cache.delete()
     figure = Path(config.results).with_suffix(".png")

@@ -2,6 +2,8 @@
 import time
 from collections.abc import Sequence
 
+SHORT = 1.0  # seconds: a phase that took less was kept from an interrupted run, and tells no speed
+
 
 class Progress:
     """A line before each phase. The time left is that of the work so far, scaled.
@@ -13,17 +15,22 @@ class Progress:
         self.phases = list(phases)
         self.quiet = quiet
         self.begun = 0  # phases so far
-        self.started = time.perf_counter()
+        self.seconds = 0.0  # of those that were not kept,
+        self.done = 0.0     # and their work
+        self.last = 0.0     # when the phase in hand began
 
     def next(self) -> None:
         """Say that the next phase begins."""
-        name, _ = self.phases[self.begun]
-        done = sum(work for _, work in self.phases[:self.begun])
-        left = sum(work for _, work in self.phases[self.begun:])
-        line = f"{self.begun + 1} of {len(self.phases)}     {name}"
-        if done:
-            minutes = (time.perf_counter() - self.started) * left / done / 60
+        now = time.perf_counter()
+        if self.begun and now - self.last > SHORT:
+            self.seconds += now - self.last
+            self.done += self.phases[self.begun - 1][1]
+        line = f"{self.begun + 1} of {len(self.phases)}     {self.phases[self.begun][0]}"
+        if self.done:
+            left = sum(work for _, work in self.phases[self.begun:])
+            minutes = self.seconds * left / self.done / 60
             line += f" (the whole: about {minutes:.1f} minutes more)"
         if not self.quiet:
             print(line, flush=True)
         self.begun += 1
+        self.last = now

@@ -11,10 +11,12 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, read_json_object, write_json
-from data.prepare import (DEFAULT_MB, ROOT, PrepareConfig, prepare, replaced_folder,
-                          token_dtype)
-from data.sources import read_text, text_files
+from data.prepare import DEFAULT_MB, PrepareConfig, prepare, replaced_folder, token_dtype
+from data.sources import read_text, text_files, unwanted
 from data.tokenizer import Tokenizer, open_tokenizer
+
+
+CORPORA = Path("data/corpora")
 
 
 class TokenFile:
@@ -102,31 +104,42 @@ def check_max_tokens(max_tokens: int, window: int) -> None:
 
 
 def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: int | None,
-                         tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[int]]:
-    """Held-out documents to measure perplexity at all `lengths` on, as good as the corpus has them,
-    and the lengths that fit into them. What had to be done is said in a line.
+                         tokenizer: Tokenizer, quiet: bool = False
+                         ) -> tuple[list[np.ndarray], list[int]]:
+    """Held-out documents to measure at all `lengths` on, as good as the corpus has them, and the
+    lengths that fit into them. What had to be done is said in a line.
 
-    Documents are cut to twice the longest length: in shorter ones few tokens would have a full
-    window. Where none is so long, documents are joined. max_tokens: of all of them together
-    [16,384, or one document].
+    They are cut to twice the longest length: in shorter ones few tokens would have a full window.
+    If none is so long, the longest serves, if it is longer than all lengths, or documents are
+    joined. max_tokens: to score in all of them together [16,384, or one document].
     """
     require_same_tokenizer(corpus, tokenizer)
-    wanted = min(2 * max(lengths), max_tokens or len(corpus), len(corpus))
+    longest = max(lengths)
+    wanted = min(2 * longest, len(corpus))
+    if max_tokens is not None:
+        wanted = min(wanted, max_tokens + 1)
     count = max(1, (max_tokens or 16384) // wanted)
+    notes = []
     chosen = [document[:wanted]
               for document in itertools.islice(corpus.documents(wanted), count)]
     if not chosen:
-        joined = corpus.tokens[:count * wanted].astype(np.int64)
-        chosen = [joined[i:i + wanted] for i in range(0, len(joined) - wanted + 1, wanted)]
-        print(f"held out   no document has {wanted:,} tokens: shorter ones are joined")
-    fitting = [n for n in lengths if n < wanted]
+        chosen = sorted(corpus.documents(longest + 1), key=len)[-1:]
+    if not chosen:
+        starts = range(0, count * wanted, wanted)
+        pieces = [corpus.tokens[i:i + wanted].astype(np.int64) for i in starts]
+        chosen = [np.concatenate([[tokenizer.bos_id], piece])[:wanted]
+                  for piece in pieces if len(piece) == wanted]
+        notes.append(f"no document has {wanted:,} tokens: shorter ones are joined")
+    fitting = [n for n in lengths if n < len(chosen[0])]
     if not fitting:
-        raise UserError(f"{wanted:,} held-out tokens are fewer than the shortest length, "
-                        f"{min(lengths)}: give more text (or --max-tokens), shorter --lengths, or "
-                        "--no-eval")
+        raise UserError(f"{len(chosen[0]):,} held-out tokens are fewer than the shortest length, "
+                        f"{min(lengths)}, needs: give more text (or --max-tokens), shorter "
+                        "--lengths, or --no-eval")
     if fitting != list(lengths):
         missing = ", ".join(str(n) for n in lengths if n not in fitting)
-        print(f"held out   {wanted:,} tokens in a row: too few to measure {missing}")
+        notes.append(f"{len(chosen[0]):,} tokens in a row: too few to measure {missing}")
+    for note in notes if not quiet else []:
+        print(f"held out   {note}")
     return chosen, fitting
 
 
@@ -134,33 +147,40 @@ def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: 
 # A user's own text
 
 def corpus_of_text(names: Sequence[str], tokenizer: Tokenizer, held_out: int) -> Path:
-    """A token folder of the user's files and folders of them, made once.
+    """A token folder of the user's files and folders of them, made once. A text counts once.
 
-    The end of the longest file is held out: a tenth of all tokens, or `held_out` if that is more,
-    but at most a third of the file.
+    The end of the longest text is held out: a tenth of all tokens, or `held_out` if that is more,
+    but at most a third of it.
     """
-    paths = [path for path, _ in text_files(list(names))]
-    texts = [read_text(path) or "" for path in paths]
+    texts = {}
+    for path, _ in text_files(list(names)):
+        text = read_text(path)
+        if unwanted(text) is None:
+            texts.setdefault(" ".join(text.split()), (path, text))
+    if not texts:
+        raise UserError(f"--text {' '.join(map(str, names))}: no text in it")
+    paths, texts = zip(*texts.values())
     key = json.dumps([texts, tokenizer.sha256, held_out]).encode()
-    out = ROOT / "data" / "corpora" / f"text-{hashlib.sha256(key).hexdigest()[:12]}"
+    out = CORPORA / f"text-{hashlib.sha256(key).hexdigest()[:12]}"
     if find_problem(out, read_json_object(out / "meta.json"), tokenizer) is None:
         return out
     documents = [np.array(ids, np.int64)
-                 for ids in tokenizer.encode_batch(texts, bos=True, eos=True)]
+                 for ids in tokenizer.encode_batch(list(texts), bos=True, eos=True)]
     total = sum(map(len, documents))
     longest = max(range(len(documents)), key=lambda i: len(documents[i]))
     document = documents[longest]
-    split = len(document) - min(max(total // 10, held_out), len(document) // 3)
-    documents[longest] = document[:split]
-    validation = np.concatenate([document[:1], document[split:]])  # BOS in front
+    held_out = max(held_out, total // 10)
+    held_out = min(held_out, len(document) // 3)
+    documents[longest] = document[:-held_out]
+    validation = np.concatenate([document[:1], document[-held_out:]])  # BOS in front
     with replaced_folder(out) as folder:
         splits = {"train": write_tokens(folder, "train", documents, tokenizer),
                   "val": write_tokens(folder, "val", [validation], tokenizer)}
         write_json(folder / "meta.json", {
             "source": "text", "files": [str(path) for path in paths], "splits": splits,
             "tokenizer_sha256": tokenizer.sha256, "dtype": token_dtype(tokenizer)})
-    print(f"text       {total:,} tokens; the last {len(document) - split:,} of {paths[longest]} "
-          f"are held out -> {out}")
+    print(f"text       {total:,} tokens; the last {held_out:,} of {paths[longest]} are held out "
+          f"-> {out}")
     return out
 
 
@@ -190,14 +210,20 @@ def corpus_for(folder: str | Path, tokenizer: Tokenizer, max_mb: float | None = 
     meta = read_json_object(folder / "meta.json")
     if meta.get("source", "python") != "python":
         return folder
+    own_name = f"{folder.name}-{tokenizer.sha256[:8]}"  # of this tokenizer
     if meta.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-        folder = folder.with_name(f"{folder.name}-{tokenizer.sha256[:8]}")
+        folder = folder.with_name(own_name)
         meta = read_json_object(folder / "meta.json")
     if max_mb is None:
         return folder
     another_size = is_smaller(meta, max_mb) if meta else (
         is_default and max_mb != DEFAULT_MB["python"])
-    return folder.with_name(f"{folder.name}-{max_mb:g}mb") if another_size else folder
+    if another_size:
+        folder = folder.with_name(f"{folder.name}-{max_mb:g}mb")
+        meta = read_json_object(folder / "meta.json")
+        if meta.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+            folder = folder.with_name(f"{own_name}-{max_mb:g}mb")
+    return folder
 
 
 def is_smaller(meta: dict, max_mb: float) -> bool:

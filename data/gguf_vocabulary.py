@@ -104,7 +104,8 @@ def generation_ids(files: dict[str, bytes], keys: dict) -> dict:
     (eot) and end of message (eom)."""
     said = json_of_file(files, "generation_config.json")
     ends = said.get("eos_token_id")
-    others = [i for i in ends if i != keys["eos_token_id"]] if isinstance(ends, list) else []
+    ends = ends if isinstance(ends, list) else [ends]
+    others = [i for i in ends if i != keys["eos_token_id"]]
     found = dict(zip(("eot_token_id", "eom_token_id"), others))
     found["padding_token_id"] = said.get("pad_token_id")
     return {name: i for name, i in found.items()

@@ -84,9 +84,11 @@ def prepare(config: PrepareConfig) -> Path:
     tokenizer = tokenizer_for(config, splits["train"] or splits["val"], read)
 
     readers = {split: read for split in splits}
-    if len(documents) == 1 and config.val_fraction > 0:  # a single book: both splits get a part
+    if len(documents) == 1 and 0 < config.val_fraction < 1:  # a single book is cut
         splits = {split: [path for _, _, path in documents] for split in splits}
-        readers = {split: partial(read_part, read, split) for split in splits}
+        share = max(config.val_fraction, 0.1)
+        readers = {split: partial(read_part, read, split, share) for split in splits}
+        print(f"a single document: its last {share:.0%} is for validation")
     counts = {}
     with replaced_folder(out) as folder:
         for split, paths in splits.items():
@@ -191,12 +193,12 @@ def split_documents(documents: list[tuple], val_fraction: float) -> dict[str, li
     return splits
 
 
-def read_part(read: Callable, split: str, path: str | Path) -> str:
-    """The part of a single document that a split gets: the last tenth is for validation. Cut at
-    the end of a line, if there is one."""
+def read_part(read: Callable, split: str, share: float, path: str | Path) -> str:
+    """The part of a single document that a split gets: the last `share` of it is for validation.
+    It is cut at the end of a line, if one ends near."""
     text = read(path)
-    cut = len(text) * 9 // 10
-    cut = text.rfind("\n", 0, cut) + 1 or cut
+    cut = round(len(text) * (1 - share))
+    cut = text.rfind("\n", cut * 9 // 10, cut) + 1 or cut
     return text[:cut] if split == "train" else text[cut:]
 
 

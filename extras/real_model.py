@@ -8,11 +8,12 @@ CPU if it has to be.
 
 Every method sees the same rows in the same order. A row has only 1,024 tokens, but its positions
 skip (PoSE) and so reach 16,384: that is what makes a step cheap. Each model reads the first 16,384
-tokens of texts that it was not trained on as one window, and its loss is averaged by position:
+tokens of texts that it was not fine-tuned on as one window, and its loss is averaged by position:
 inside the old window, and beyond it.
 
 Every training saves itself and every measurement is kept: after an interruption the same command
-goes on. It goes on, too, with more --steps, --methods or --seeds than before.
+goes on. It goes on, too, with more --steps, --methods or --seeds than before. A training takes
+some 2 GB of disk for SmolLM2.
 """
 import dataclasses
 import math
@@ -37,7 +38,7 @@ from common.files import read_json, write_json
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
-from extras.sweep import Run, is_past, load_tokenizer_once, weight_digest
+from extras.sweep import Run, corpus_label, is_past, load_tokenizer_once, weight_digest
 from extras.sweep_tables import cell, markdown, method_label
 from finetune import FinetuneConfig
 from methods import ALIASES, parse_rope_flag
@@ -83,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     c = parse(RealModelConfig, __doc__, argv)
     c.methods = list(dict.fromkeys(ALIASES.get(method, method) for method in c.methods))
     c.steps, c.seeds = sorted(set(c.steps)), list(dict.fromkeys(c.seeds))
-    check(c)
+    check_request(c)
     device, base = choose_device(c.device), load_config(c.model)
     L, window = base.original_window, round(base.original_window * c.factor)
     tokenizer = load_tokenizer_once(c.model)
     c.corpus = str(ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb))
+    for seed in c.seeds:
+        for method in c.methods:  # another training in a folder is refused now, not after hours
+            is_past(settings_of_run(c, method, seed, c.steps[-1]), c.steps[-1])
     documents = documents_to_measure(c, tokenizer, window)
     tokens = c.batch_size * c.row_length
     print(f"device     {describe_device(device)}\n"
@@ -117,14 +121,21 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"{Path(c.out).with_suffix('.png')}")
 
 
-def check(c: RealModelConfig) -> None:
+def check_request(c: RealModelConfig) -> None:
     """A UserError for settings that cannot work, before any work."""
-    if min(c.steps) < 1 or c.keys < 0 or min(c.seeds) < 0:
-        raise UserError("--steps have to be at least 1, --keys and --seeds at least 0")
-    if min(c.batch_size, c.row_length) < 1 or not (c.lr > 0 and math.isfinite(c.lr)):
-        raise UserError("--batch-size and --row-length have to be at least 1, --lr above 0")
     if not (1 < c.factor and math.isfinite(c.factor)):
         raise UserError(f"--factor {c.factor}: give a number above 1")
+    window = round(load_config(c.model).original_window * c.factor)
+    if min(c.steps) < 1 or c.keys < 0 or min(c.seeds) < 0:
+        raise UserError("--steps have to be at least 1, --keys and --seeds at least 0")
+    if c.batch_size < 1 or not (c.lr > 0 and math.isfinite(c.lr)):
+        raise UserError("--batch-size has to be at least 1, --lr above 0")
+    if not 1 <= c.row_length <= window:
+        raise UserError(f"--row-length {c.row_length}: has to be from 1 to L' = {window}")
+    for method in c.methods:
+        if parse_rope_flag(method).get("factor", c.factor) != c.factor:
+            raise UserError(f"{method}: its own factor contradicts --factor {c.factor:g}: give one "
+                            "of them")
     if len({Path(path).stem for path in c.text}) < len(c.text):
         raise UserError("--text: two files have the same name, which is that of their table: "
                         "rename one of them")
@@ -135,7 +146,8 @@ def check(c: RealModelConfig) -> None:
 
 def documents_to_measure(c: RealModelConfig, tokenizer: Tokenizer, window: int
                          ) -> dict[str, np.ndarray]:
-    """{kind of text: its first L' + 1 tokens}, none of it in the training text."""
+    """{kind of text: its first L' + 1 tokens}. By default none of it is in the training text; for
+    --text the user has to see to that."""
     length = window + 1
     if c.text:
         return {Path(path).stem: read_documents([path], tokenizer, length, window)[0]
@@ -145,7 +157,7 @@ def documents_to_measure(c: RealModelConfig, tokenizer: Tokenizer, window: int
     if len(prose) < length:
         raise UserError(f"the prose of Python's language reference has {len(prose)} tokens, "
                         f"{length} are needed: name texts with --text")
-    return {"held-out code": code, "language reference": prose[:length]}
+    return {f"held-out {corpus_label(c.corpus)}": code, "language reference": prose[:length]}
 
 
 def language_reference() -> str:
@@ -161,12 +173,11 @@ def run_method(c: RealModelConfig, method: str, seed: int, documents: dict[str, 
                tokenizer: Tokenizer, device: torch.device) -> list[dict[str, Any]]:
     """Measure a method untrained and after every number of steps: a row each. The untrained model
     is the same for all seeds, so only the first one measures it."""
-    folder = Path(c.folder) / Run(method, c.factor, seed, tuple(c.steps)).name
-    cache = ResultCache(f"{folder}.json", quiet=True)
+    cache = ResultCache(f"{training_folder(c, method, seed)}.json", quiet=True)
     rows = []
     for steps in [0, *c.steps] if seed == c.seeds[0] else c.steps:
         keys = c.keys if steps in (0, c.steps[-1]) else 0
-        settings = settings_of_run(c, method, seed, max(steps, 1), folder)
+        settings = settings_of_run(c, method, seed, max(steps, 1))
         conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps, keys,
                       read_json(Path(c.corpus) / "meta.json")["splits"], device.type,
                       {kind: ids.tolist() for kind, ids in documents.items()}, versions()]
@@ -184,17 +195,20 @@ def run_method(c: RealModelConfig, method: str, seed: int, documents: dict[str, 
     return rows
 
 
-def settings_of_run(c: RealModelConfig, method: str, seed: int, steps: int, folder: Path
-                      ) -> FinetuneConfig:
+def training_folder(c: RealModelConfig, method: str, seed: int) -> Path:
+    return Path(c.folder) / Run(method, c.factor, seed, tuple(c.steps)).name
+
+
+def settings_of_run(c: RealModelConfig, method: str, seed: int, steps: int) -> FinetuneConfig:
     return FinetuneConfig(
-        model=c.model, rope=method, factor=c.factor, out=str(folder), steps=steps,
-        batch_size=c.batch_size, row_length=c.row_length, positions="pose", lr=c.lr,
+        model=c.model, rope=method, factor=c.factor, out=str(training_folder(c, method, seed)),
+        steps=steps, batch_size=c.batch_size, row_length=c.row_length, positions="pose", lr=c.lr,
         schedule="constant", warmup=c.warmup, passkey_share=0.0, seed=seed, corpus=c.corpus,
         device=c.device, dtype=c.dtype, save_every=5, eval_every=10**6, log_every=1)
 
 
 def model_after(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, device: torch.device
-                  ) -> tuple[LLaMA, float]:
+                ) -> tuple[LLaMA, float]:
     """The pretrained model with a method's positions after `steps` steps, and the seconds of its
     training so far."""
     base = load_config(settings.model)
@@ -205,7 +219,9 @@ def model_after(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, devi
     model = load_extended(settings.model, rope, L, window, device, "auto")
     if steps == 0:
         return model, 0.0
-    settings.fresh = is_past(settings, steps)
+    if is_past(settings, steps):
+        raise UserError(f"{settings.out} holds a training of more than {steps} steps: to measure "
+                        "it there, give another --folder")
     batches = training_batches(settings, rope, base, tokenizer, ranks=1)
     return model, fit(model, settings, batches, None, tokenizer)
 

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -637,6 +638,11 @@ def test_the_default_corpus_has_a_folder_for_each_size(own, tmp_path):
         assert corpus_for(folder, own, 96) == expected
         assert corpus_for(folder, own, 32) == corpus_for(folder, own) == folder
     stranger = types.SimpleNamespace(sha256="0a1b2c3d4e5f")
+    alone = tmp_path / "alone"  # where python is not there, and python-96mb of another tokenizer is
+    (alone / "python-96mb").mkdir(parents=True)
+    shutil.copy(folder / "meta.json", alone / "python-96mb")
+    assert corpus_for(alone / "python", own, 96) == alone / "python-96mb"
+    assert corpus_for(alone / "python", stranger, 96) == alone / "python-0a1b2c3d-96mb"
     assert corpus_for(folder, stranger, 96) == tmp_path / "python-0a1b2c3d-96mb"
     assert corpus_for(tmp_path / "mine", own, 96) == tmp_path / "mine"
 
@@ -938,5 +944,9 @@ def test_a_single_book_is_cut_in_two(own, tmp_path):
         return own.decode(document[1:-1].tolist())
     assert part("train") + part("val") == text
     assert 0.09 < len(part("val")) / len(text) < 0.11
+    config.val_fraction = 0.5
+    assert 0.49 < len(part("val")) / len(text) < 0.51
     config.val_fraction = 0
     assert part("train") == text
+    config.val_fraction = 1
+    assert part("val") == text

@@ -457,7 +457,7 @@ def test_table_without_passkeys_has_dashes():
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     """A file of numbered sentences; the token folder made of it lies beside it."""
-    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "book.txt"
     path.write_text("\n".join(f"Sentence {i} of the book is here." for i in range(1500)))
     return path
@@ -465,7 +465,9 @@ def book(tmp_path, monkeypatch):
 
 def test_a_single_book_trains_and_its_end_is_held_out(base, run_finetune, book, tokenizer, L,
                                                       tmp_path, capsys):
-    result = run_finetune(base, tmp_path, "--corpus", "data/corpora/python", "--text", book)
+    (tmp_path / "copy.txt").write_text(book.read_text().replace("\n", "\r\n"))
+    flags = ["--corpus", "data/corpora/python", "--text", book, tmp_path / "copy.txt"]
+    result = run_finetune(base, tmp_path, *flags)
     folder = result["settings"]["corpus"]
     printed = capsys.readouterr().out
     assert f"of {book} are held out -> {folder}" in printed
@@ -475,8 +477,11 @@ def test_a_single_book_trains_and_its_end_is_held_out(base, run_finetune, book, 
     assert [*train.tokens, *val.tokens[1:]] == ids  # nothing lost, nothing in both
     assert val.tokens[0] == tokenizer.bos_id
     assert len(val) - 1 == max(len(ids) // 10, 8 * L)
-    run_finetune(base, tmp_path, "--corpus", "data/corpora/python", "--text", book)
+    run_finetune(base, tmp_path, *flags, "--lengths", L)  # resumes: --lengths changes no training
     assert "held out ->" not in capsys.readouterr().out, "made once"
+    book.write_text("")
+    with pytest.raises(UserError, match="the file is empty"):
+        run_finetune(base, tmp_path, *flags)
 
 
 def test_text_that_is_too_short_to_measure_all_lengths(base, run_finetune, book, L, tmp_path,
@@ -500,12 +505,18 @@ def test_short_documents_are_joined(tokenizer, tmp_path, monkeypatch, capsys):
     documents, lengths = evaluation_documents(corpus, [40, 60], None, tokenizer)
     joined = np.concatenate(pieces)
     assert [len(document) for document in documents] == [120, 120, 120]
-    assert np.array_equal(np.concatenate(documents), joined[:360])
+    for i, document in enumerate(documents):
+        assert document[0] == tokenizer.bos_id
+        assert np.array_equal(document[1:], joined[120 * i:120 * i + 119])
     assert lengths == [40, 60]
     assert "shorter ones are joined" in capsys.readouterr().out
     documents, _ = evaluation_documents(corpus, [10, 20], None, tokenizer)
     assert np.array_equal(documents[0], pieces[3]), "a document that is long enough is whole"
-    with pytest.raises(UserError, match="30 held-out tokens are fewer than the shortest length"):
+    documents, lengths = evaluation_documents(corpus, [20, 43], None, tokenizer)
+    assert [list(document) for document in documents] == [list(pieces[8])], "the longest serves"
+    documents, lengths = evaluation_documents(corpus, [10, 20], 20, tokenizer)
+    assert (len(documents[0]), lengths) == (21, [10, 20])
+    with pytest.raises(UserError, match="31 held-out tokens are fewer than the shortest length"):
         evaluation_documents(corpus, [40, 60], 30, tokenizer)
 
 
@@ -513,7 +524,7 @@ def test_lengths_and_max_tokens_bound_the_evaluation(base, run_finetune, L, tmp_
     result = run_finetune(base, tmp_path, "--lengths", L, 3 * L, "--max-tokens", 2 * L,
                           "--steps", 1)
     assert result["lengths"] == [L], "3 L does not fit into 2 L tokens"
-    assert result["tokens_scored"] == 2 * L - 1
+    assert result["tokens_scored"] == 2 * L
     assert {tuple(row["perplexity"]) for row in result["rows"]} == {(str(L),)}
 
 
@@ -537,6 +548,19 @@ def test_short_rows_skip_to_all_positions_for_both_sides(recorded, base, run_fin
         assert all(torch.equal(a, b) for a, b in zip(our_batches(step), direct_batches(step)))
     with pytest.raises(UserError, match=f"--row-length {2 * L + 1}: has to be from 1 to L'"):
         run_finetune(base, tmp_path, "--row-length", 2 * L + 1)
+
+
+@pytest.mark.parametrize("rope", ["clex", "drope"])
+def test_direct_fine_tuning_beside_methods_with_positions_of_their_own(recorded, base,
+                                                                       run_finetune, tmp_path, rope,
+                                                                       L):
+    run_finetune(base, tmp_path, "--rope", rope, "--row-length", 80, "--passkey-share", 0)
+    _, direct, batches = recorded[1]
+    assert (direct.rope, direct.positions) == ("default", "pose")
+    assert batches(0)[2].max() > L
+    if rope == "clex":
+        with pytest.raises(UserError, match=f"rows of at most L = {L}"):
+            run_finetune(base, tmp_path, "--rope", rope, "--row-length", L + 1)
 
 
 def test_validation_rows_are_those_of_training(recorded, base, run_finetune, tmp_path, monkeypatch):

@@ -76,6 +76,10 @@ def test_what_is_measured_is_kept_and_more_steps_go_on(command, monkeypatch, tmp
     fresh = command("--steps", "4", "--methods", "linear", "--folder", str(tmp_path / "fresh"))
     seconds = {"training_seconds": 0.0}
     assert fresh["rows"][1] | seconds == more[3] | seconds, "in one go it is the same"
+    with pytest.raises(UserError, match="holds a training of more than 2 steps"):
+        command("--steps", "2", "4", "--methods", "linear")
+    with pytest.raises(UserError, match="other settings: give another --folder"):
+        command("--lr", "1e-3")
 
 
 def test_two_seeds_share_the_untrained_rows(command):
@@ -96,7 +100,10 @@ def test_bands_are_means_of_losses():
 
 @pytest.mark.parametrize("flags, words", [
     (["--steps", "0"], "--steps have to be at least 1"),
-    (["--row-length", "0"], "--row-length have to be at least 1"),
+    (["--row-length", "0"], "--row-length 0: has to be from 1 to L' = 512"),
+    (["--row-length", "513"], "--row-length 513: has to be from 1"),
+    (["--methods", "linear", "nosuch"], "nosuch"),
+    (["--methods", '{"rope_type": "yarn", "factor": 4}'], "its own factor contradicts --factor 2"),
     (["--factor", "1"], "--factor 1.0: give a number above 1"),
     (["--text", "missing.txt"], "missing.txt: no such file")])
 def test_wrong_input(command, flags, words):
@@ -110,5 +117,5 @@ def test_texts_of_every_python(base, corpus_folder, tmp_path):
                      "--steps", "1", "--methods", "linear", "--folder", str(tmp_path / "runs"),
                      "--out", str(tmp_path / "r.json"), "--device", "cpu"])
     result = json.loads((tmp_path / "r.json").read_text())
-    assert list(result["documents"]) == ["held-out code", "language reference"]
+    assert list(result["documents"]) == ["held-out tokens", "language reference"]
     assert set(result["documents"].values()) == {2 * L + 1}

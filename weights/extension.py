@@ -1,10 +1,11 @@
-"""Behind finetune.py: its flags completed and checked, and a model loaded with other positions."""
+"""Behind finetune.py: its flags completed and checked, what it will take, its corpus and batches,
+and a model loaded with other positions."""
 import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,6 +57,9 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
         if not 1 <= config.row_length <= window:
             raise UserError(f"--row-length {config.row_length}: has to be from 1 to L' = {window}")
         own_way = METHODS[rope["rope_type"]].trained_on
+        if own_way == "random" and config.row_length > base.original_window:
+            raise UserError(f"--row-length {config.row_length}: this method trains on rows of at "
+                            f"most L = {base.original_window}")
         if config.positions == "own" and own_way == "target" and config.row_length < window:
             config = dataclasses.replace(config, positions="pose")
     check_evaluation(config)
@@ -132,27 +136,39 @@ def prepare_corpus(config: Any, tokenizer: Tokenizer, held_out: int, rank: int) 
     return str(corpus_for(config.corpus, tokenizer, config.corpus_mb))
 
 
-def phases(config: Any, experiments: Sequence[Any], shape: ModelConfig, row: int,
-           lengths: Sequence[int]) -> list[tuple[str, float]]:
-    """(name, floating-point operations) of everything that finetune.py will do."""
+class Phase(NamedTuple):
+    """A part of finetune.py's work, in floating-point operations."""
+    name: str
+    flops: float
+    is_training: bool
+
+
+def phases(config: Any, experiments: Sequence[Any], shape: ModelConfig, lengths: Sequence[int],
+           ranks: int) -> list[Phase]:
+    """Everything that finetune.py will do, in order."""
     found = []
-    rows = config.steps * config.batch_size * config.accumulate
-    keys = config.depths * config.trials
-    tokens = config.max_tokens or max(16384, 2 * max(lengths))
+    rows = config.steps * config.batch_size * config.accumulate * ranks
+    longest = max(lengths)
+    length = min(2 * longest, config.max_tokens or 2 * longest)
+    documents = max(1, (config.max_tokens or 16384) // length)
     for e in experiments:
         if e.training:
-            training = rows * row * flops_per_token(shape, row)
-            found.append((f"{e.name}: training, {config.steps} steps", training))
+            row = row_length(e.training, e.rope, shape.original_window, shape.max_seq_len)
+            flops = rows * row * flops_per_token(shape, row)
+            if config.recompute:
+                flops *= 4 / 3
+            found.append(Phase(f"{e.name}: training, {config.steps} steps", flops, True))
         if config.eval:
-            measuring = evaluation_flops(shape, lengths, tokens, keys)
-            found.append((f"{e.name}: measuring", measuring))
+            flops = evaluation_flops(shape, lengths, documents, length,
+                                     config.depths * config.trials)
+            found.append(Phase(f"{e.name}: measuring", flops, False))
     return found
 
 
-def print_phases(work: Sequence[tuple[str, float]]) -> None:
-    """How the whole work is shared among training and measuring."""
-    whole = sum(flops for _, flops in work)
-    training = sum(flops for name, flops in work if "training" in name)
+def print_phases(work: Sequence[Phase]) -> None:
+    """How the whole work is shared between training and measuring."""
+    whole = sum(phase.flops for phase in work)
+    training = sum(phase.flops for phase in work if phase.is_training)
     print(f"in all     {len(work)} phases, {whole:.2e} floating-point operations: "
           f"{training / whole:.0%} training, {1 - training / whole:.0%} measuring")
 

@@ -48,12 +48,13 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     return int(3 * forward if training else forward)
 
 
-def evaluation_flops(config: ModelConfig, lengths: Sequence[int], tokens: int, keys: int) -> float:
-    """Floating-point operations to measure perplexity on `tokens` tokens with stride n / 4, and
-    `keys` passkeys, at every length n."""
+def evaluation_flops(config: ModelConfig, lengths: Sequence[int], documents: int, length: int,
+                     keys: int) -> float:
+    """Floating-point operations to measure, at every length n, perplexity on documents of `length`
+    tokens with stride n / 4, and `keys` passkeys."""
     flops = 0.0
     for n in lengths:
-        read = min(4, max(1, 2 * tokens / n - 1)) * tokens + keys * n  # a short text has one window
+        read = documents * max(4 * length - 3 * n, length) + keys * n
         flops += read * flops_per_token(config, n, training=False)
     return flops
 
