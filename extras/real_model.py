@@ -3,6 +3,7 @@ CPU if it has to be.
 
     python -m weights fetch                     # the model, 93 MB
     python extras/real_model.py                 # PI and direct fine-tuning, 25 steps
+    python extras/real_model.py --untrained yarn ntk_by_parts      # and these, not fine-tuned
     python extras/real_model.py --methods default linear yarn ntk_by_parts \\
         '{"rope_type": "dprope", "interpolated_dims": 40}' --steps 10 25 50 100 --keys 3 --seeds 0 1
 
@@ -59,6 +60,7 @@ class RealModelConfig:
     model: str = field("out/smollm2/smollm2-135m-instruct.gguf", "pretrained model")
     methods: list[str] = field(["default", "linear"], "names or JSON objects; default is direct "
                                "fine-tuning")
+    untrained: list[str] = field([], "methods that are only measured, without training")
     factor: float = field(2.0, "s = L'/L")
     steps: list[int] = field([10, 25], "measured after so many optimiser steps, and untrained")
     seeds: list[int] = field([0], "of the order of the training rows, and of the keys")
@@ -83,6 +85,7 @@ class RealModelConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     c = parse(RealModelConfig, __doc__, argv)
     c.methods = list(dict.fromkeys(ALIASES.get(method, method) for method in c.methods))
+    c.untrained = list(dict.fromkeys(ALIASES.get(method, method) for method in c.untrained))
     c.steps, c.seeds = sorted(set(c.steps)), list(dict.fromkeys(c.seeds))
     check_request(c)
     device, base = choose_device(c.device), load_config(c.model)
@@ -109,11 +112,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": describe_device(device), "versions": versions(), "command": command_line()}
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    for seed in c.seeds:
-        for method in c.methods:
-            rows += run_method(c, method, seed, documents, tokenizer, device)
-            seconds = time.perf_counter() - started
-            save_report(c, report | {"rows": rows, "seconds": seconds})
+    runs = [(method, c.seeds[0], [0]) for method in c.untrained if method not in c.methods]
+    runs += [(method, seed, [0, *c.steps] if seed == c.seeds[0] else c.steps)
+             for seed in c.seeds for method in c.methods]
+    for method, seed, steps in runs:
+        rows += run_method(c, method, seed, steps, documents, tokenizer, device)
+        seconds = time.perf_counter() - started
+        save_report(c, report | {"rows": rows, "seconds": seconds})
     for table in tables(read_json(c.out)):
         print(markdown(*table))
     print(f"\n(each text read once, as one window of {window:,} tokens; seeds "
@@ -132,7 +137,7 @@ def check_request(c: RealModelConfig) -> None:
         raise UserError("--batch-size has to be at least 1, --lr above 0")
     if not 1 <= c.row_length <= window:
         raise UserError(f"--row-length {c.row_length}: has to be from 1 to L' = {window}")
-    for method in c.methods:
+    for method in [*c.methods, *c.untrained]:
         if parse_rope_flag(method).get("factor", c.factor) != c.factor:
             raise UserError(f"{method}: its own factor contradicts --factor {c.factor:g}: give one "
                             "of them")
@@ -169,13 +174,14 @@ def language_reference() -> str:
 # ---- One method ----------------------------------------------------------------------------------
 
 
-def run_method(c: RealModelConfig, method: str, seed: int, documents: dict[str, np.ndarray],
-               tokenizer: Tokenizer, device: torch.device) -> list[dict[str, Any]]:
-    """Measure a method untrained and after every number of steps: a row each. The untrained model
-    is the same for all seeds, so only the first one measures it."""
+def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: list[int],
+               documents: dict[str, np.ndarray], tokenizer: Tokenizer, device: torch.device
+               ) -> list[dict[str, Any]]:
+    """Measure a method after every number of steps, 0 among them for the first seed: untrained it
+    is the same for all. A row each."""
     cache = ResultCache(f"{training_folder(c, method, seed)}.json", quiet=True)
     rows = []
-    for steps in [0, *c.steps] if seed == c.seeds[0] else c.steps:
+    for steps in numbers_of_steps:
         keys = c.keys if steps in (0, c.steps[-1]) else 0
         settings = settings_of_run(c, method, seed, max(steps, 1))
         conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps, keys,

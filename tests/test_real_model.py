@@ -93,6 +93,16 @@ def test_two_seeds_share_the_untrained_rows(command):
     assert found[1][3].endswith(" of 2")
 
 
+def test_methods_that_are_only_measured(command, base, text, tokenizer):
+    rows = command("--methods", "linear", "--untrained", "yarn", "pi", "--steps", "1")["rows"]
+    assert [(row["method"], row["steps"]) for row in rows] == [
+        ("yarn", 0), ("linear", 0), ("linear", 1)]
+    ids = torch.tensor(tokenizer.encode(text.read_text(), bos=True)[:2 * L + 1]).numpy()
+    yarn = load_model(base, rope={"rope_type": "yarn", "factor": 2})
+    measured = perplexity(yarn, [ids], 2 * L, 2 * L, bins=16, progress=False)
+    assert rows[0]["nll_by_position"]["prose"] == measured["nll_by_context"]
+
+
 def test_bands_are_means_of_losses():
     row = {"nll_by_position": {"x": [float(i) for i in range(16)]}}
     assert by_band(row, "x") == [math.exp(sum(range(a, b)) / (b - a)) for a, b in BANDS]
