@@ -34,7 +34,8 @@ COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
            "#808080", "#B5A400", "#5D3A9B", "#00B7C3"]
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h"]
 # Method i has colour and marker i. Methods that are not here take those that follow.
-METHOD_ORDER = ["default", "ntk", "linear", "yarn", "ntk_by_parts", "dprope", "dynamic", "llama3"]
+METHOD_ORDER = ["default", "ntk", "linear", "yarn", "ntk_by_parts", "dprope", "dynamic", "llama3",
+                "dynamic_yarn", "abf", '{"rope_type": "dprope", "interpolated_dims": 40}']
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 150,
                      "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3,
                      "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False})
