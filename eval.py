@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.grid import accuracy_grid
 from common.jobs import Window, map_windows
 from common.results import result
-from data.corpus import (check_max_tokens, ensure_corpus, read_documents, validation_documents)
+from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
 from data.retrieval import retrieve_passkeys
 from data.tokenizer import Tokenizer

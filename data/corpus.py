@@ -11,12 +11,13 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import read_json, read_json_object, write_json
-from data.prepare import DEFAULT_MB, PrepareConfig, prepare, replaced_folder, token_dtype
+from data.prepare import (DEFAULT_MB, PrepareConfig, prepare, read_part, replaced_folder,
+                          token_dtype, write_split)
 from data.sources import read_text, text_files, unwanted
 from data.tokenizer import Tokenizer, open_tokenizer
 
-
 CORPORA = Path("data/corpora")
+CHARACTERS_A_TOKEN = 4  # of prose, in tokenizers of 50,000 pieces; smaller ones have fewer
 
 
 class TokenFile:
@@ -149,8 +150,8 @@ def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: 
 def corpus_of_text(names: Sequence[str], tokenizer: Tokenizer, held_out: int) -> Path:
     """A token folder of the user's files and folders of them, made once. A text counts once.
 
-    The end of the longest text is held out: a tenth of all tokens, or `held_out` if that is more,
-    but at most a third of it.
+    The end of the longest text is held out: a tenth of all text, or about `held_out` tokens if that
+    is more, but at most a third of it.
     """
     texts = {}
     for path, _ in text_files(list(names)):
@@ -159,38 +160,27 @@ def corpus_of_text(names: Sequence[str], tokenizer: Tokenizer, held_out: int) ->
             texts.setdefault(" ".join(text.split()), (path, text))
     if not texts:
         raise UserError(f"--text {' '.join(map(str, names))}: no text in it")
-    paths, texts = zip(*texts.values())
-    key = json.dumps([texts, tokenizer.sha256, held_out]).encode()
+    texts = dict(texts.values())
+    longest = max(texts, key=lambda path: len(texts[path]))
+    total = sum(map(len, texts.values()))
+    share = max(total / 10, CHARACTERS_A_TOKEN * held_out) / len(texts[longest])
+    share = min(share, 1 / 3)
+    key = json.dumps([list(texts.values()), tokenizer.sha256, held_out]).encode()
     out = CORPORA / f"text-{hashlib.sha256(key).hexdigest()[:12]}"
     if find_problem(out, read_json_object(out / "meta.json"), tokenizer) is None:
         return out
-    documents = [np.array(ids, np.int64)
-                 for ids in tokenizer.encode_batch(list(texts), bos=True, eos=True)]
-    total = sum(map(len, documents))
-    longest = max(range(len(documents)), key=lambda i: len(documents[i]))
-    document = documents[longest]
-    held_out = max(held_out, total // 10)
-    held_out = min(held_out, len(document) // 3)
-    documents[longest] = document[:-held_out]
-    validation = np.concatenate([document[:1], document[-held_out:]])  # BOS in front
+
+    validation = read_part(texts.get, "val", share, longest)
+    texts[longest] = read_part(texts.get, "train", share, longest)
     with replaced_folder(out) as folder:
-        splits = {"train": write_tokens(folder, "train", documents, tokenizer),
-                  "val": write_tokens(folder, "val", [validation], tokenizer)}
+        splits = {"train": write_split(folder, "train", list(texts), texts.get, tokenizer),
+                  "val": write_split(folder, "val", [validation], str, tokenizer)}
         write_json(folder / "meta.json", {
-            "source": "text", "files": [str(path) for path in paths], "splits": splits,
+            "source": "text", "files": list(map(str, texts)), "splits": splits,
             "tokenizer_sha256": tokenizer.sha256, "dtype": token_dtype(tokenizer)})
-    print(f"text       {total:,} tokens; the last {held_out:,} of {paths[longest]} are held out "
-          f"-> {out}")
+    print(f"text       {splits['train']['tokens']:,} tokens to train on; the last {share:.0%} of "
+          f"{longest} are held out, {splits['val']['tokens']:,} tokens -> {out}")
     return out
-
-
-def write_tokens(folder: Path, split: str, documents: Sequence[np.ndarray],
-                 tokenizer: Tokenizer) -> dict[str, int]:
-    """SPLIT.bin and SPLIT.docs.npy in a new folder; returns their counts for meta.json."""
-    tokens = np.concatenate(documents).astype(token_dtype(tokenizer))
-    tokens.tofile(folder / f"{split}.bin")
-    np.save(folder / f"{split}.docs.npy", np.cumsum([0, *map(len, documents)]))
-    return {"documents": len(documents), "tokens": len(tokens)}
 
 
 # --------------------------------------------------------------------------------------------------

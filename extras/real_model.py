@@ -17,6 +17,7 @@ goes on. It goes on, too, with more --steps, --methods or --seeds than before. A
 some 2 GB of disk for SmolLM2.
 """
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -40,7 +41,7 @@ from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
 from extras.sweep import Run, corpus_label, is_past, load_tokenizer_once, weight_digest
-from extras.sweep_tables import cell, markdown, method_label
+from extras.sweep_tables import Table, cell, markdown, method_label
 from finetune import FinetuneConfig
 from methods import ALIASES, parse_rope_flag
 from model import LLaMA
@@ -53,6 +54,7 @@ from weights.training_state import resumable_settings
 PARTS = 16  # of the window L', in which the loss is averaged
 # Shown in the tables, in sixteenths of L': without the first tokens, which have little context.
 BANDS = [(1, 4), (4, 8), (8, 12), (12, 16)]
+FIRST_COLUMNS = ["method", "steps", "tokens seen"]
 
 
 @dataclass
@@ -188,17 +190,23 @@ def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: lis
                       read_json(Path(c.corpus) / "meta.json")["splits"], device.type,
                       {kind: ids.tolist() for kind, ids in documents.items()}, versions()]
 
-        def measure(steps=steps, keys=keys, settings=settings) -> dict[str, Any]:
-            model, seconds = model_after(settings, steps, tokenizer, device)
-            row = {"rope": model.config.rope.to_dict(), "training_seconds": seconds}
-            return row | measure_model(model, tokenizer, documents, keys, seed, cache)
-
+        measure = functools.partial(train_and_measure, settings, steps, documents, keys, tokenizer,
+                                    device, cache)
         row = {"method": method, "seed": seed, "steps": steps,
                "tokens_seen": steps * c.batch_size * c.row_length}
         row |= cache.get(conditions, measure)
         print(row_summary(row), flush=True)
         rows.append(row)
     return rows
+
+
+def train_and_measure(settings: FinetuneConfig, steps: int, documents: dict[str, np.ndarray],
+                      keys: int, tokenizer: Tokenizer, device: torch.device, cache: ResultCache
+                      ) -> dict[str, Any]:
+    """What a row says beside its name: the model after `steps` steps, measured."""
+    model, seconds = model_after(settings, steps, tokenizer, device)
+    row = {"rope": model.config.rope.to_dict(), "training_seconds": seconds}
+    return row | measure_model(model, tokenizer, documents, keys, settings.seed, cache)
 
 
 def training_folder(c: RealModelConfig, method: str, seed: int) -> Path:
@@ -266,37 +274,43 @@ def row_summary(row: dict[str, Any]) -> str:
             f"{'; '.join(texts)}" + (f"; passkeys found {found}" if found else ""))
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(report: dict[str, Any]) -> list[Table]:
     """For every kind of text a table of perplexity by position, and one of the passkeys found."""
-    rows, window = report["rows"], report["window"]
-    groups: dict[tuple[str, int], list[dict]] = {}
-    for row in rows:
+    groups: dict[tuple[str, int], list[dict]] = {}  # rows that differ in the seed
+    for row in report["rows"]:
         groups.setdefault((row["method"], row["steps"]), []).append(row)
-    first_columns = ["method", "steps", "tokens seen"]
-    found = []
-    for kind in rows[0]["perplexity"]:
-        body = []
-        for (method, steps), group in groups.items():
-            bands = zip(*(by_band(row, kind) for row in group))     # one sequence for each band
-            body.append([method_label(method), str(steps), f"{group[0]['tokens_seen']:,}",
-                         *(cell(values, 1) for values in bands)])
-        columns = [f"{first * window // PARTS:,} to {last * window // PARTS:,}"
-                   for first, last in BANDS]
-        found.append((f"Perplexity by position: {kind}", [*first_columns, *columns], body))
-    with_keys = {key: [row for row in group if row["passkeys_found"]]
-                 for key, group in groups.items()}
-    body = []
-    for (method, steps), group in with_keys.items():
-        if group:
-            counts = [sum(row["passkeys_found"][n] for row in group)
-                      for n in group[0]["passkeys_found"]]
-            of = report["settings"]["keys"] * len(group)
-            body.append([method_label(method), str(steps), f"{group[0]['tokens_seen']:,}",
-                         *(f"{count} of {of}" for count in counts)])
-    if body:
-        lengths = [f"{quarter * window // 4:,}" for quarter in range(1, 5)]
-        found.append(("Passkeys found, by length of the prompt", [*first_columns, *lengths], body))
+    kinds = report["rows"][0]["perplexity"]
+    found = [perplexity_table(groups, kind, report["window"]) for kind in kinds]
+    if report["settings"]["keys"]:
+        found.append(passkey_table(groups, report["settings"]["keys"], report["window"]))
     return found
+
+
+def first_cells(group: list[dict]) -> list[str]:
+    row = group[0]
+    return [method_label(row["method"]), str(row["steps"]), f"{row['tokens_seen']:,}"]
+
+
+def perplexity_table(groups: dict[tuple, list[dict]], kind: str, window: int) -> Table:
+    bands = [f"{first * window // PARTS:,} to {last * window // PARTS:,}" for first, last in BANDS]
+    body = []
+    for group in groups.values():
+        by_seed = [by_band(row, kind) for row in group]
+        body.append(first_cells(group) + [cell(seeds, 1) for seeds in zip(*by_seed)])
+    return f"Perplexity by position: {kind}", [*FIRST_COLUMNS, *bands], body
+
+
+def passkey_table(groups: dict[tuple, list[dict]], keys: int, window: int) -> Table:
+    """Of the untrained and the last models. Each seed has other keys: their counts are added up."""
+    lengths = [f"{quarter * window // 4:,}" for quarter in range(1, 5)]
+    body = []
+    for group in groups.values():
+        if group[0]["passkeys_found"]:
+            by_seed = [row["passkeys_found"].values() for row in group]
+            counts = [sum(seeds) for seeds in zip(*by_seed)]
+            asked = keys * len(group)
+            body.append(first_cells(group) + [f"{count} of {asked}" for count in counts])
+    return "Passkeys found, by length of the prompt", [*FIRST_COLUMNS, *lengths], body
 
 
 def save_report(c: RealModelConfig, report: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import finetune
 from common.errors import UserError
 from common.progress import Progress
 from common.tables import format_table
-from data.corpus import TokenFile, evaluation_documents, validation_documents, write_tokens
+from data.corpus import TokenFile, evaluation_documents, validation_documents
 from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity
 from finetune import FinetuneConfig
@@ -470,13 +470,15 @@ def test_a_single_book_trains_and_its_end_is_held_out(base, run_finetune, book, 
     result = run_finetune(base, tmp_path, *flags)
     folder = result["settings"]["corpus"]
     printed = capsys.readouterr().out
-    assert f"of {book} are held out -> {folder}" in printed
+    assert re.search(f"the last ..% of {book} are held out, .* tokens -> {folder}", printed)
     assert result["lengths"] == [L // 2, L, 2 * L, 4 * L]
     train, val = TokenFile(folder, "train"), TokenFile(folder, "val")
-    ids = tokenizer.encode(book.read_text(), bos=True, eos=True)
-    assert [*train.tokens, *val.tokens[1:]] == ids  # nothing lost, nothing in both
-    assert val.tokens[0] == tokenizer.bos_id
-    assert len(val) - 1 == max(len(ids) // 10, 8 * L)
+    (training,), (held_out,) = train.documents(), val.documents()
+    for document in (training, held_out):
+        assert (document[0], document[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    parts = [tokenizer.decode(document[1:-1].tolist()) for document in (training, held_out)]
+    assert "".join(parts) == book.read_text()  # nothing lost, nothing in both
+    assert 8 * L < len(val) < len(train) / 2  # twice the longest length, and at most a third
     run_finetune(base, tmp_path, *flags, "--lengths", L)  # resumes: --lengths changes no training
     assert "held out ->" not in capsys.readouterr().out, "made once"
     book.write_text("")
@@ -498,7 +500,8 @@ def test_text_that_is_too_short_to_measure_all_lengths(base, run_finetune, book,
 def test_short_documents_are_joined(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pieces = [np.array([tokenizer.bos_id, *range(5, 40 + i), tokenizer.eos_id]) for i in range(9)]
-    write_tokens(tmp_path, "val", pieces, tokenizer)
+    np.concatenate(pieces).astype(np.uint16).tofile(tmp_path / "val.bin")
+    np.save(tmp_path / "val.docs.npy", np.cumsum([0, *map(len, pieces)]))
     (tmp_path / "meta.json").write_text(json.dumps(
         {"dtype": "uint16", "tokenizer_sha256": tokenizer.sha256}))
     corpus = TokenFile(tmp_path, "val")
