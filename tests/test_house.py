@@ -154,8 +154,9 @@ def lines_of_code(file):
 
 
 def test_the_product_does_not_grow_unnoticed():
-    """Code alone: with its docstrings, comments and blank lines it is some 11,500 lines."""
-    assert sum(map(lines_of_code, product_files())) <= 8800
+    """Code alone: with its docstrings, comments and blank lines it is some 12,000 lines. It was 8,000
+    before models went to llama.cpp and a real one was fine-tuned."""
+    assert sum(map(lines_of_code, product_files())) <= 8790
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)

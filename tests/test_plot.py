@@ -428,3 +428,15 @@ def test_no_torch_is_imported_and_a_wrong_file_is_one_line(tmp_path):
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
     assert "wrong.json: not a result of eval.py" in ended.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "wrong.json"]
+
+
+def test_every_method_in_the_committed_results_has_a_colour_of_its_own():
+    """So that no figure gives it another one."""
+    named = set()
+    for path in (ROOT / "results").glob("*.json"):
+        rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
+        named |= {row.get("method", row["rope"]["rope_type"]) for row in rows}
+    variants = {name for name in named if "bins" in name or "interpolated_dims" in name}
+    assert {"default", "linear", "clex", "alibi"} < named
+    assert named - variants <= set(plot.METHOD_ORDER)
+    assert len(set(plot.COLOURS)) > len(plot.METHOD_ORDER)
