@@ -17,11 +17,12 @@ from common.progress import Progress
 from common.tables import format_table
 from data.corpus import TokenFile, evaluation_documents, validation_documents
 from data.passkey import PasskeyPrompts
-from eval import passkey, perplexity
+from eval import passkey, perplexity, sliding_windows
 from finetune import FinetuneConfig
 from methods import RopeConfig, inv_freq
 from model import LLaMA, ModelConfig
 from weights import load_model, load_tokenizer, save_model
+from weights.size import evaluation_flops, flops_per_token
 
 NAMES = ["extrapolation", "pi_zero_shot", "pi_finetuned", "direct_finetuned"]
 TOKENS = 1300  # of held-out text
@@ -519,6 +520,7 @@ def test_short_documents_are_joined(tokenizer, tmp_path, monkeypatch, capsys):
     assert [list(document) for document in documents] == [list(pieces[8])], "the longest serves"
     documents, lengths = evaluation_documents(corpus, [10, 20], 20, tokenizer)
     assert (len(documents[0]), lengths) == (21, [10, 20])
+    assert evaluation_documents(corpus, [20, 31], 30, tokenizer)[1] == [20], "31 tokens predict 30"
     with pytest.raises(UserError, match="31 held-out tokens are fewer than the shortest length"):
         evaluation_documents(corpus, [40, 60], 30, tokenizer)
 
@@ -586,6 +588,33 @@ def test_dry_run_counts_the_evaluation(base, corpus_folder, tmp_path, capsys):
     fewer_phases, fewer_flops, none = measuring("--no-eval")
     assert (fewer_phases, none) == ("2", "0")
     assert float(fewer_flops) == pytest.approx(float(flops) * (1 - int(share) / 100), rel=0.02)
+
+
+def test_recomputing_takes_a_forward_pass_more(base, capsys):
+    def flops(*flags):
+        finetune.main(["--model", str(base), "--no-eval", "--dry-run", *flags])
+        return float(re.search(r"in all .*, (\S+) floating", capsys.readouterr().out)[1])
+    assert flops("--recompute") == pytest.approx(4 / 3 * flops(), rel=0.01)
+
+
+def test_the_cost_of_measuring_is_that_of_the_windows_read(base):
+    config = load_model(base).config
+    for n, length in ((64, 1024), (64, 128), (64, 65), (512, 513)):
+        read = sum(end - begin for begin, end, _ in sliding_windows(length, n, n // 4))
+        flops = evaluation_flops(config, [n], 3, length, keys=2)
+        expected = (3 * read + 2 * n) * flops_per_token(config, n, training=False)
+        assert flops == pytest.approx(expected, rel=0.02), (n, length)
+
+
+def test_a_phase_that_was_kept_tells_no_speed(monkeypatch, capsys):
+    clock = iter([0.0, 0.5, 60.5])
+    monkeypatch.setattr("common.progress.time.perf_counter", lambda: next(clock))
+    progress = Progress([("training", 10.0), ("measuring", 10.0), ("again", 20.0)])
+    for _ in range(3):
+        progress.next()
+    assert capsys.readouterr().out.splitlines() == [
+        "1 of 3     training", "2 of 3     measuring",
+        "3 of 3     again (the whole: about 2.0 minutes more)"]
 
 
 def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):

@@ -53,8 +53,9 @@ def evaluation_flops(config: ModelConfig, lengths: Sequence[int], documents: int
     """Floating-point operations to measure, at every length n, perplexity on documents of `length`
     tokens with stride n / 4, and `keys` passkeys."""
     flops = 0.0
+    scored = length - 1  # all but the first token
     for n in lengths:
-        read = documents * max(4 * length - 3 * n, length) + keys * n
+        read = documents * max(4 * scored - 3 * n, scored) + keys * n
         flops += read * flops_per_token(config, n, training=False)
     return flops
 
