@@ -180,10 +180,10 @@ def write_report(config: FinetuneConfig, cache: ResultCache, report: dict[str, A
                "stride": "window / 4", **CONVENTIONS}
     write_json(config.results, report)
     cache.delete()
-    figure = Path(config.results).with_suffix(".png")
-    plot_finetune(read_json(config.results), figure)
-    print(f"({report['documents']} held-out documents, stride window / 4; passkey: {config.depths} "
-          f"depths x {config.trials} keys)\nwrote {config.results} and {figure}")
+    figure = plot_finetune(read_json(config.results), Path(config.results).with_suffix(".png"))
+    keys = f"{config.depths} depths x {config.trials} keys" if config.trials else "not measured"
+    print(f"({report['documents']} held-out documents, stride window / 4; passkey: {keys})\n"
+          f"wrote {config.results} and {figure}")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,8 @@ def plot_finetune(result: dict, path: Path) -> Path:
     lengths = [int(n) for n in result["lengths"]]
     windows = {"L": result["original_window"], "L'": result["window"]}
     length_panels(left, right, lengths, windows)
+    if all(v is None for row in rows for v in row["passkey"].values()):  # --trials 0
+        right.text(0.5, 0.5, "not measured", ha="center", transform=right.transAxes)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return save_figure(figure, path)
 

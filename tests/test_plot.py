@@ -440,3 +440,14 @@ def test_every_method_in_the_committed_results_has_a_colour_of_its_own():
     assert {"default", "linear", "clex", "alibi"} < named
     assert named - variants <= set(plot.METHOD_ORDER)
     assert len(set(plot.COLOURS)) > len(plot.METHOD_ORDER)
+
+
+def test_a_panel_without_passkeys_says_so(tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: texts.extend(
+        text.get_text() for text in figure.axes[1].texts))
+    plot.plot_finetune(FINETUNE, tmp_path / "x.png")
+    assert "not measured" not in texts
+    rows = [row | {"passkey": dict.fromkeys(row["passkey"])} for row in FINETUNE["rows"]]
+    plot.plot_finetune(FINETUNE | {"rows": rows}, tmp_path / "x.png")
+    assert "not measured" in texts
