@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from common.checks import complete_shape
 from common.errors import UserError
+from common.key_range import CausalRange, KeyRange
 from common.kv_cache import KVCache
 from common.sampling import check_sampling, sample
-from methods import (PositionInputs, RopeConfig, build_clex, depends_on_length, inv_freq,
-                     position_ids, position_inputs)
+from methods import (PositionInputs, RopeConfig, build_clex, depends_on_length, inputs_of_layers,
+                     inv_freq, text_positions)
+from methods.distance_maps import attention_in_bands
 from rope import apply_rope
 
 
@@ -62,7 +64,7 @@ class ModelConfig:
 # h reads key head h // G. `bias` broadcasts to [B, H, T, S], is added to scores, has no gradient.
 
 ATTENTION = ("naive", "tiled", "sdpa")
-LOWEST = torch.finfo(torch.float32).min
+LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
@@ -76,7 +78,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
     if implementation == "naive":
         return naive_attention(q, k, v, bias)
     if implementation == "tiled":
-        return TiledAttention.apply(q, k, v, bias, block_q, block_k)
+        causal = CausalRange(q.shape[2], k.shape[2], q.device)
+        return TiledAttention.apply(q, k, v, bias, causal, block_q, block_k)[0]
     return sdpa_attention(q, k, v, bias)
 
 
@@ -134,9 +137,10 @@ class TiledAttention(torch.autograd.Function):
         row_sum <- exp(m - m') row_sum + sum_j exp(s_j - m')
         acc     <- exp(m - m') acc     + sum_j exp(s_j - m') v_j
 
-    At the end out = acc / row_sum and lse = m + ln row_sum.
-    Backward recomputes each tile's p = exp(s - lse). With delta = sum_d dout * out, one number a
-    query,
+    At the end out = acc / row_sum and lse = m + ln row_sum. Both are returned: where keys are
+    attended to in parts (distance maps), lse is what a part weighs.
+    Backward recomputes each tile's p = exp(s - lse). With delta = sum_d dout * out - dlse, one
+    number a query,
 
         dv += p^T dout      ds = p * (dout v^T - delta)      dq += ds k / sqrt(D)
                                                              dk += ds^T q / sqrt(D)
@@ -146,61 +150,54 @@ class TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, block_q, block_k):
+    def forward(ctx, q, k, v, bias, seen, block_q, block_k):
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)           # [B, H, T]
-        for rows, key_tiles in causal_tiles(q.shape[2], k.shape[2], block_q, block_k):
+        for rows, key_tiles in seen.tiles(block_q, block_k):
             q_tile = group_heads(q[:, :, rows], k.shape[1])                     # [B, K, G*bq, D]
             m = torch.full_like(q_tile[..., :1], LOWEST, dtype=torch.float32)   # [B, K, G*bq, 1]
             row_sum = torch.zeros_like(m)
             acc = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
-                scores = tile_scores(q_tile, q, k, bias, rows, keys)            # [B, K, G*bq, bk]
+                scores = tile_scores(q_tile, q, k, bias, seen, rows, keys)      # [B, K, G*bq, bk]
                 m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
                 p = torch.exp(scores - m_new)
                 shrink = torch.exp(m - m_new)
                 row_sum = shrink * row_sum + p.sum(dim=-1, keepdim=True)
                 acc = shrink * acc + (p.type_as(v) @ v[:, :, keys]).float()
                 m = m_new
+            row_sum = row_sum.clamp(min=SMALLEST)                # 0 where a query sees no key
             out[:, :, rows] = ungroup_heads(acc / row_sum, q.shape[1]).type_as(q)
             lse[:, :, rows] = ungroup_heads(m + row_sum.log(), q.shape[1])[..., 0]
         ctx.save_for_backward(q, k, v, out, lse, bias)
-        ctx.blocks = block_q, block_k
-        return out
+        ctx.seen, ctx.blocks = seen, (block_q, block_k)
+        return out, lse
 
     @staticmethod
     @once_differentiable  # a second derivative raises: it would miss that lse depends on q and k
-    def backward(ctx, dout):
+    def backward(ctx, dout, dlse):
         q, k, v, out, lse, bias = ctx.saved_tensors
         K, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
-        delta = (dout.float() * out.float()).sum(dim=-1)                               # [B, H, T]
+        delta = (dout.float() * out.float()).sum(dim=-1) - dlse                        # [B, H, T]
         dq = torch.empty_like(q)
         dk = torch.zeros_like(k, dtype=torch.float32)
         dv = torch.zeros_like(v, dtype=torch.float32)
-        for rows, key_tiles in causal_tiles(q.shape[2], k.shape[2], *ctx.blocks):
+        for rows, key_tiles in ctx.seen.tiles(*ctx.blocks):
             q_tile = group_heads(q[:, :, rows], K)                              # [B, K, G*bq, D]
             dout_tile = group_heads(dout[:, :, rows], K).type_as(v)
             lse_tile = group_heads(lse[:, :, rows, None], K)                    # [B, K, G*bq, 1]
             delta_tile = group_heads(delta[:, :, rows, None], K)
             dq_tile = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
-                p = torch.exp(tile_scores(q_tile, q, k, bias, rows, keys) - lse_tile)
+                scores = tile_scores(q_tile, q, k, bias, ctx.seen, rows, keys)
+                p = torch.exp(scores - lse_tile)
                 dv[:, :, keys] += (p.type_as(v).transpose(-2, -1) @ dout_tile).float()
                 dp = (dout_tile @ v[:, :, keys].transpose(-2, -1)).float()
                 ds = (p * (dp - delta_tile)).type_as(q)
                 dq_tile += (ds @ k[:, :, keys]).float() * scale
                 dk[:, :, keys] += (ds.transpose(-2, -1) @ q_tile).float() * scale
             dq[:, :, rows] = ungroup_heads(dq_tile, q.shape[1]).type_as(q)
-        return dq, dk.type_as(k), dv.type_as(v), None, None, None
-
-
-def causal_tiles(T: int, S: int, block_q: int, block_k: int
-                 ) -> Iterator[tuple[slice, list[slice]]]:
-    """The tiles on and below the diagonal: yields (rows of q, [columns of k])."""
-    for t in range(0, T, block_q):
-        rows = slice(t, min(t + block_q, T))
-        visible = S - T + rows.stop                                # keys that the last row sees
-        yield rows, [slice(s, min(s + block_k, visible)) for s in range(0, visible, block_k)]
+        return dq, dk.type_as(k), dv.type_as(v), None, None, None, None
 
 
 def group_heads(x: Tensor, K: int) -> Tensor:
@@ -215,8 +212,8 @@ def ungroup_heads(x: Tensor, H: int) -> Tensor:
     return x.unflatten(2, (G, -1)).flatten(1, 2)
 
 
-def tile_scores(q_tile: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, rows: slice,
-                keys: slice) -> Tensor:
+def tile_scores(q_tile: Tensor, q: Tensor, k: Tensor, bias: Tensor | None,
+                seen: CausalRange | KeyRange, rows: slice, keys: slice) -> Tensor:
     """Scaled, biased and masked scores of one tile in float32: [B, K, G*bq, bk]."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
@@ -225,11 +222,10 @@ def tile_scores(q_tile: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, rows:
         bias = bias.float().expand(B, H, T, S)                                # copies nothing
         own = bias.diagonal(S - T, -2, -1)[:, :, rows, None].clamp(min=-1e30)     # see causal_bias
         scores = scores + group_heads(bias[:, :, rows, keys] - own, K)
-    first = S - T + rows.start                                     # position of the first row
-    if keys.stop - 1 > first:                                      # only these tiles need a mask
-        positions = torch.arange(first, S - T + rows.stop, device=q.device).repeat(H // K)
-        future = torch.arange(keys.start, keys.stop, device=q.device) > positions[:, None]
-        scores = scores.masked_fill(future, -torch.inf)
+    hidden = seen.hidden(rows, keys)                           # [.., 1, bq, bk]; None: all is seen
+    if hidden is not None:
+        scores = scores.unflatten(2, (H // K, -1))                            # [B, K, G, bq, bk]
+        scores = scores.masked_fill(hidden[..., None, :, :], -torch.inf).flatten(2, 3)
     return scores
 
 
@@ -268,12 +264,17 @@ class Attention(nn.Module):
         q = self.wq(x[:, -n:]).view(B, n, -1, self.head_dim).transpose(1, 2)      # [B, H, n, D]
         k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
-        cos, sin = pos.q_rope                                         # k_rope differs in xPos only
-        q = apply_rope(q, cos[..., -n:, :], sin[..., -n:, :])
-        k = apply_rope(k, *pos.k_rope)
+        pos = pos.last(n)                                             # where the queries are
+        if pos.bands is None:
+            q = apply_rope(q, *pos.q_rope)
+            k = apply_rope(k, *pos.k_rope)                            # k_rope differs in xPos only
         if cache is not None:
             k, v = cache.add_keys(self.layer, k, v)                               # [B, K, S, D]
-        out = attention(q, k, v, pos.attn_bias, implementation)                   # [B, H, n, D]
+        if pos.bands is None:
+            out = attention(q, k, v, pos.attn_bias, implementation)               # [B, H, n, D]
+        else:                                                         # each band rotates them
+            out = attention_in_bands(q, k, v, pos.bands, implementation, attention,
+                                     TiledAttention.apply)                        # [B, H, n, D]
         return self.wo(out.transpose(1, 2).flatten(2))                            # [B, n, C]
 
 
@@ -345,31 +346,21 @@ class LLaMA(nn.Module):
         them they begin at 0 or go on from the cache. last = n: only the last n states, [B, n, C],
         and the last layer computes no others."""
         assert last is None or 1 <= last <= tokens.shape[1], "last: from 1 to the number of tokens"
-        all_positions = self.text_positions(tokens, positions, cache)   # [S] or [B, S]
+        all_positions = text_positions(self.config.rope, tokens, positions, cache)   # [S] or [B, S]
         frequencies, attention_factor = self.frequencies(all_positions)
         if cache is not None:
             cache.add_tokens(tokens, all_positions, frequencies, attention_factor)
-        pos = position_inputs(self.config.rope, self.config.n_heads, frequencies.to(self.device),
-                              attention_factor, all_positions, tokens.shape[1])  # cos and sin
+        inputs = inputs_of_layers(self.config.rope, self.config.n_layers, self.config.n_heads,
+                                  frequencies.to(self.device), attention_factor, all_positions,
+                                  tokens.shape[1])                      # cos and sin, for a layer
         x = self.tok_embeddings(tokens)                                 # [B, T] -> [B, T, C]
-        for block in self.layers:
+        for block, pos in zip(self.layers, inputs):
             wanted = last if block is self.layers[-1] else None
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, pos, cache, self.attention, wanted, use_reentrant=False)
             else:
                 x = block(x, pos, cache, self.attention, wanted)
         return self.norm(x)
-
-    def text_positions(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None
-                       ) -> Tensor:
-        """Positions of the whole text, the cached tokens and the new ones: [S] or [B, S]."""
-        cached = cache.length if cache is not None else 0
-        if positions is None:
-            return position_ids(self.config.rope, cached + tokens.shape[1], tokens.device)
-        if cached == 0:
-            return positions
-        before = cache.positions.expand(len(tokens), -1)
-        return torch.cat([before, positions.expand_as(tokens)], dim=1)
 
     def frequencies(self, positions: Tensor) -> tuple[Tensor, float]:
         """(inv_freq, attention_factor) for a text at these positions. Where its length matters, the
@@ -383,7 +374,7 @@ class LLaMA(nn.Module):
         With a cache the tokens follow those that it holds."""
         last = tokens.shape[1] if last is None else last
         if cache is not None and cache.length > 0 and depends_on_length(self.config.rope):
-            all_positions = self.text_positions(tokens, positions, cache)
+            all_positions = text_positions(self.config.rope, tokens, positions, cache)
             if cache.is_stale(all_positions, *self.frequencies(all_positions)):
                 # Cached keys were rotated by other angles: read the whole text anew.
                 tokens, positions = cache.restart(tokens), all_positions

@@ -17,7 +17,8 @@ Position Interpolation (Chen et al. 2023, arXiv 2306.15595) answers: by angles b
 A method is a function that returns (inv_freq, attention_factor): its theta_i, the radians that
 each pair turns per token (float64 [D/2]), and a factor of cos and sin. On the way to the model:
 --rope, --factor -> methods.RopeConfig -> methods.inv_freq -> methods.position_inputs, which calls
-cos_sin -> model.Attention: apply_rope. The rarer methods: methods/; derivations: docs/maths.md.
+cos_sin -> model.Attention: apply_rope. The rarer methods, and those that change distances and not
+angles: methods/; derivations: docs/maths.md.
 """
 import math
 

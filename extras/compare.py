@@ -71,7 +71,9 @@ def suitable_methods(config: ModelConfig) -> list[dict]:
         return [{"rope_type": own}]
     methods = []
     for name, method in METHODS.items():
-        if method.extends_rope and not method.needs_settings:
+        if method.distance_map is not None:
+            methods.append({"rope_type": name, "temperature": "log_n"})
+        elif method.extends_rope and not method.needs_settings:
             share = {"partial_rotary_factor": turning_share(config)} if method.full_head else {}
             methods.append({"rope_type": name, **share})
     return methods + [{"rope_type": "yarn", "attention_factor": 1.0},
@@ -114,9 +116,8 @@ def distinguishing_traits(config: ModelConfig) -> list:
     for length in (L, 2 * L, 4 * L):
         frequencies, attention_factor = inv_freq(rope, config.head_dim, length)
         traits += [frequencies.tolist(), attention_factor]
-    if METHODS[rope.rope_type].mechanism == "angles":
-        traits += [rope.random_positions]
-    else:
+    traits += [rope.random_positions, rope.temperature]
+    if METHODS[rope.rope_type].mechanism != "angles":
         traits += [rope.rope_type, rope.factor, rope.options]
     return traits
 

@@ -104,11 +104,12 @@ def dprope_flag(**settings: int) -> str:
 
 
 # Every method that stretches RoPE by a factor alone. Others (longrope, proportional, resonance)
-# need settings, or they are one of these: --methods names them.
+# need settings, or they are one of these; distance maps are for models that are not fine-tuned:
+# --methods names them.
 BY_FACTOR = ["default"] + [
     name for name, method in METHODS.items()
     if name != "default" and method.extends_rope and method.trained_on == "target"
-    and not method.needs_settings and not method.full_head]
+    and not method.needs_settings and not method.full_head and not method.distance_map]
 DPROPE = dprope_flag(interpolated_dims=40)  # of 64, the paper's share; alone it goes by a threshold
 PAPERS = ["default", "linear", "ntk", "yarn", DPROPE]
 TINY = dict(model="data/tiny", step_tokens=2048, max_tokens=8192, trials=5)

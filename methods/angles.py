@@ -27,8 +27,11 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
               "seq_len": seq_len or 0,
               "partial_rotary_factor": config.partial_rotary_factor}
     arguments = {name: values[name] for name in method.arguments}      # for linear: factor alone
+    settings = config.options if method.distance_map is None else {}   # else they are the map's
     frequencies, attention_factor = method.function(
-        rotary_dim, config.base, **arguments, **config.options)
+        rotary_dim, config.base, **arguments, **settings)
+    if config.temperature is not None:
+        attention_factor = 1.0                                         # which it replaces
     check_attention_factor(config.rope_type, attention_factor)
     if network is not None and method.mechanism == "network":
         t = clex_time(config.original_max_position_embeddings, seq_len or 0,

@@ -6,17 +6,23 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from common.errors import UserError
+from methods.distance_maps import largest_distance
 from methods.table import ALIASES, METHODS
+from methods.temperatures import TEMPERATURES
 from rope import angle_bins
 
 if TYPE_CHECKING:
     from methods.config import RopeConfig
 
 FIELD_KINDS = {"factor": "float", "original_max_position_embeddings": "int", "rope_theta": "float",
-               "partial_rotary_factor": "float", "resonance": "bool", "random_positions": "int"}
-OPTIONAL = {"original_max_position_embeddings", "rope_theta", "random_positions"}
-MOST_POSITIONS = 2**22  # whose angles DPRoPE counts
+               "partial_rotary_factor": "float", "resonance": "bool", "random_positions": "int",
+               "temperature": "str", "no_rope_layer_interval": "int"}
+OPTIONAL = {"original_max_position_embeddings", "rope_theta", "random_positions", "temperature",
+            "no_rope_layer_interval"}
+MOST_POSITIONS = 2**22  # whose angles DPRoPE counts, and whose distances are checked
 
 
 def method_name(name: object) -> str:
@@ -75,6 +81,7 @@ def check_config(config: "RopeConfig") -> dict[str, Any]:
         raise UserError(f"rope_type {name} needs original_max_position_embeddings, the window of "
                         "pre-training")
     options = checked_options(name, config.options)
+    check_temperature(fields)
     check_method(name, options, fields)
     fields["rope_type"] = name
     fields["options"] = {option: value for option, value in options.items()
@@ -97,9 +104,9 @@ def check_fields(fields: dict[str, Any]) -> None:
     if not 0 < share <= 1:
         raise UserError(f"partial_rotary_factor {share:g}: give a share of the head, above 0 and "
                         "at most 1")
-    for name in ("original_max_position_embeddings", "random_positions"):
+    for name in ("original_max_position_embeddings", "random_positions", "no_rope_layer_interval"):
         if fields[name] is not None and fields[name] < 1:
-            raise UserError(f"{name} {fields[name]}: has to be a positive whole number of tokens")
+            raise UserError(f"{name} {fields[name]}: has to be a positive whole number")
 
 
 def checked_options(rope_type: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -138,12 +145,49 @@ def check_method(rope_type: str, options: dict[str, Any], fields: dict[str, Any]
                         "than 1")
     elif rope_type == "dprope":
         check_dprope(settings, fields["original_max_position_embeddings"], fields["factor"])
+    elif METHODS[rope_type].distance_map is not None:
+        check_distance_map(rope_type, options, fields)
     elif rope_type == "clex" and settings["max_factor"] < 1:
         raise UserError(f"clex max_factor {settings['max_factor']:g}: the largest t, which begins "
                         "at 1")
     elif rope_type == "clex" and fields["factor"] > settings["max_factor"]:
         raise UserError(f"clex max_factor {settings['max_factor']:g}: it has to cover factor "
                         f"{fields['factor']:g}")
+
+
+def check_temperature(fields: dict[str, Any]) -> None:
+    name, L = fields["temperature"], fields["original_max_position_embeddings"]
+    if name is None:
+        return
+    if name not in TEMPERATURES:
+        raise UserError(f"temperature '{name:.60}' is unknown: choose one of "
+                        f"{', '.join(TEMPERATURES)}")
+    if name != "none" and (L is None or L < 2):
+        raise UserError(f"temperature {name} needs original_max_position_embeddings, the window of "
+                        "pre-training, of at least 2 tokens")
+    if fields["partial_rotary_factor"] != 1:
+        raise UserError("a temperature scales whole queries: it does not go with a "
+                        "partial_rotary_factor below 1")
+
+
+def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Refuse a map whose L' tokens are not folded into L."""
+    L, names = fields["original_max_position_embeddings"], ", ".join(METHODS[rope_type].settings)
+    target = round(L * fields["factor"])
+    if target > MOST_POSITIONS:
+        raise UserError(f"{rope_type}: {target} tokens are too many: give a smaller factor")
+    for name, value in options.items():
+        if value < 1 and name not in ("sinks", "local"):
+            raise UserError(f"{rope_type} {name} {value:g}: has to be at least 1")
+    if rope_type == "dca" and options.get("local", L // 8) >= options.get("chunk", 3 * L // 4):
+        raise UserError(f"dca local {options.get('local', L // 8)}: has to be less than the chunk")
+    n = torch.arange(target, device="cpu")
+    bands = METHODS[rope_type].distance_map(n[-1:], n, L, fields["factor"], **options)
+    distance = largest_distance(bands, n)
+    if distance > L:
+        raise UserError(f"{rope_type} reaches less than {target} tokens: of these the farthest "
+                        f"would stand at a distance of {distance:.0f}, and the model knows {L}; "
+                        f"give other settings ({names}) or a smaller factor")
 
 
 def check_turns(settings: dict[str, Any]) -> None:

@@ -21,6 +21,9 @@ class RopeConfig:
     partial_rotary_factor: float = 1.0                    # share of each head that is rotated
     resonance: bool = False                               # whole wavelengths, after any method
     random_positions: int | None = None                   # N: texts sit at random places below N
+    temperature: str | None = None                        # of queries: log_n, llama4; "none" takes
+                                                          # the method's own away, too (YaRN's)
+    no_rope_layer_interval: int | None = None             # every n-th layer is left unrotated
     options: dict = field(default_factory=dict)           # the method's own settings
 
     def __post_init__(self):
@@ -99,7 +102,8 @@ def fill_in_window_and_factor(given: dict[str, Any], rope_type: str, longest: in
                          given.get("original_max_position_embeddings"), "int", optional=True)
     if not longest:
         return
-    if not window and METHODS[rope_type].needs_window:
+    needs_window = METHODS[rope_type].needs_window or given.get("temperature") not in (None, "none")
+    if not window and needs_window:
         window = longest
         given["original_max_position_embeddings"] = window
     factor_is_null = "factor" in given and given["factor"] is None

@@ -1,13 +1,17 @@
 """What attention has to know about positions, for every method in the same form."""
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.kv_cache import KVCache
 from methods.baselines import alibi_bias, xpos_scale
 from methods.config import RopeConfig
+from methods.distance_maps import BandInputs, keys_of, without_idle_bands
 from methods.table import METHODS
+from methods.temperatures import query_scale
 from methods.training_positions import random_positions
 from rope import cos_sin
 
@@ -17,6 +21,31 @@ class PositionInputs(NamedTuple):
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
     k_rope: tuple[Tensor, Tensor]   # cos and sin of the keys, the same but for xPos
     attn_bias: Tensor | None        # added to the scores, [H, 1, S] or [B, H, 1, S]: ALiBi only
+    bands: list[BandInputs] | None = None    # of a distance map, which has them instead
+
+    def last(self, n: int) -> "PositionInputs":
+        """For the last n queries alone."""
+        def tail(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return rope[0][..., -n:, :], rope[1][..., -n:, :]
+        bands = self.bands and [band._replace(q_rope=tail(band.q_rope), keys=band.keys.last(n))
+                                for band in self.bands]
+        return self._replace(q_rope=tail(self.q_rope), bands=bands)
+
+
+def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencies: Tensor,
+                     attention_factor: float, text_positions: Tensor, tokens: int
+                     ) -> list[PositionInputs]:
+    """One for each layer: the same for all, but that every n-th may be unrotated (interleaved
+    NoPE). A temperature is then for those alone. (Llama 4; SmolLM3)"""
+    every = config.no_rope_layer_interval
+    if every is None:
+        inputs = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
+                                 tokens)
+        return [inputs] * n_layers
+    rotated = position_inputs(dataclasses.replace(config, temperature=None), n_heads, frequencies,
+                              attention_factor, text_positions, tokens)
+    unrotated = unrotated_inputs(config, frequencies, text_positions[..., -tokens:])
+    return [rotated if (layer + 1) % every else unrotated for layer in range(n_layers)]
 
 
 def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, attention_factor: float,
@@ -24,15 +53,48 @@ def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, atten
     """For the last T = `tokens` of a text at text_positions [S] or [B, S]. frequencies,
     attention_factor: what inv_freq returned."""
     positions = text_positions[..., -tokens:]
+    method = METHODS[config.rope_type]
     cos, sin = cos_sin(frequencies, positions, attention_factor)
-    mechanism = METHODS[config.rope_type].mechanism
-    if mechanism == "decay":
+    q_rope, k_rope, bias, bands = (cos, sin), (cos, sin), None, None
+    if method.mechanism == "decay":
         scale = xpos_scale(positions, len(frequencies), config.factor)
-        return PositionInputs((cos * scale, sin * scale), (cos / scale, sin / scale), None)
-    bias = None
-    if mechanism == "bias":
+        q_rope, k_rope = (cos * scale, sin * scale), (cos / scale, sin / scale)
+    elif method.mechanism == "bias":
         bias = alibi_bias(text_positions, n_heads, config.factor)
-    return PositionInputs((cos, sin), (cos, sin), bias)
+    elif method.mechanism == "distances":
+        bands = band_inputs(config, frequencies, text_positions, positions)
+    q_rope = warmed(q_rope, config, positions)
+    return PositionInputs(q_rope, k_rope, bias, bands)
+
+
+def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor, positions: Tensor
+                ) -> list[BandInputs]:
+    """The bands of a distance map. Keys at text_positions, queries at the last of them."""
+    distance_map = METHODS[config.rope_type].distance_map
+    bands = distance_map(positions, text_positions, config.original_max_position_embeddings,
+                         config.factor, **config.options)
+    inputs = []
+    for band in without_idle_bands(bands, text_positions):
+        q_rope = warmed(cos_sin(frequencies, band.q), config, positions)
+        k_rope = cos_sin(frequencies, band.k)
+        inputs.append(BandInputs(q_rope, k_rope, keys_of(band, text_positions)))
+    return inputs
+
+
+def unrotated_inputs(config: RopeConfig, frequencies: Tensor, positions: Tensor) -> PositionInputs:
+    """Of a layer without positions: all angles are 0."""
+    still = cos_sin(torch.zeros_like(frequencies), positions)
+    return PositionInputs(warmed(still, config, positions), still, None)
+
+
+def warmed(q_rope: tuple[Tensor, Tensor], config: RopeConfig, positions: Tensor
+           ) -> tuple[Tensor, Tensor]:
+    """cos and sin of the queries times the temperature: it scales the rotated query."""
+    scale = query_scale(config.temperature, positions, config.original_max_position_embeddings)
+    if scale is None:
+        return q_rope
+    cos, sin = q_rope
+    return cos * scale, sin * scale
 
 
 def position_ids(config: RopeConfig, length: int, device: torch.device | None = None) -> Tensor:
@@ -45,3 +107,16 @@ def position_ids(config: RopeConfig, length: int, device: torch.device | None = 
         return torch.arange(length, device=device)
     rng = np.random.default_rng(length)
     return torch.from_numpy(random_positions(rng, length, config.random_positions)).to(device)
+
+
+def text_positions(config: RopeConfig, tokens: Tensor, positions: Tensor | None = None,
+                   cache: KVCache | None = None) -> Tensor:
+    """Positions of the whole text, the cached tokens and the new ones [B, T]: [S] or [B, S].
+    positions: of the new ones, where they are given."""
+    cached = cache.length if cache is not None else 0
+    if positions is None:
+        return position_ids(config, cached + tokens.shape[1], tokens.device)
+    if cached == 0:
+        return positions
+    before = cache.positions.expand(len(tokens), -1)
+    return torch.cat([before, positions.expand_as(tokens)], dim=1)

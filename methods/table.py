@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import rope
-from methods import clex, rarer
+from methods import clex, distance_maps, rarer
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,17 @@ class Method:
     trained_on: str = "target"              # training rows: "target" (L' tokens), "original" (L),
                                             # or "random" (L tokens at places of a longer text)
     full_head: bool = False                 # it handles partial_rotary_factor by itself
-    mechanism: str = "angles"               # or "bias" on scores, "decay", a learned "network"
+    mechanism: str = "angles"               # or "bias" on scores, "decay", a learned "network",
+    distance_map: Callable | None = None    # or "distances", which this function folds
+
+    def __post_init__(self):
+        if self.distance_map is not None:
+            object.__setattr__(self, "mechanism", "distances")
 
     @property
     def needs_window(self) -> bool:
         """It computes with L."""
-        return "original_window" in self.arguments
+        return "original_window" in self.arguments or self.distance_map is not None
 
     @property
     def length_dependent(self) -> bool:
@@ -89,6 +94,21 @@ METHODS = {
     "drope": Method(rarer.drope, ("original_window", "seq_len"),
                     {"log_scale": Setting("float", 0.412)},
                     extends_rope=False, trained_on="original", full_head=True),
+    # Distance maps: plain RoPE at other places, see distance_maps.py. Their settings go to the map.
+    "rerope": Method(rope.default, distance_map=distance_maps.rerope, settings={
+        "window": Setting("int")}),
+    "leaky_rerope": Method(rope.default, distance_map=distance_maps.leaky_rerope, settings={
+        "window": Setting("int"),
+        "stretch": Setting("float")}),
+    "self_extend": Method(rope.default, distance_map=distance_maps.self_extend, settings={
+        "window": Setting("int"),
+        "group": Setting("int")}),
+    "dca": Method(rope.default, distance_map=distance_maps.dca, settings={
+        "chunk": Setting("int"),
+        "local": Setting("int")}),
+    "streaming": Method(rope.default, distance_map=distance_maps.streaming, settings={
+        "sinks": Setting("int", 4),
+        "window": Setting("int")}),
     # These two do more than rotate: baselines.py.
     "alibi": Method(rarer.nope, extends_rope=False, mechanism="bias"),
     "xpos": Method(rope.linear, STRETCH, extends_rope=False, mechanism="decay"),

@@ -11,6 +11,12 @@ from model import LLaMA, ModelConfig
 IMPLEMENTATIONS = ["naive", "tiled", "sdpa"]
 VOCAB = 61
 
+
+def implementations_for(rope):
+    """sdpa cannot merge the bands of a distance map on a CPU."""
+    return ["naive", "tiled"] if METHODS[rope.rope_type].distance_map else IMPLEMENTATIONS
+
+
 # ---- RoPE ----------------------------------------------------------------------------------------
 
 # Every method as it comes (reference.complete adds s = 4, L = 64, LongRoPE's factors), and with

@@ -59,6 +59,7 @@ def frequencies(rope, head_dim, length=None, clex=None):
     nope, alibi, drope  0; drope with cos (and sin) times the root of 1 + 0.412 ln(l/L)
                                                                            (arXiv 2512.12167)
     resonance     last of all: the wavelength rounded to an integer        (arXiv 2403.00071)
+    rerope, leaky_rerope, self_extend, dca, streaming: the default, at other distances (below)
     """
     kind = rope.get("rope_type", "default")
     s, base = rope.get("factor", 1.0), rope.get("rope_theta", 10000.0)
@@ -137,7 +138,7 @@ def frequencies(rope, head_dim, length=None, clex=None):
             theta = theta / s if i < int(share * D // 2) else 0.0
         elif kind in ("nope", "alibi", "drope"):
             theta = 0.0
-        elif kind not in ("default", "ntk", "dynamic", "abf", "clex", "dprope"):
+        elif kind not in {"default", "ntk", "dynamic", "abf", "clex", "dprope", *MAPS}:
             raise ValueError(f"the oracle does not know rope_type {kind!r}")
         result.append(theta)
     if kind == "clex" and clex is not None:
@@ -239,6 +240,97 @@ def alibi_bias(positions, n_heads, s=1.0):
     return -np.array(alibi_slopes(n_heads))[:, None, None] * distance / s
 
 
+def seen_distance(rope, i, j):
+    """The distance at which a map lets a query at i see the key at j <= i; None: not at all.
+
+    rerope        min(i - j, w)                                             (ReRoPE)
+    leaky_rerope  w + (i - j - w) / k from w on
+    self_extend   i//g - j//g + w - w//g from w on                          (arXiv 2401.01325)
+    dca           i - j in a chunk of h = c - w; in the chunk before, i - j but with the place of i
+                  in its own chunk cut so that no key is farther than c - 1; beyond, c - 1 - j%h
+                                                                            (arXiv 2402.17463)
+    streaming     i - j below w; the first tokens as if they stood right before those
+                                                                            (arXiv 2309.17453)
+    """
+    kind, s, L = rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]
+    d, w = i - j, rope.get("window")
+    if kind in ("rerope", "leaky_rerope", "self_extend"):
+        w = w or (L // 4 if kind == "self_extend" else L // 2)
+        least = max(1, (round(L * s) - w) / max(1, L - w))
+        if d < w:
+            return d
+        if kind == "rerope":
+            return w
+        if kind == "leaky_rerope":
+            return w + (d - w) / (rope.get("stretch") or least)
+        g = rope.get("group") or math.ceil(least)
+        return i // g - j // g + w - w // g
+    if kind == "dca":
+        c, local = rope.get("chunk", 3 * L // 4), rope.get("local", L // 8)
+        h = c - local
+        apart = i // h - j // h
+        if apart == 0:
+            return d
+        return (min(i % h + h, c - 1) if apart == 1 else c - 1) - j % h
+    sinks = rope.get("sinks", 4)
+    w = w or max(1, L - sinks)
+    if d < w:
+        return d
+    return min(i, sinks + w - 1) - j if j < sinks else None
+
+
+MAPS = {"rerope", "leaky_rerope", "self_extend", "dca", "streaming"}
+
+
+def query_scale(rope, position):
+    """What a query at this position is multiplied by."""
+    L, name = rope.get("original_max_position_embeddings"), rope.get("temperature")
+    if name == "log_n":
+        return max(1.0, math.log(position + 1) / math.log(L))
+    if name == "llama4":
+        return 1 + 0.1 * math.log(1 + position // L)
+    return 1.0
+
+
+def keys_at_distances(rope, theta, k, i, positions):
+    """The keys [n,D] that a query at i may see, each turned back by its distance: rotating k by -d
+    and q not at all gives the score of the distance d. Returns (indices, distances, turned)."""
+    pairs = [(s, seen_distance(rope, i, int(j))) for s, j in enumerate(positions) if j <= i]
+    indices = [s for s, d in pairs if d is not None]
+    distances = np.array([d for _, d in pairs if d is not None])
+    return indices, distances, turn(k[indices], -distances, theta)
+
+
+def turn(x, angles, theta):
+    """Each row of x [n,D] by its own multiple of theta: all of rotate() at once."""
+    turned = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * np.outer(angles, theta))
+    return np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+
+
+def attention_at_distances(q, k, v, rope, theta, positions, dout=None):
+    """Attention with a map, from the full matrix of distances: q [B,H,T,D], k and v [B,K,S,D], not
+    rotated; positions [S] or [B,S] of the keys, whose last T are those of the queries.
+
+    Returns (out, dq, dk, dv), the gradients of sum(dout * out).
+    """
+    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    positions = np.broadcast_to(np.asarray(positions), (B, S))
+    out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    for b, h, t in np.ndindex(B, H, T):
+        g, n = h // (H // K), S - T + t + 1
+        places = positions[b, :n]
+        seen, distances, keys = keys_at_distances(rope, theta, k[b, g], places[-1], places)
+        out[b, h, t], p = attend(q[b, h, t], keys, v[b, g, seen], 0.0)
+        if dout is not None:
+            dp = v[b, g, seen] @ dout[b, h, t]
+            ds = p * (dp - p @ dp) / math.sqrt(D)
+            dq[b, h, t] = ds @ keys
+            dk[b, g, seen] += turn(np.outer(ds, q[b, h, t]), distances, theta)
+            dv[b, g, seen] += np.outer(p, dout[b, h, t])
+    return out, dq, dk, dv
+
+
 # ---- Attention, and its gradients in closed form -------------------------------------------------
 
 
@@ -338,6 +430,10 @@ def forward(weights, config, tokens, positions=None):
     if kind == "clex":
         clex = weights["clex.up.weight"], weights["clex.down.weight"]
     theta, factor = frequencies(rope, D, positions.max() + 1, clex)
+    temperature = np.array([[query_scale(rope, int(i)) for i in row] for row in positions])
+    if rope.get("temperature") is not None:
+        factor = 1.0                                     # the method's own is replaced
+    every = rope.get("no_rope_layer_interval")
     bias = alibi_bias(positions, H, s) if kind == "alibi" else None
 
     def heads(y, n):
@@ -347,13 +443,22 @@ def forward(weights, config, tokens, positions=None):
         w = {name.removeprefix(f"layers.{layer}.").removesuffix(".weight"): value
              for name, value in weights.items() if name.startswith(f"layers.{layer}.")}
         y = rms_norm(x, w["attention_norm"], eps)
-        q = rotate_all(heads(y @ w["attention.wq"].T, H), positions, theta, factor)
-        k = rotate_all(heads(y @ w["attention.wk"].T, K), positions, theta, factor)
+        q = heads(y @ w["attention.wq"].T, H)
+        k = heads(y @ w["attention.wk"].T, K)
         v = heads(y @ w["attention.wv"].T, K)
-        if kind == "xpos":
-            q = xpos_decay(q, positions, len(theta), 1, s)
-            k = xpos_decay(k, positions, len(theta), -1, s)
-        out = attention(q, k, v, bias)                                              # [B,H,T,D]
+        rotated = not every or (layer + 1) % every
+        if not every or not rotated:
+            q = q * temperature[:, None, :, None]
+        if kind in MAPS and rotated:
+            out = attention_at_distances(q, k, v, rope, theta, positions)[0]
+        elif rotated:
+            q, k = (rotate_all(x, positions, theta, factor) for x in (q, k))
+            if kind == "xpos":
+                q = xpos_decay(q, positions, len(theta), 1, s)
+                k = xpos_decay(k, positions, len(theta), -1, s)
+            out = attention(q, k, v, bias)                                          # [B,H,T,D]
+        else:
+            out = attention(q, k, v)
         x = x + out.transpose(0, 2, 1, 3).reshape(B, T, H * D) @ w["attention.wo"].T
         y = rms_norm(x, w["ffn_norm"], eps)
         x = x + swiglu(y, w["feed_forward.w1"], w["feed_forward.w2"], w["feed_forward.w3"])

@@ -10,7 +10,8 @@ from cases import IMPLEMENTATIONS
 from meter import Meter, peak_bytes
 
 from common.errors import UserError
-from model import ATTENTION, attention, causal_bias, causal_tiles, group_heads, ungroup_heads
+from common.key_range import CausalRange, KeyRange
+from model import ATTENTION, attention, causal_bias, group_heads, ungroup_heads
 
 BLOCK = 16
 LENGTHS = [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
@@ -100,11 +101,25 @@ def test_the_causal_bias_by_hand():
     assert centered.tolist() == [[-3, -2, 0, future], [-7, -6, -4, 0]]
 
 
-def test_the_tiles_by_hand():
-    tiles = [(rows, list(keys)) for rows, keys in causal_tiles(5, 7, 2, 3)]
+@pytest.mark.parametrize("seen", [
+    CausalRange(5, 7, torch.device("cpu")),
+    KeyRange(torch.zeros(5, dtype=torch.long), torch.arange(3, 8))], ids=["causal", "any"])
+def test_the_tiles_by_hand(seen):
+    tiles = [(rows, list(keys)) for rows, keys in seen.tiles(2, 3)]
     assert tiles == [(slice(0, 2), [slice(0, 3), slice(3, 4)]),
                      (slice(2, 4), [slice(0, 3), slice(3, 6)]),
                      (slice(4, 5), [slice(0, 3), slice(3, 6), slice(6, 7)])]
+    assert seen.hidden(slice(0, 2), slice(0, 3)) is None
+    assert seen.hidden(slice(0, 2), slice(2, 4)).tolist() == [[[False, True], [False, False]]]
+
+
+def test_tiles_of_keys_that_begin_late_and_differ_from_row_to_row():
+    seen = KeyRange(torch.tensor([[0, 0, 2], [3, 4, 5]]), torch.tensor([[0, 1, 3], [4, 5, 6]]))
+    assert list(seen.tiles(2, 4)) == [(slice(0, 2), [slice(0, 4), slice(4, 5)]),
+                                      (slice(2, 3), [slice(2, 6)])]
+    assert seen.hidden(slice(0, 2), slice(3, 5))[1].tolist() == [[[False, True], [True, False]]]
+    assert seen.hidden(slice(0, 2), slice(3, 5))[0].all()
+    assert seen.last(1).first.tolist() == [[2], [5]]
 
 
 def test_the_names_of_the_three():

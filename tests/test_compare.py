@@ -61,7 +61,8 @@ def test_variants_are_every_method_that_suits_the_model():
     assert tried == stretching - {"longrope"}, "whose factors have to be searched for"
     angles = []
     for _, rope in rows:
-        mark = rope["rope_type"] if METHODS[rope["rope_type"]].length_dependent else ""
+        method = METHODS[rope["rope_type"]]
+        mark = str(rope) if method.length_dependent or method.distance_map else ""
         angles.append(str(inv_freq(with_rope(PLAIN, rope).rope, 16)) + mark)
     assert len(set(angles)) == len(rows), "no row is measured twice"
     assert "abf x2" in names and "abf x4" not in names, "whose base does not follow s"

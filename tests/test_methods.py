@@ -23,6 +23,7 @@ DEFAULT = RopeConfig()
 L64 = {"original_max_position_embeddings": 64}
 L4096 = {"original_max_position_embeddings": 4096}
 STILL = {"nope", "alibi", "drope"}  # methods that turn nothing
+MAPS = {"rerope", "leaky_rerope", "self_extend", "dca", "streaming"}
 
 # ---- The table -----------------------------------------------------------------------------------
 
@@ -33,7 +34,15 @@ def test_the_table_says_what_the_function_takes(name):
     method = METHODS[name]
     parameters = dict(inspect.signature(method.function).parameters)
     # ALiBi and xPos rotate like these, and do the rest elsewhere (baselines.py).
-    assert method.function.__name__ == {"alibi": "nope", "xpos": "linear"}.get(name, name)
+    rotation = "default" if method.distance_map else name
+    assert method.function.__name__ == {"alibi": "nope", "xpos": "linear"}.get(name, rotation)
+    if method.distance_map:
+        assert method.distance_map.__name__ == name
+        parameters = dict(inspect.signature(method.distance_map).parameters)
+        assert list(parameters)[:4] == ["m", "n", "original_window", "factor"]
+        taken = {key: p.default for key, p in list(parameters.items())[4:]}
+        assert taken == {key: setting.default for key, setting in method.settings.items()}
+        return
     if parameters.pop("yarn_settings", None):
         assert method.settings == METHODS["yarn"].settings
     else:
@@ -52,14 +61,15 @@ def test_what_others_know_of_a_method():
         return {name for name, method in METHODS.items() if test(method)}
     assert those(lambda m: m.needs_window) == {
         "dynamic", "ntk_by_parts", "yarn", "dynamic_yarn", "llama3", "longrope", "dprope", "clex",
-        "drope"}
+        "drope", *MAPS}
     assert those(lambda m: m.length_dependent) == {
         "dynamic", "dynamic_yarn", "longrope", "clex", "drope"}
     assert those(lambda m: m.needs_settings) == {"longrope"}
     assert those(lambda m: not m.extends_rope) == {"nope", "drope", "alibi", "xpos"}
     assert those(lambda m: m.full_head) == {"proportional", "drope"}
     assert {name: m.mechanism for name, m in METHODS.items() if m.mechanism != "angles"} == {
-        "clex": "network", "alibi": "bias", "xpos": "decay"}
+        "clex": "network", "alibi": "bias", "xpos": "decay",
+        **dict.fromkeys(MAPS, "distances")}
     assert {name: m.trained_on for name, m in METHODS.items() if m.trained_on != "target"} == {
         "clex": "random", "drope": "original"}
 

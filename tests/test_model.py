@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from cases import (DYNAMIC, IMPLEMENTATIONS, LLAMA3, ROPES, VOCAB, build, draw_tokens as draw,
-                   every_rope)
+                   every_rope, implementations_for)
 from meter import Meter
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,7 +55,7 @@ def test_logits_are_the_oracles(changes):
 def test_logits_are_the_oracles_for_every_method(name):
     model, tokens = build(rope=ROPES[name]), draw(2, 19)
     expected = oracle(model, tokens, position_ids(ROPES[name], 19))
-    for implementation in IMPLEMENTATIONS:
+    for implementation in implementations_for(ROPES[name]):
         model.attention = implementation
         np.testing.assert_allclose(model(tokens).detach(), expected, atol=5e-5,
                                    err_msg=implementation)
@@ -260,8 +260,9 @@ def test_a_cache_across_the_window_where_angles_change_with_the_length(implement
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("name, implementation", [
+    (name, implementation) for name, rope in ROPES.items()
+    for implementation in implementations_for(rope)])
 def test_a_cache_across_the_window_is_the_whole_for_every_method(name, implementation):
     """L = 12, 22 tokens: token by token, in chunks, a prefill and then tokens. Where nothing
     depends on the length, all answers are those of the whole."""

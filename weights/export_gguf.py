@@ -29,6 +29,7 @@ from model import LLaMA, ModelConfig
 from rope import rope_frequencies
 from weights.checks import check_tensor_values
 from weights.gguf import NAMED_ROPE, gguf_name
+from weights.rope_dialects import beyond_frequencies
 from weights.save import compact_tensor
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of them
@@ -119,6 +120,8 @@ def refuse_what_llama_cpp_lacks(rope: RopeConfig) -> None:
     """A UserError for what no key of GGUF says."""
     method = METHODS[rope.rope_type]
     problem = None
+    if beyond_frequencies(rope):
+        raise UserError(f"{beyond_frequencies(rope)}: llama.cpp has none; export to meta")
     if not method.extends_rope or method.mechanism != "angles":
         problem = "llama.cpp's LLaMA only rotates, by fixed angles"
     elif method.length_dependent and rope.rope_type != "longrope":

@@ -9,7 +9,7 @@ from common.cli import field
 from common.device import choose_device, choose_dtype, describe_device, dtype_name
 from common.errors import UserError
 from data.tokenizer import Tokenizer
-from methods import METHODS, parse_rope_flag
+from methods import METHODS, RopeConfig, parse_rope_flag
 from model import LLaMA, ModelConfig
 from weights.load import load_config, load_model
 from weights.size import parameter_count
@@ -31,7 +31,8 @@ class ModelFlags:
                         "in float32; high in TF32, on a GPU that has it; medium the same, and in "
                         "bfloat16 on a CPU that has it (AMX)",
                         choices=["highest", "high", "medium"])
-    attention: str = field("auto", "auto takes sdpa", choices=["auto", "naive", "tiled", "sdpa"])
+    attention: str = field("auto", "auto takes sdpa; for a distance map tiled, or "
+                           "flex_attention on a GPU", choices=["auto", "naive", "tiled", "sdpa"])
 
 
 def rope_from_flags(flags: ModelFlags) -> dict[str, Any] | None:
@@ -86,9 +87,18 @@ def print_model_header(flags: ModelFlags, model: LLaMA, tokenizer: Tokenizer
     dtype = dtype_name(model.tok_embeddings.weight.dtype)
     if dtype == "float32" and flags.matmul != "highest":
         dtype += f" (matmul {flags.matmul})"
-    attention = "auto (sdpa)" if flags.attention == "auto" else flags.attention
     config = model.config
+    attention = flags.attention
+    if attention == "auto":
+        attention = f"auto ({automatic_attention(config.rope, model.device)})"
     print(f"device     {describe_device(model.device)}, {dtype}, attention {attention}")
     print(f"model      {flags.model}, {parameter_count(config):,} parameters, "
           f"window {config.original_window} -> {config.max_seq_len}, rope {config.rope.to_dict()}")
     print(f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")
+
+
+def automatic_attention(rope: RopeConfig, device: torch.device) -> str:
+    """What `auto` takes, in words."""
+    if METHODS[rope.rope_type].distance_map is None:
+        return "sdpa"
+    return "flex_attention" if device.type == "cuda" else "tiled, which can merge bands"

@@ -76,9 +76,24 @@ def refuse_what_transformers_lacks(rope: RopeConfig) -> None:
     if rope.partial_rotary_factor != 1 and not method.full_head:
         raise UserError(f"partial_rotary_factor {rope.partial_rotary_factor:g}: transformers' "
                         "LLaMA turns whole heads; only Meta's layout has this model")
+    if beyond_frequencies(rope):
+        raise UserError(f"{beyond_frequencies(rope)}: transformers' LLaMA has none; only Meta's "
+                        "layout has this model")
     if method.mechanism == "network":
         raise UserError(f"rope_type {rope.rope_type}: transformers has no words for it, nor a "
                         "place for what it learns; only Meta's layout has this model")
+
+
+def beyond_frequencies(rope: RopeConfig) -> str | None:
+    """What else than frequencies this model's positions are made of, where no other program has
+    it: neither transformers' LLaMA nor llama.cpp."""
+    if METHODS[rope.rope_type].distance_map is not None:
+        return f"rope_type {rope.rope_type}, a distance map"
+    if rope.temperature not in (None, "none"):
+        return f"temperature {rope.temperature}"
+    if rope.no_rope_layer_interval is not None:
+        return f"no_rope_layer_interval {rope.no_rope_layer_interval}"
+    return None
 
 
 def rope_to_hugging_face(rope: RopeConfig, head_dim: int) -> dict:
@@ -115,6 +130,8 @@ def under_its_own_name(rope: RopeConfig) -> dict:
     for name in METHODS[rope.rope_type].settings:
         if name != "ramp" and rope.setting(name) is not None:
             parameters[name] = rope.setting(name)
+    if rope.temperature == "none" and "attention_factor" in METHODS[rope.rope_type].settings:
+        parameters["attention_factor"] = 1.0
     return parameters
 
 

@@ -1,0 +1,201 @@
+"""Distance maps: near tokens keep their distance, far ones are folded into the trained range.
+
+The other methods change by which angles the pairs turn. These change how far apart two tokens are
+said to be, so that no pair ever meets an angle that it was not trained on, and nothing has to be
+trained. They pay with the order of far tokens, of which several come to stand at one distance.
+
+A map cuts the keys that a query sees into *bands*. In a band the query stands at a place q(m) and
+each key at a place k(n), and they are rotated there: the model sees the distance q(m) - k(n).
+ReRoPE, min(m - n, w), has two:
+
+    n             0   1   2   3   4   5          the query is at m = 5, w = 3
+    band          far far far near near near
+    q(m), k(n)    3,0 3,0 3,0 5,3 5,4 5,5        far: the query at w, all keys at 0
+    distance       3   3   3   2   1   0
+
+    m  positions of the queries [T] or [B, T]    n  of all keys [S] or [B, S], ascending
+    L  original_window                           s  factor = L'/L
+
+k(n) may depend on n alone, as later queries meet the same key. To add a map: a function here, and
+a row in table.py.
+"""
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.key_range import KeyRange
+from methods.flex import flex_part
+from rope import apply_rope
+
+
+class Band(NamedTuple):
+    """The keys at positions first <= n < stop of each query, and where both stand."""
+    first: Tensor   # [T]
+    stop: Tensor    # [T]
+    q: Tensor       # [T]  q(m)
+    k: Tensor       # [S]  k(n), of all keys
+
+
+# ---- The maps ------------------------------------------------------------------------------------
+
+
+def rerope(m: Tensor, n: Tensor, original_window: int, factor: float, window: int | None = None
+           ) -> list[Band]:
+    """min(m - n, w): all that is far stands at the distance w, by default L/2. There is no limit
+    to the length. (Su 2023, kexue.fm/archives/9708)"""
+    w = original_window // 2 if window is None else window
+    near = Band(m - w + 1, m + 1, m, n)
+    far = Band(0 * m, m - w + 1, 0 * m + w, 0 * n)
+    return [far, near]
+
+
+def leaky_rerope(m: Tensor, n: Tensor, original_window: int, factor: float,
+                 window: int | None = None, stretch: float | None = None) -> list[Band]:
+    """w + (m - n - w) / k beyond w: far tokens stand k times closer together, and keep their order.
+    By default w = L/2, and k such that L' tokens reach up to L. (Su 2023)"""
+    w = original_window // 2 if window is None else window
+    k = least_stretch(original_window, factor, w) if stretch is None else stretch
+    near = Band(m - w + 1, m + 1, m, n)
+    far = Band(0 * m, m - w + 1, m / k + w - w / k, n / k)
+    return [far, near]
+
+
+def self_extend(m: Tensor, n: Tensor, original_window: int, factor: float,
+                window: int | None = None, group: int | None = None) -> list[Band]:
+    """m//g + w - w//g - n//g beyond w: g neighbours share a place. It reaches (L - w) g + w tokens.
+    By default w = L/4, and g such that L' tokens reach up to L. (Jin et al. 2024, arXiv
+    2401.01325)"""
+    w = original_window // 4 if window is None else window
+    g = math.ceil(least_stretch(original_window, factor, w)) if group is None else group
+    near = Band(m - w + 1, m + 1, m, n)
+    far = Band(0 * m, m - w + 1, m // g + w - w // g, n // g)
+    return [far, near]
+
+
+def dca(m: Tensor, n: Tensor, original_window: int, factor: float, chunk: int | None = None,
+        local: int | None = None) -> list[Band]:
+    """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens. Distances are exact
+    within a chunk, and to the w tokens before; in the chunk before no distance exceeds c - 1,
+    and all queries stand c - 1 from the beginning of any earlier chunk. By default c = 3L/4 and
+    w = L/8. (An et al. 2024, arXiv 2402.17463)"""
+    c = 3 * original_window // 4 if chunk is None else chunk
+    w = original_window // 8 if local is None else local
+    h = c - w
+    start = m // h * h                                             # of the query's own chunk
+    own = Band(start, m + 1, m % h, n % h)
+    next_to_it = Band(start - h, start, (m % h + h).clamp(max=c - 1), n % h)
+    earlier = Band(0 * m, start - h, 0 * m + c - 1, n % h)
+    return [earlier, next_to_it, own]
+
+
+def streaming(m: Tensor, n: Tensor, original_window: int, factor: float, sinks: int = 4,
+              window: int | None = None) -> list[Band]:
+    """StreamingLLM: the first tokens (the sinks, on which attention rests) and the last w, as if
+    nothing had been between them; by default w = L - sinks. It reads without end, and forgets.
+    (Xiao et al. 2023, arXiv 2309.17453)"""
+    w = max(1, original_window - sinks) if window is None else window
+    recent = Band(m - w + 1, m + 1, m, n)
+    sink = Band(0 * m, (m - w + 1).clamp(max=sinks), m.clamp(max=sinks + w - 1), n)
+    return [sink, recent]
+
+
+def least_stretch(original_window: int, factor: float, w: int) -> float:
+    """The least k with w + (L' - w) / k <= L: L' tokens are folded into L."""
+    target = round(original_window * factor)
+    return max(1.0, (target - w) / max(1, original_window - w))
+
+
+# ---- From a map to what attention needs ----------------------------------------------------------
+
+
+def without_idle_bands(bands: Sequence[Band], n: Tensor) -> list[Band]:
+    """Bands that hold any key, and neighbours whose places are the same as one band: a map that
+    folds nothing is plain RoPE, bit for bit."""
+    kept: list[Band] = []
+    for band in bands:
+        first = band.first.clamp(min=n[..., :1])
+        if not (first < band.stop).any():
+            continue
+        before = kept[-1] if kept else None
+        if before and (before.q == band.q).all() and (before.k == band.k).all():
+            first = torch.where(before.first < before.stop, before.first, first)
+            kept.pop()
+        kept.append(band._replace(first=first))
+    return kept
+
+
+def keys_of(band: Band, n: Tensor) -> KeyRange:
+    """The band's keys by their index in the text, where positions may skip (PoSE)."""
+    n = n.contiguous()
+    return KeyRange(torch.searchsorted(n, band.first.contiguous()),
+                    torch.searchsorted(n, band.stop.contiguous()))
+
+
+def largest_distance(bands: Sequence[Band], n: Tensor) -> float:
+    """max q(m) - k(n) over all pairs: the distance that the model has to have been trained on."""
+    found = 0.0
+    for band in bands:
+        seen = (n >= band.first[..., None]) & (n < band.stop[..., None])              # [T, S]
+        distance = (band.q[..., None] - band.k).double().masked_fill(~seen, 0)
+        found = max(found, float(distance.max()))
+    return found
+
+
+# ---- Attention over bands: one softmax for all ---------------------------------------------------
+
+
+class BandInputs(NamedTuple):
+    """What attention needs of a band: its rotations, and its keys by their index."""
+    q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
+    k_rope: tuple[Tensor, Tensor]   # and of all keys, [S, D/2] or [B, S, D/2]
+    keys: KeyRange                  # which keys of the band each query sees
+
+
+def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
+                       implementation: str, attention: Callable, tiled: Callable) -> Tensor:
+    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. `auto` takes tiled,
+    and flex_attention on a GPU. attention, tiled: those of model.py."""
+    rotated = [(apply_rope(q, *band.q_rope), apply_rope(k, *band.k_rope)) for band in bands]
+    seen = [band.keys for band in bands]
+    if len(bands) == 1 and not seen[0].first.any():                            # nothing is folded
+        return attention(*rotated[0], v, None, implementation)
+    if implementation == "naive":
+        return naive_in_bands(rotated, v, seen)
+    if implementation == "sdpa" and not q.is_cuda:
+        raise UserError("attention sdpa: with a distance map it needs a GPU; choose auto or tiled")
+    if q.is_cuda and implementation != "tiled":
+        parts = [flex_part(*turned, v, keys) for turned, keys in zip(rotated, seen)]
+    else:
+        parts = [tiled(*turned, v, None, keys, 128, 128) for turned, keys in zip(rotated, seen)]
+    outputs, lses = zip(*parts)
+    return merge_outputs(outputs, lses)
+
+
+def naive_in_bands(rotated: Sequence[tuple[Tensor, Tensor]], v: Tensor, seen: Sequence[KeyRange]
+                   ) -> Tensor:
+    """The definition: each pair of query and key has the score of its band, -inf if it is in none.
+
+    rotated: q [B, H, T, D] and k [B, K, S, D] as each band rotates them. seen: its keys."""
+    (B, H, T, D), (K, S) = rotated[0][0].shape, v.shape[1:3]
+    merged = torch.full((B, H, T, S), -torch.inf, device=v.device)
+    for (q, k), keys in zip(rotated, seen):
+        k = k.repeat_interleave(H // K, dim=1)                                 # [B, H, S, D]
+        scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(D)              # [B, H, T, S]
+        hidden = keys.hidden(slice(0, T), slice(0, S))
+        merged = scores if hidden is None else torch.where(hidden, merged, scores)
+    return merged.softmax(dim=-1).type_as(v) @ v.repeat_interleave(H // K, dim=1)
+
+
+def merge_outputs(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
+    """The same from attention in each band alone, out_b [B, H, T, D] and lse_b [B, H, T], the
+    logarithm of its softmax's denominator:
+
+        out = sum_b exp(lse_b - lse) out_b        lse = ln sum_b exp(lse_b)
+    """
+    shares = torch.stack(list(lses)).softmax(dim=0)                            # [bands, B, H, T]
+    weighted = [share[..., None] * out.float() for share, out in zip(shares, outputs)]
+    return sum(weighted).type_as(outputs[0])

@@ -1,0 +1,32 @@
+"""Temperatures: queries grow with their position, as the softmax flattens over more keys.
+
+Over n keys with scores of one spread the largest share shrinks like 1/n. Queries times ln n / ln L
+restore what the model had at L (docs/maths.md). The keys in a cache stay as they are: a
+temperature belongs to the query alone.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_n(positions: Tensor, original_window: int) -> Tensor:
+    """max(1, ln(m + 1) / ln L) for a query at m. (Su 2021, kexue.fm/archives/8823; Nakanishi 2025,
+    arXiv 2501.19399, learns its scale)"""
+    return ((positions + 1.0).log() / math.log(original_window)).clamp(min=1.0)
+
+
+def llama4(positions: Tensor, original_window: int, beta: float = 0.1) -> Tensor:
+    """1 + beta ln(1 + floor(m / L)): Llama 4, in steps of L tokens, and Ministral 3."""
+    return 1 + beta * torch.log1p(torch.floor(positions / original_window))
+
+
+TEMPERATURES = {"none": None, "log_n": log_n, "llama4": llama4}
+
+
+def query_scale(name: str | None, positions: Tensor, original_window: int | None) -> Tensor | None:
+    """What queries at these positions [..., T] are multiplied by, [..., T, 1]; None: nothing."""
+    formula = TEMPERATURES.get(name or "none")
+    if formula is None:
+        return None
+    return formula(positions.float(), original_window)[..., None]

@@ -1,0 +1,358 @@
+"""Distance maps, temperatures and interleaved NoPE: against the full matrix of distances, by hand,
+and token by token."""
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from cases import build, config_of, draw_tokens
+from meter import peak_bytes
+
+from common.errors import UserError
+from common.key_range import CausalRange, KeyRange
+from common.kv_cache import KVCache
+from methods import METHODS, RopeConfig, inv_freq, position_inputs
+from methods.distance_maps import attention_in_bands, largest_distance, merge_outputs
+from methods.flex import flex_part
+from model import TiledAttention, attention
+
+MAPS = [name for name, method in METHODS.items() if method.distance_map]
+BLOCK = 16
+SETTINGS = {  # L = 32, s = 4, unless they say otherwise: bands of width 1 and of L among them
+    "rerope": [{}, {"window": 1}, {"window": 32}],
+    "leaky_rerope": [{}, {"window": 1, "stretch": 5.5}, {"window": 20, "stretch": 9.0}],
+    "self_extend": [{}, {"window": 1, "group": 5}, {"window": 15, "group": 8}],
+    "dca": [{}, {"chunk": 32, "local": 31}, {"chunk": 11, "local": 0}],
+    "streaming": [{}, {"sinks": 0, "window": 1}, {"sinks": 7, "window": 25}],
+}
+CASES = [(name, settings) for name in MAPS for settings in SETTINGS[name]]
+
+
+def tiled(q, k, v, bias, keys, block_q, block_k):
+    """With tiles so small that a text has many."""
+    return TiledAttention.apply(q, k, v, bias, keys, BLOCK, BLOCK)
+
+
+def rope_dict(name, settings):
+    return {"rope_type": name, "factor": 4.0, "original_max_position_embeddings": 32, **settings}
+
+
+def bands_of(name, settings, positions, T, D=8, **more):
+    config = RopeConfig.from_dict(rope_dict(name, settings) | more)
+    theta, factor = inv_freq(config, D)
+    return position_inputs(config, 4, theta, factor, positions, T).bands, theta.double().numpy()
+
+
+def draw(T, S, H=4, K=2, D=8, B=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, T, D), (B, K, S, D), (B, K, S, D), (B, H, T, D)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def compute(implementation, q, k, v, bands, dout):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attention_in_bands(q, k, v, bands, implementation, attention, tiled)
+    out.backward(dout)
+    return out.detach(), q.grad, k.grad, v.grad
+
+
+# ---- What the model sees, by hand ----------------------------------------------------------------
+
+ROWS = [  # (map, settings, L, position of the query, distances at which it sees keys 0, 1, 2, ...)
+    ("rerope", {"window": 3}, 8, 7, [3, 3, 3, 3, 3, 2, 1, 0]),
+    ("leaky_rerope", {"window": 2, "stretch": 2.0}, 8, 6, [4, 3.5, 3, 2.5, 2, 1, 0]),
+    ("self_extend", {"window": 4, "group": 2}, 8, 11, [7, 7, 6, 6, 5, 5, 4, 4, 3, 2, 1, 0]),
+    ("dca", {"chunk": 8, "local": 2}, 12, 5, [5, 4, 3, 2, 1, 0]),
+    ("dca", {"chunk": 8, "local": 2}, 12, 8, [7, 6, 5, 4, 3, 2, 2, 1, 0]),
+    ("dca", {"chunk": 8, "local": 2}, 12, 13, [7, 6, 5, 4, 3, 2, 7, 6, 5, 4, 3, 2, 1, 0]),
+    ("streaming", {"sinks": 2, "window": 3}, 8, 4, [4, 3, 2, 1, 0]),
+    ("streaming", {"sinks": 2, "window": 3}, 8, 7, [4, 3, None, None, None, 2, 1, 0]),
+]
+
+
+@pytest.mark.parametrize("name, settings, L, m, expected", ROWS)
+def test_the_distances_that_a_query_sees_by_hand(name, settings, L, m, expected):
+    n = torch.arange(m + 1)
+    bands = METHODS[name].distance_map(n[-1:], n, L, 2.0, **settings)
+    found = [None] * (m + 1)
+    for band in bands:
+        for key in range(m + 1):
+            if band.first[0] <= key < band.stop[0]:
+                assert found[key] is None, "no pair is in two bands"
+                found[key] = float(band.q[0] - band.k[key])
+    assert found == expected
+    rope = {"rope_type": name, "factor": 2.0, "original_max_position_embeddings": L, **settings}
+    assert [reference.seen_distance(rope, m, key) for key in range(m + 1)] == expected
+    assert largest_distance(bands, n) == max(d for d in expected if d is not None)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("L, factor", [(256, 16.0), (256, 32.0), (30, 2.5), (8192, 4.0), (64, 1.0)])
+def test_by_default_a_map_folds_what_is_asked_into_the_trained_window(name, L, factor):
+    """Every distance that any query of L' tokens sees is at most L."""
+    n = torch.arange(round(L * factor))
+    m = n[:: max(1, len(n) // 60)]
+    bands = METHODS[name].distance_map(m, n, L, factor)
+    assert 0 < largest_distance(bands, n) <= L
+
+
+@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "self_extend", "dca"])
+def test_near_tokens_keep_their_distance_and_no_far_one_comes_nearer(name):
+    rope = rope_dict(name, {})
+    for i in (0, 20, 57, 127):
+        seen = [reference.seen_distance(rope, i, j) for j in range(i, -1, -1)]
+        assert seen[:4] == [0, 1, 2, 3][:i + 1]
+        assert min(seen[4:], default=9) >= 3
+        if name != "dca":                     # which keeps the order within a chunk only
+            assert all(a <= b for a, b in zip(seen, seen[1:]))
+
+
+# ---- Against the oracle --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, settings", CASES)
+def test_the_oracles_gradients_are_its_differences(name, settings):
+    q, k, v, dout = (x.double().numpy() for x in draw(2, 40, H=1, K=1, D=4, B=1))
+    rope, theta = rope_dict(name, settings), np.array([1.0, 0.01])
+
+    def loss():
+        return (reference.attention_at_distances(q, k, v, rope, theta, range(40))[0] * dout).sum()
+    gradients = reference.attention_at_distances(q, k, v, rope, theta, range(40), dout)[1:]
+    for array, gradient in zip((q, k, v), gradients):
+        for i in list(np.ndindex(array.shape))[::17]:
+            kept, values = array[i], []
+            for step in (1e-5, -1e-5):
+                array[i] = kept + step
+                values.append(loss())
+            array[i] = kept
+            assert (values[0] - values[1]) / 2e-5 == pytest.approx(gradient[i], abs=1e-8)
+
+
+@pytest.mark.parametrize("T, S, H, K", [(1, 1, 2, 2), (1, 90, 4, 2), (7, 7, 4, 2), (7, 47, 6, 1),
+                                        (15, 15, 2, 2), (16, 64, 4, 2), (17, 17, 4, 2),
+                                        (53, 53, 2, 1), (33, 77, 2, 2)])
+@pytest.mark.parametrize("name, settings", CASES)
+def test_values_and_gradients_are_the_oracles(name, settings, T, S, H, K):
+    q, k, v, dout = draw(T, S, H, K, B=1)
+    bands, theta = bands_of(name, settings, torch.arange(S), T)
+    want = reference.attention_at_distances(q, k, v, rope_dict(name, settings), theta, range(S),
+                                            dout.double().numpy())
+    for implementation in ("naive", "tiled"):
+        got = compute(implementation, q, k, v, bands, dout)
+        for part, a, b in zip(("out", "dq", "dk", "dv"), got, want):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5,
+                                       err_msg=f"{implementation}: {part}")
+
+
+@pytest.mark.parametrize("name, settings", CASES)
+def test_positions_that_skip_and_differ_from_row_to_row(name, settings):
+    """As PoSE gives them to a batch: bands are a matter of positions, not of places in the row."""
+    T, S = 19, 35
+    q, k, v, dout = draw(T, S)
+    first = torch.cat([torch.arange(9), torch.arange(70, 96)])
+    positions = torch.stack([first, torch.arange(S) + 3])
+    bands, theta = bands_of(name, settings, positions, T)
+    want = reference.attention_at_distances(q, k, v, rope_dict(name, settings), theta, positions,
+                                            dout.double().numpy())
+    for implementation in ("naive", "tiled"):
+        for a, b in zip(compute(implementation, q, k, v, bands, dout), want):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=implementation)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name, settings", CASES)
+def test_the_path_of_gpus_gives_the_same(name, settings):
+    """flex_attention, not compiled; on a CPU it has no gradients."""
+    q, k, v, _ = draw(9, 50)
+    bands, _ = bands_of(name, settings, torch.arange(50), 9)
+
+    def flex(q, k, v, bias, keys, block_q, block_k):
+        return flex_part(q, k, v, keys)
+    expected = attention_in_bands(q, k, v, bands, "naive", attention, tiled)
+    got = attention_in_bands(q, k, v, bands, "tiled", attention, flex)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sdpa_is_refused_where_it_gives_no_lse():
+    q, k, v, _ = draw(50, 50)
+    bands, _ = bands_of("rerope", {}, torch.arange(50), 50)
+    with pytest.raises(UserError, match="attention sdpa: .* choose auto or tiled"):
+        attention_in_bands(q, k, v, bands, "sdpa", attention, tiled)
+
+
+def test_parts_of_which_one_is_empty_are_merged_with_their_gradients():
+    """A query that sees no key of a band takes nothing from it, and gives it nothing."""
+    q, k, v, dout = draw(5, 5, B=1)
+    empty = KeyRange(torch.zeros(5, dtype=torch.long), torch.tensor([0, 0, 0, 1, 1]))
+    rest = KeyRange(empty.stop, torch.arange(1, 6))
+    results = []
+    for seen in ([CausalRange(5, 5, torch.device("cpu"))], [empty, rest]):
+        x = [t.clone().requires_grad_() for t in (q, k, v)]
+        parts = [TiledAttention.apply(*x, None, keys, 2, 2) for keys in seen]
+        merge_outputs(*zip(*parts)).backward(dout)
+        results.append([t.grad for t in x])
+    for whole, merged in zip(*results):
+        torch.testing.assert_close(merged, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_in_bfloat16():
+    q, k, v, _ = (x.bfloat16() for x in draw(40, 100))
+    for name in MAPS:
+        bands, theta = bands_of(name, {}, torch.arange(100), 40)
+        want = reference.attention_at_distances(q.float(), k.float(), v.float(),
+                                                rope_dict(name, {}), theta, range(100))[0]
+        for implementation in ("naive", "tiled"):
+            got = attention_in_bands(q, k, v, bands, implementation, attention, tiled)
+            assert got.dtype == torch.bfloat16
+            np.testing.assert_allclose(got.float(), want, atol=0.05)
+
+
+def test_memory_of_tiled_is_linear_in_the_length():
+    def peak(S):
+        q, k, v, dout = draw(S, S, H=1, K=1, B=1)
+        bands, _ = bands_of("self_extend", {"window": 8}, torch.arange(S), S, factor=100.0)
+        return peak_bytes(lambda: compute("tiled", q, k, v, bands, dout))
+    assert peak(1024) < 2.5 * peak(512)
+
+
+# ---- A map that folds nothing is plain RoPE ------------------------------------------------------
+
+NOTHING_FOLDED = [("rerope", {"window": 64}), ("leaky_rerope", {"window": 5, "stretch": 1.0}),
+                  ("leaky_rerope", {"window": 64}), ("self_extend", {"window": 5, "group": 1}),
+                  ("self_extend", {"window": 64, "group": 3}), ("dca", {"chunk": 64, "local": 3}),
+                  ("streaming", {"sinks": 4, "window": 60})]
+
+
+@pytest.mark.parametrize("name, settings", NOTHING_FOLDED)
+@pytest.mark.parametrize("implementation", ["naive", "tiled", "sdpa", "auto"])
+def test_a_map_that_folds_nothing_is_plain_rope_bit_for_bit(name, settings, implementation):
+    tokens = draw_tokens(2, 60)
+    plain = build(attention=implementation)(tokens)
+    rope = RopeConfig(name, 1.0, 64, options=settings)
+    assert torch.equal(build(attention=implementation, rope=rope)(tokens), plain)
+
+
+# ---- Token by token ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["naive", "tiled"])
+@pytest.mark.parametrize("name, settings", CASES)
+def test_token_by_token_equals_the_whole_across_the_window_and_all_edges(name, settings,
+                                                                        implementation):
+    rope = RopeConfig.from_dict(rope_dict(name, settings) | {"temperature": "log_n"})
+    model = build(attention=implementation, rope=rope)
+    tokens = draw_tokens(2, 80)
+    with torch.no_grad():
+        whole = model(tokens)
+        cache = KVCache(model.config, 2, 80)
+        pieces = [model(tokens[:, :5], cache=cache), model(tokens[:, 5:24], cache=cache)]
+        pieces += [model(tokens[:, t:t + 1], cache=cache) for t in range(24, 80)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=2e-4, rtol=1e-4)
+
+
+# ---- Temperatures --------------------------------------------------------------------------------
+
+
+def config_with(name="default", **settings):
+    return config_of(name, original_max_position_embeddings=64, **settings)
+
+
+def test_golden_temperatures():
+    positions = torch.tensor([0, 62, 63, 64, 127, 128, 4095])
+    theta, _ = inv_freq(config_with(), 16)
+
+    def scale(name):
+        inputs = position_inputs(config_with(temperature=name), 1, theta, 1.0, positions, 7)
+        assert torch.equal(inputs.k_rope[0], inputs.k_rope[0])
+        q_length = (inputs.q_rope[0] ** 2 + inputs.q_rope[1] ** 2).sqrt()[:, 0]
+        return (q_length / (inputs.k_rope[0] ** 2 + inputs.k_rope[1] ** 2).sqrt()[:, 0]).tolist()
+    log_n = [1, 1, 1, math.log(65) / math.log(64), 7 / 6, math.log(129) / math.log(64), 2]
+    assert scale("log_n") == pytest.approx(log_n, rel=1e-6)
+    llama4 = [1, 1, 1, 1 + .1 * math.log(2), 1 + .1 * math.log(2), 1 + .1 * math.log(3),
+              1 + .1 * math.log(64)]
+    assert scale("llama4") == pytest.approx(llama4, rel=1e-6)
+    assert scale("none") == pytest.approx([1] * 7)
+
+
+def test_a_temperature_takes_the_place_of_the_methods_own():
+    assert inv_freq(config_with("yarn"), 16)[1] == pytest.approx(1 + 0.1 * math.log(4))
+    for name in ("none", "log_n", "llama4"):
+        assert inv_freq(config_with("yarn", temperature=name), 16)[1] == 1
+
+
+@pytest.mark.parametrize("temperature", ["log_n", "llama4", "none"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_temperature_goes_with_every_method(name, temperature):
+    rope = config_of(name, 8, original_max_position_embeddings=12, temperature=temperature)
+    model, tokens = build(rope=rope), draw_tokens(2, 40)
+    weights = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    config = dataclasses.asdict(model.config) | {"rope": rope.to_dict()}
+    expected = reference.forward(weights, config, tokens.numpy())
+    np.testing.assert_allclose(model(tokens).detach(), expected, atol=2e-4, rtol=1e-4)
+
+
+# ---- Interleaved NoPE ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("name, temperature", [("default", None), ("yarn", None), ("xpos", None),
+                                               ("rerope", "log_n"), ("default", "llama4")])
+def test_every_nth_layer_is_unrotated(name, temperature, every):
+    more = {} if temperature is None else {"temperature": temperature}
+    rope = config_of(name, 8, original_max_position_embeddings=12, no_rope_layer_interval=every,
+                     **more)
+    model, tokens = build(rope=rope, n_layers=3), draw_tokens(2, 30)
+    weights = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    config = dataclasses.asdict(model.config) | {"rope": rope.to_dict()}
+    expected = reference.forward(weights, config, tokens.numpy())
+    np.testing.assert_allclose(model(tokens).detach(), expected, atol=2e-4, rtol=1e-4)
+    with torch.no_grad():
+        cache = KVCache(model.config, 2, 30)
+        pieces = [model(part, cache=cache) for part in tokens.split(7, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=2e-4, rtol=1e-4)
+
+
+def test_no_layer_rotated_is_nope():
+    tokens = draw_tokens(1, 20)
+    every = build(rope=RopeConfig(no_rope_layer_interval=1))(tokens)
+    torch.testing.assert_close(every, build(rope=RopeConfig("nope"))(tokens))
+
+
+# ---- What a user may write wrong -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"rope_type": "self_extend", "factor": 16, "window": 64, "group": 16},
+     "self_extend reaches less than 4096 tokens: .* at a distance of 315, and the model knows 256; "
+     r"give other settings \(window, group\)"),
+    ({"rope_type": "leaky_rerope", "factor": 16, "stretch": 3}, "reaches less than 4096"),
+    ({"rope_type": "rerope", "factor": 4, "window": 300}, "reaches less .* distance of 300"),
+    ({"rope_type": "rerope", "factor": 4, "window": 0}, "rerope window 0: has to be at least 1"),
+    ({"rope_type": "self_extend", "factor": 4, "group": 0}, "group 0: has to be at least 1"),
+    ({"rope_type": "leaky_rerope", "factor": 4, "stretch": 0.5}, "stretch 0.5: .* at least 1"),
+    ({"rope_type": "dca", "factor": 4, "chunk": 300, "local": 10}, "distance of 299"),
+    ({"rope_type": "dca", "factor": 4, "chunk": 30, "local": 30}, "local 30: .* less than the chu"),
+    ({"rope_type": "dca", "factor": 4, "chunk": 30}, "local 32: .* less than the chunk"),
+    ({"rope_type": "streaming", "factor": 4, "sinks": 200, "window": 200}, "distance of 399"),
+    ({"rope_type": "streaming", "factor": 4, "sinks": 300}, "distance of 300"),
+    ({"rope_type": "rerope", "factor": 4, "group": 3}, "unknown key 'group'"),
+    ({"rope_type": "rerope", "factor": 1e6}, "too many: give a smaller factor"),
+    ({"rope_type": "yarn", "factor": 4, "temperature": "hot"},
+     "temperature 'hot' is unknown: choose one of none, log_n, llama4"),
+    ({"rope_type": "default", "temperature": "log_n", "partial_rotary_factor": 0.5},
+     "scales whole queries"),
+    ({"rope_type": "default", "no_rope_layer_interval": 0}, "has to be a positive whole number"),
+])
+def test_settings_that_cannot_work_are_one_line(given, message):
+    given = {"original_max_position_embeddings": 256, **given}
+    with pytest.raises(UserError, match=message):
+        RopeConfig.from_dict(given)
+
+
+def test_a_temperature_needs_the_window():
+    with pytest.raises(UserError, match="temperature log_n needs original_max_position_embeddings"):
+        RopeConfig(temperature="log_n")
+    filled = RopeConfig.from_dict({"rope_type": "default", "temperature": "log_n"}, 64)
+    assert filled.original_max_position_embeddings == 64
