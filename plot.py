@@ -38,7 +38,7 @@ MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h"]
 METHOD_ORDER = ["default", "ntk", "linear", "yarn", "ntk_by_parts", "dprope", "dynamic", "llama3",
                 "dynamic_yarn", "abf", '{"rope_type": "dprope", "interpolated_dims": 40}', "alibi",
                 "xpos", "nope", '{"rope_type": "default", "random_positions": 2048}', "clex",
-                "drope"]
+                "drope", "rerope", "leaky_rerope", "self_extend", "dca", "streaming"]
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 150,
                      "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3,
                      "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False})
@@ -376,6 +376,57 @@ def plot_real_model(result: dict, path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def plot_long_window(result: dict, path: Path) -> list[Path]:
+    """extras/long_window.py: perplexity and passkeys against length, a line for each method; and
+    beside it what each distance map does to the distance."""
+    rows, lengths = result["long_window"], [str(n) for n in result["lengths"]]
+    temperatures = list(dict.fromkeys(temperature_of(row["method"]) for row in rows))
+    figure, axes = plt.subplots(len(temperatures), 2, figsize=(10, 3.4 * len(temperatures)),
+                                squeeze=False, sharey="col")
+    numbers = method_numbers(map_name(row["method"]) for row in rows)
+    for temperature, (left, right) in zip(temperatures, axes):
+        for row in rows:
+            if temperature_of(row["method"]) != temperature:
+                continue
+            name = map_name(row["method"])
+            style = line_style(numbers[name])
+            draw_line(left, {int(n): row["perplexity"][n] for n in lengths}, name, style)
+            draw_line(right, {int(n): row["passkey"][n] for n in lengths}, name, style)
+        length_panels(left, right, result["lengths"], {"L": result["original_window"]})
+        left.set_title(f"temperature: {temperature}", loc="left")
+    handles = {label: handle for axis in axes[:, 0]
+               for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+    maps = path.with_name(f"{path.stem}-maps.png")
+    return [save_figure(figure, path), plot_distance_maps(result, maps)]
+
+
+def map_name(method: str) -> str:
+    """The rope_type of a --methods flag."""
+    return json.loads(method)["rope_type"] if method.startswith("{") else method
+
+
+def temperature_of(method: str) -> str:
+    rope = json.loads(method) if method.startswith("{") else {}
+    return rope.get("temperature", "the method's own")
+
+
+def plot_distance_maps(result: dict, path: Path) -> Path:
+    """The distance that the model sees against the distance in the text, for each map."""
+    maps, L = result["seen_distances"], result["original_window"]
+    figure, axes = plt.subplots(1, len(maps), figsize=(2.4 * len(maps), 2.7), sharey=True)
+    for axis, (name, seen) in zip(axes, maps.items()):
+        shown = len(seen) // 4                                  # the rest goes on like this
+        distances = [i * max(1, L // 64) for i in range(len(seen))]
+        axis.plot(distances[:shown], [math.nan if d is None else d for d in seen[:shown]], ".",
+                  markersize=2.5)
+        axis.axhline(L, linestyle=":", color="gray")
+        axis.set(title=name, xlabel="distance in the text")
+    axes[0].set_ylabel("distance that the model sees")
+    axes[0].annotate("L", (distances[shown], L), xytext=(-8, 2), textcoords="offset points")
+    return save_figure(figure, path)
+
+
 def last_quarter(nll: list[float]) -> float:
     """Perplexity over the last quarter of the parts."""
     part = nll[-len(nll) // 4:]
@@ -649,8 +700,8 @@ def plot_disturbance(theory: dict, path: Path) -> Path:
 # ---- The command ---------------------------------------------------------------------------------
 
 # The first of these keys that a result has decides how it is drawn.
-FIGURES = {"bands": plot_real_model, "methods": plot_compare, "plan": plot_sweep,
-           "rows": plot_finetune, "accuracy_by_depth": plot_passkey, "theory": plot_theory,
+FIGURES = {"bands": plot_real_model, "long_window": plot_long_window, "methods": plot_compare,
+           "plan": plot_sweep, "rows": plot_finetune, "accuracy_by_depth": plot_passkey, "theory": plot_theory,
            "lines": plot_training}
 # Then these: all results with the key go into one figure, if they belong together.
 SHARED_FIGURES = {"nll_by_context": (plot_context, "context.png"),
@@ -711,7 +762,8 @@ def shared_figures(results: dict[Path, dict], key: str, name: str) -> dict[str, 
 def draw_file(function: Callable, content: Any, target: Path, sources: list[Path]) -> None:
     """Draw one figure. sources: the files that `content` comes from."""
     try:
-        print(f"wrote {function(content, target)}")
+        written = function(content, target)
+        print(f"wrote {', '.join(map(str, written)) if isinstance(written, list) else written}")
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{', '.join(map(str, sources))}: {NOT_A_RESULT} "
                         f"({type(error).__name__}: {error})") from None

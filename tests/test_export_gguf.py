@@ -23,7 +23,8 @@ from weights.export_gguf import export_gguf
 TINY = str(ROOT / "data/tiny")
 FACTORS = {"short_factor": [1.5] * 16, "long_factor": [1.0 + i for i in range(16)]}
 OWN_SETTINGS = {"longrope": FACTORS}
-WORDLESS = {"dynamic", "dynamic_yarn", "clex", "nope", "drope", "alibi", "xpos", "proportional"}
+WORDLESS = {"dynamic", "dynamic_yarn", "clex", "nope", "drope", "alibi", "xpos", "proportional",
+            "rerope", "leaky_rerope", "self_extend", "dca", "streaming"}
 
 
 def rope_of(name, **settings):
@@ -121,6 +122,22 @@ def test_every_method(tmp_path, name, settings):
     for length in (40, 200):
         tokens = torch.arange(length)[None] % 64
         assert torch.equal(loaded(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"temperature": "log_n"}, "temperature log_n: llama.cpp has no such thing"),
+    ({"no_rope_layer_interval": 4}, "no_rope_layer_interval 4: llama.cpp has no such thing")])
+def test_what_is_more_than_frequencies_is_refused(tmp_path, settings, words):
+    model = make(rope=RopeConfig.from_dict(rope_of("yarn", **settings)))
+    with pytest.raises(UserError, match=words):
+        export_gguf(model, tmp_path / "m.gguf")
+
+
+def test_a_temperature_taken_away_is_said(tmp_path):
+    rope = RopeConfig.from_dict(rope_of("yarn", temperature="none"))
+    export_gguf(make(rope=rope), tmp_path / "m.gguf")
+    loaded = load_config(tmp_path / "m.gguf")
+    assert inv_freq(loaded.rope, 32)[1] == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - WORDLESS))

@@ -73,7 +73,8 @@ def exported(name, settings):
     are follows from the method's properties."""
     config, method = config_of(name, 32, **settings), METHODS[name]
     moving = bool((inv_freq(config, 32)[0] > 0).all())
-    fixed = method.extends_rope and not method.length_dependent and moving
+    fixed = (method.extends_rope and not method.length_dependent and moving
+             and not method.distance_map)
     if fixed or name in HUGGING_FACE_METHODS and not config.resonance:
         return config, rope_to_hugging_face(config, 32)
     with pytest.raises(UserError, match=f"^rope_type {name}: "):

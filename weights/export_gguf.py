@@ -121,7 +121,7 @@ def refuse_what_llama_cpp_lacks(rope: RopeConfig) -> None:
     method = METHODS[rope.rope_type]
     problem = None
     if beyond_frequencies(rope):
-        raise UserError(f"{beyond_frequencies(rope)}: llama.cpp has none; export to meta")
+        raise UserError(f"{beyond_frequencies(rope)}: llama.cpp has no such thing; export to meta")
     if not method.extends_rope or method.mechanism != "angles":
         problem = "llama.cpp's LLaMA only rotates, by fixed angles"
     elif method.length_dependent and rope.rope_type != "longrope":

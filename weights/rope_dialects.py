@@ -77,8 +77,8 @@ def refuse_what_transformers_lacks(rope: RopeConfig) -> None:
         raise UserError(f"partial_rotary_factor {rope.partial_rotary_factor:g}: transformers' "
                         "LLaMA turns whole heads; only Meta's layout has this model")
     if beyond_frequencies(rope):
-        raise UserError(f"{beyond_frequencies(rope)}: transformers' LLaMA has none; only Meta's "
-                        "layout has this model")
+        raise UserError(f"{beyond_frequencies(rope)}: transformers' LLaMA has no such thing; only "
+                        "Meta's layout has this model")
     if method.mechanism == "network":
         raise UserError(f"rope_type {rope.rope_type}: transformers has no words for it, nor a "
                         "place for what it learns; only Meta's layout has this model")
@@ -88,7 +88,7 @@ def beyond_frequencies(rope: RopeConfig) -> str | None:
     """What else than frequencies this model's positions are made of, where no other program has
     it: neither transformers' LLaMA nor llama.cpp."""
     if METHODS[rope.rope_type].distance_map is not None:
-        return f"rope_type {rope.rope_type}, a distance map"
+        return f"rope_type {rope.rope_type}"
     if rope.temperature not in (None, "none"):
         return f"temperature {rope.temperature}"
     if rope.no_rope_layer_interval is not None:

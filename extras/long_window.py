@@ -1,0 +1,175 @@
+"""How far does a model read that nobody trained further? Distance maps and temperatures, from its
+window L to 32 L.
+
+    python extras/long_window.py                          # data/tiny, 256 to 8,192 tokens
+    python extras/long_window.py --methods default '{"rope_type": "dca", "temperature": "log_n"}'
+
+Each method is given, at each length, the factor that the length asks for. Perplexity is that of
+held-out documents, read in windows of that length that move on by a quarter of it; passkeys are
+counted over all seeds. Every measurement is kept: after an interruption the same command goes on.
+"""
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the core lies one folder up
+
+import numpy as np
+import torch
+
+from common.cache import ResultCache
+from common.cli import field, parse, run_command
+from common.errors import UserError
+from common.files import read_json
+from common.results import result
+from data.corpus import ensure_corpus, read_documents, validation_documents
+from data.tokenizer import Tokenizer
+from eval import CONVENTIONS, passkey, perplexity
+from extras.sweep_tables import markdown, method_label
+from methods import METHODS, parse_rope_flag
+from plot import plot_long_window
+from weights import load_config, load_tokenizer
+from weights.flags import ModelFlags, load_from_flags
+
+MAPS = [name for name, method in METHODS.items() if method.distance_map]
+
+
+def with_temperature(method: str, temperature: str) -> str:
+    return json.dumps({"rope_type": method, "temperature": temperature})
+
+
+DEFAULT_METHODS = [
+    "default", with_temperature("default", "log_n"),
+    "yarn", with_temperature("yarn", "log_n"), with_temperature("yarn", "none"),
+    *MAPS,
+    *(with_temperature(name, "llama4") for name in MAPS),
+    *(with_temperature(name, "log_n") for name in MAPS)]
+
+
+@dataclass
+class LongWindowFlags(ModelFlags):
+    methods: list[str] = field(DEFAULT_METHODS, "names or JSON objects [plain RoPE, YaRN and every "
+                               "distance map, each with and without a temperature]")
+    multiples: list[int] = field([1, 2, 4, 8, 16, 32], "lengths, as multiples of L")
+    text: list[str] = field([], "UTF-8 files, a document each, instead of the corpus")
+    corpus: str = field("data/corpora/python", "token folder whose validation documents are used")
+    max_tokens: int = field(16384, "tokens of held-out documents to measure perplexity on; at "
+                            "least the longest length")
+    places: int = field(17, "passkey: places of the key at each seed; 0 measures none")
+    seeds: list[int] = field([0, 1, 2], "passkey: a new key at each place for each of them")
+    out: str = field("out/long-window.json", "table, as JSON, with figures beside it")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(LongWindowFlags, __doc__, argv)
+    base = load_config(flags.model)
+    L = base.original_window
+    lengths = [n * L for n in sorted(set(flags.multiples))]
+    check_flags(flags, lengths)
+    tokenizer = load_tokenizer(flags.model, base.vocab_size)
+    documents = documents_for(flags, tokenizer, lengths[-1])
+    scored = sum(len(document) - 1 for document in documents)
+    print(f"{len(flags.methods)} methods x {len(lengths)} lengths; {len(documents)} documents, "
+          f"{scored:,} tokens; passkey: {flags.places} places x {len(flags.seeds)} keys")
+
+    cache = ResultCache(flags.out)
+    started = time.perf_counter()
+    rows = []
+    for method in flags.methods:
+        row = {"method": method, "perplexity": {}, "passkey": {}}
+        for n in lengths:
+            model, _ = load_from_flags(at_length(flags, method, n / L), quiet=bool(rows or n > L))
+            row["perplexity"][n] = perplexity(model, documents, n, cache=cache)["perplexity"]
+            row["passkey"][n] = share_of_keys(model, tokenizer, n, flags, cache)
+            print(f"{method_label(method)}, {n} tokens: perplexity {row['perplexity'][n]:.2f}, "
+                  f"passkey {row['passkey'][n]:.2f}", flush=True)
+        rows.append(row)
+    measured = result(model, flags.seeds[0], long_window=rows, lengths=lengths,
+                      documents=len(documents), tokens_scored=scored, stride="window / 4",
+                      **CONVENTIONS, places=flags.places, seeds=flags.seeds,
+                      seen_distances=seen_distances(L, lengths[-1] / L),
+                      seconds=time.perf_counter() - started)
+    cache.write_result(measured | {"rope": base.rope.to_dict()})
+    report = read_json(flags.out)
+    print(markdown(*table(report)))
+    for figure in plot_long_window(report, Path(flags.out).with_suffix(".png")):
+        print(f"wrote {figure}")
+
+
+def check_flags(flags: LongWindowFlags, lengths: Sequence[int]) -> None:
+    if flags.rope is not None or flags.factor is not None:
+        raise UserError("long_window tries methods itself: name them with --methods; their factor "
+                        "is that of the length")
+    if min(flags.multiples) < 1 or flags.places < 0 or not flags.seeds:
+        raise UserError("--multiples have to be at least 1, --places at least 0, --seeds at least "
+                        "one number")
+    if flags.max_tokens < lengths[-1]:
+        raise UserError(f"--max-tokens {flags.max_tokens} is below the longest length, "
+                        f"{lengths[-1]}: give at least as many, or smaller --multiples")
+    for method in flags.methods:
+        if "factor" in parse_rope_flag(method):
+            raise UserError(f"{method}: leave the factor out, it is that of the length")
+
+
+def documents_for(flags: LongWindowFlags, tokenizer: Tokenizer, longest: int) -> list[np.ndarray]:
+    if flags.text:
+        return read_documents(flags.text, tokenizer, flags.max_tokens + 1, longest)
+    corpus = ensure_corpus(flags.corpus, tokenizer.path)
+    return validation_documents(corpus, longest + 1, flags.max_tokens, tokenizer)
+
+
+def at_length(flags: LongWindowFlags, method: str, factor: float) -> LongWindowFlags:
+    """The flags that load the model with a method that is stretched by so much."""
+    rope = parse_rope_flag(method)
+    if rope["rope_type"] != "default":
+        rope["factor"] = factor
+    return dataclasses.replace(flags, rope=json.dumps(rope))
+
+
+def share_of_keys(model: torch.nn.Module, tokenizer: Tokenizer, n: int, flags: LongWindowFlags,
+                  cache: ResultCache) -> float:
+    """The share of the keys found in prompts of n tokens, over all places and seeds."""
+    if flags.places == 0:
+        return math.nan
+    found = [passkey(model, tokenizer, [n], flags.places, 1, seed, cache=cache)["accuracy"][n]
+             for seed in flags.seeds]
+    return sum(found) / len(found)
+
+
+def seen_distances(L: int, factor: float) -> dict[str, list[float | None]]:
+    """For each map the distance at which the last query of L' tokens sees a key, by the distance in
+    the text: 0, L/64, 2L/64, ... None where it does not see it."""
+    n = torch.arange(round(L * factor), device="cpu")
+    found = {}
+    for name in MAPS:
+        seen = torch.full((len(n),), torch.nan, dtype=torch.float64)
+        for band in METHODS[name].distance_map(n[-1:], n, L, factor):
+            inside = (n >= band.first) & (n < band.stop)
+            seen[inside] = (band.q - band.k).double()[inside]
+        by_distance = seen.flip(0)[::max(1, L // 64)]
+        found[name] = [None if math.isnan(d) else d for d in by_distance.tolist()]
+    return found
+
+
+def table(report: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """A row for each method: perplexity / passkey at each length."""
+    lengths = [str(n) for n in report["lengths"]]
+    body = []
+    for row in report["long_window"]:
+        cells = [method_label(row["method"])]
+        for n in lengths:
+            accuracy = row["passkey"][n]
+            found = "-" if accuracy is None else f"{accuracy:.2f}"
+            cells.append(f"{row['perplexity'][n]:.1f} / {found}")
+        body.append(cells)
+    return "Perplexity / passkeys found, untrained", ["method", *lengths], body
+
+
+if __name__ == "__main__":
+    run_command(main)
