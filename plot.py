@@ -416,14 +416,12 @@ def plot_distance_maps(result: dict, path: Path) -> Path:
     maps, L = result["seen_distances"], result["original_window"]
     figure, axes = plt.subplots(1, len(maps), figsize=(2.4 * len(maps), 2.7), sharey=True)
     for axis, (name, seen) in zip(axes, maps.items()):
-        shown = len(seen) // 4                                  # the rest goes on like this
         distances = [i * max(1, L // 64) for i in range(len(seen))]
-        axis.plot(distances[:shown], [math.nan if d is None else d for d in seen[:shown]], ".",
-                  markersize=2.5)
+        axis.plot(distances, [math.nan if d is None else d for d in seen], ".", markersize=2)
         axis.axhline(L, linestyle=":", color="gray")
         axis.set(title=name, xlabel="distance in the text")
     axes[0].set_ylabel("distance that the model sees")
-    axes[0].annotate("L", (distances[shown], L), xytext=(-8, 2), textcoords="offset points")
+    axes[0].annotate("L", (0, L), xytext=(0, 2), textcoords="offset points")
     return save_figure(figure, path)
 
 
@@ -701,8 +699,8 @@ def plot_disturbance(theory: dict, path: Path) -> Path:
 
 # The first of these keys that a result has decides how it is drawn.
 FIGURES = {"bands": plot_real_model, "long_window": plot_long_window, "methods": plot_compare,
-           "plan": plot_sweep, "rows": plot_finetune, "accuracy_by_depth": plot_passkey, "theory": plot_theory,
-           "lines": plot_training}
+           "plan": plot_sweep, "rows": plot_finetune, "accuracy_by_depth": plot_passkey,
+           "theory": plot_theory, "lines": plot_training}
 # Then these: all results with the key go into one figure, if they belong together.
 SHARED_FIGURES = {"nll_by_context": (plot_context, "context.png"),
                   "perplexity": (plot_perplexity, "perplexity.png")}

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured = result(model, flags.seeds[0], long_window=rows, lengths=lengths,
                       documents=len(documents), tokens_scored=scored, stride="window / 4",
                       **CONVENTIONS, places=flags.places, seeds=flags.seeds,
-                      seen_distances=seen_distances(L, lengths[-1] / L),
+                      seen_distances=seen_distances(L, factor=4.0),
                       seconds=time.perf_counter() - started)
     cache.write_result(measured | {"rope": base.rope.to_dict()})
     report = read_json(flags.out)
