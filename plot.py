@@ -421,7 +421,7 @@ def plot_distance_maps(result: dict, path: Path) -> Path:
         axis.axhline(L, linestyle=":", color="gray")
         axis.set(title=name, xlabel="distance in the text")
     axes[0].set_ylabel("distance that the model sees")
-    axes[0].annotate("L", (0, L), xytext=(0, 2), textcoords="offset points")
+    axes[0].annotate("L", (0, L), xytext=(0, -12), textcoords="offset points")
     return save_figure(figure, path)
 
 

@@ -179,8 +179,8 @@ def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str
     for name, value in options.items():
         if value < 1 and name not in ("sinks", "local"):
             raise UserError(f"{rope_type} {name} {value:g}: has to be at least 1")
-    if rope_type == "dca" and options.get("local", L // 8) >= options.get("chunk", 3 * L // 4):
-        raise UserError(f"dca local {options.get('local', L // 8)}: has to be less than the chunk")
+    if rope_type == "dca" and options.get("local", L // 4) >= options.get("chunk", 3 * L // 4):
+        raise UserError(f"dca local {options.get('local', L // 4)}: has to be less than the chunk")
     n = torch.arange(target, device="cpu")
     bands = METHODS[rope_type].distance_map(n[-1:], n, L, fields["factor"], **options)
     distance = largest_distance(bands, n)

@@ -81,9 +81,9 @@ def dca(m: Tensor, n: Tensor, original_window: int, factor: float, chunk: int | 
     """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens. Distances are exact
     within a chunk, and to the w tokens before; in the chunk before no distance exceeds c - 1,
     and all queries stand c - 1 from the beginning of any earlier chunk. By default c = 3L/4 and
-    w = L/8. (An et al. 2024, arXiv 2402.17463)"""
+    w = L/4; the authors take a smaller w. (An et al. 2024, arXiv 2402.17463)"""
     c = 3 * original_window // 4 if chunk is None else chunk
-    w = original_window // 8 if local is None else local
+    w = original_window // 4 if local is None else local
     h = c - w
     start = m // h * h                                             # of the query's own chunk
     own = Band(start, m + 1, m % h, n % h)

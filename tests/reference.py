@@ -266,7 +266,7 @@ def seen_distance(rope, i, j):
         g = rope.get("group") or math.ceil(least)
         return i // g - j // g + w - w // g
     if kind == "dca":
-        c, local = rope.get("chunk", 3 * L // 4), rope.get("local", L // 8)
+        c, local = rope.get("chunk", 3 * L // 4), rope.get("local", L // 4)
         h = c - local
         apart = i // h - j // h
         if apart == 0:

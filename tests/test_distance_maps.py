@@ -334,7 +334,7 @@ def test_no_layer_rotated_is_nope():
     ({"rope_type": "leaky_rerope", "factor": 4, "stretch": 0.5}, "stretch 0.5: .* at least 1"),
     ({"rope_type": "dca", "factor": 4, "chunk": 300, "local": 10}, "distance of 299"),
     ({"rope_type": "dca", "factor": 4, "chunk": 30, "local": 30}, "local 30: .* less than the chu"),
-    ({"rope_type": "dca", "factor": 4, "chunk": 30}, "local 32: .* less than the chunk"),
+    ({"rope_type": "dca", "factor": 4, "chunk": 30}, "local 64: .* less than the chunk"),
     ({"rope_type": "streaming", "factor": 4, "sinks": 200, "window": 200}, "distance of 399"),
     ({"rope_type": "streaming", "factor": 4, "sinks": 300}, "distance of 300"),
     ({"rope_type": "rerope", "factor": 4, "group": 3}, "unknown key 'group'"),
