@@ -32,7 +32,7 @@ from common.files import read_json, whole_file
 # The first seven are Okabe & Ito's: told apart by every kind of colour vision. In print markers do.
 COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8B5A2B",
            "#808080", "#B5A400", "#5D3A9B", "#00B7C3", "#7A0019", "#0F2080", "#6B8E23", "#FF69B4",
-           "#4B4B4B", "#C0A0E0"]
+           "#4B4B4B", "#C0A0E0", "#E15759", "#4E79A7", "#F28E2B", "#59A14F", "#B07AA1", "#9C755F"]
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h"]
 # Method i has colour and marker i. Methods that are not here take those that follow.
 METHOD_ORDER = ["default", "ntk", "linear", "yarn", "ntk_by_parts", "dprope", "dynamic", "llama3",

@@ -76,9 +76,6 @@ def refuse_what_transformers_lacks(rope: RopeConfig) -> None:
     if rope.partial_rotary_factor != 1 and not method.full_head:
         raise UserError(f"partial_rotary_factor {rope.partial_rotary_factor:g}: transformers' "
                         "LLaMA turns whole heads; only Meta's layout has this model")
-    if beyond_frequencies(rope):
-        raise UserError(f"{beyond_frequencies(rope)}: transformers' LLaMA has no such thing; only "
-                        "Meta's layout has this model")
     if method.mechanism == "network":
         raise UserError(f"rope_type {rope.rope_type}: transformers has no words for it, nor a "
                         "place for what it learns; only Meta's layout has this model")
@@ -106,6 +103,9 @@ def rope_to_hugging_face(rope: RopeConfig, head_dim: int) -> dict:
     and a UserError if none of them can. For `dynamic`, config.json has to give L, not L', as its
     max_position_embeddings.
     """
+    if beyond_frequencies(rope):
+        raise UserError(f"{beyond_frequencies(rope)}: transformers' LLaMA has no such thing; only "
+                        "Meta's layout has this model")
     if rope.random_positions:
         raise UserError("random_positions: transformers has no such positions; export without them")
     shared = {"rope_theta": rope.base}
