@@ -13,8 +13,9 @@ tokens of texts that it was not fine-tuned on as one window, and its loss is ave
 inside the old window, and beyond it.
 
 Every training saves itself and every measurement is kept: after an interruption the same command
-goes on. It goes on, too, with more --steps, --methods or --seeds than before. A training takes
-some 2 GB of disk for SmolLM2.
+goes on. It goes on, too, with more --steps, --methods or --seeds than before. Rows that --out holds
+already are not measured again, so that the work may be done in pieces. A training takes some 2 GB
+of disk for SmolLM2.
 """
 import dataclasses
 import functools
@@ -113,12 +114,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bands": BANDS, "settings": dataclasses.asdict(c), "seed": c.seeds[0],
         "device": describe_device(device), "versions": versions(), "command": command_line()}
     started = time.perf_counter()
+    known = known_rows(c.out)
     rows: list[dict[str, Any]] = []
     runs = [(method, c.seeds[0], [0]) for method in c.untrained if method not in c.methods]
     runs += [(method, seed, [0, *c.steps] if seed == c.seeds[0] else c.steps)
              for seed in c.seeds for method in c.methods]
     for method, seed, steps in runs:
-        rows += run_method(c, method, seed, steps, documents, tokenizer, device)
+        rows += run_method(c, method, seed, steps, documents, tokenizer, device, known)
         seconds = time.perf_counter() - started
         save_report(c, report | {"rows": rows, "seconds": seconds})
     for table in tables(read_json(c.out)):
@@ -176,9 +178,17 @@ def language_reference() -> str:
 # ---- One method ----------------------------------------------------------------------------------
 
 
+def known_rows(out: str) -> dict[str, dict[str, Any]]:
+    """The rows of a result that is there already, by a hash of all that they depend on."""
+    if not Path(out).is_file():
+        return {}
+    rows = read_json(out).get("rows", [])
+    return {row["conditions"]: row for row in rows if "conditions" in row}
+
+
 def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: list[int],
-               documents: dict[str, np.ndarray], tokenizer: Tokenizer, device: torch.device
-               ) -> list[dict[str, Any]]:
+               documents: dict[str, np.ndarray], tokenizer: Tokenizer, device: torch.device,
+               known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Measure a method after every number of steps, 0 among them for the first seed: untrained it
     is the same for all. A row each."""
     cache = ResultCache(f"{training_folder(c, method, seed)}.json", quiet=True)
@@ -193,8 +203,9 @@ def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: lis
         measure = functools.partial(train_and_measure, settings, steps, documents, keys, tokenizer,
                                     device, cache)
         row = {"method": method, "seed": seed, "steps": steps,
-               "tokens_seen": steps * c.batch_size * c.row_length}
-        row |= cache.get(conditions, measure)
+               "tokens_seen": steps * c.batch_size * c.row_length,
+               "conditions": cache.hashed(conditions)}
+        row |= known.get(row["conditions"]) or cache.get(conditions, measure)
         print(row_summary(row), flush=True)
         rows.append(row)
     return rows

@@ -1,6 +1,7 @@
 """extras/real_model.py on a random model: equal rows, what is kept, and what the tables say."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_what_is_measured_is_kept_and_more_steps_go_on(command, monkeypatch, tmp
         command("--steps", "2", "4", "--methods", "linear")
     with pytest.raises(UserError, match="other settings: give another --folder"):
         command("--lr", "1e-3")
+
+
+def test_rows_of_a_result_that_is_there_are_not_measured_again(command, monkeypatch, tmp_path):
+    """Not even where the folders of the trainings are gone."""
+    before = command("--methods", "linear")["rows"]
+    shutil.rmtree(tmp_path / "runs")
+    measured = []
+    measure = real_model.measure_model
+    monkeypatch.setattr(real_model, "measure_model",
+                        lambda *given: measured.append(1) or measure(*given))
+    both = command("--methods", "linear", "default")["rows"]
+    assert both[:3] == before
+    assert len(measured) == 3, "those of the other method"
+    command("--methods", "linear", "--lr", "1e-3", "--folder", str(tmp_path / "other"))
+    assert len(measured) == 3 + 3, "other settings are other rows"
 
 
 def test_two_seeds_share_the_untrained_rows(command):
