@@ -38,7 +38,8 @@ MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "*", "h"]
 METHOD_ORDER = ["default", "ntk", "linear", "yarn", "ntk_by_parts", "dprope", "dynamic", "llama3",
                 "dynamic_yarn", "abf", '{"rope_type": "dprope", "interpolated_dims": 40}', "alibi",
                 "xpos", "nope", '{"rope_type": "default", "random_positions": 2048}', "clex",
-                "drope", "rerope", "leaky_rerope", "self_extend", "dca", "streaming"]
+                "drope", "rerope", "leaky_rerope", "self_extend", "dca", "streaming",
+                '{"rope_type": "default", "no_rope_layer_interval": 4}']
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 150,
                      "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3,
                      "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False})

@@ -40,16 +40,16 @@ from weights.flags import ModelFlags, load_from_flags
 MAPS = [name for name, method in METHODS.items() if method.distance_map]
 
 
-def with_temperature(method: str, temperature: str) -> str:
+def flag_with(method: str, temperature: str) -> str:
     return json.dumps({"rope_type": method, "temperature": temperature})
 
 
 DEFAULT_METHODS = [
-    "default", with_temperature("default", "log_n"),
-    "yarn", with_temperature("yarn", "log_n"), with_temperature("yarn", "none"),
+    "default", flag_with("default", "log_n"),
+    "yarn", flag_with("yarn", "log_n"), flag_with("yarn", "none"),
     *MAPS,
-    *(with_temperature(name, "llama4") for name in MAPS),
-    *(with_temperature(name, "log_n") for name in MAPS)]
+    *(flag_with(name, "llama4") for name in MAPS),
+    *(flag_with(name, "log_n") for name in MAPS)]
 
 
 @dataclass

@@ -124,6 +124,7 @@ PLANS = {
         factors=[2.0, 4.0], seeds=[0], steps=[200], lr=5e-4, passkey_share=1.0),
     "scratch": dict(
         TINY, methods=["default", "alibi", "xpos", "nope",
+                       json.dumps({"rope_type": "default", "no_rope_layer_interval": 4}),
                        json.dumps({"rope_type": "default", "random_positions": 2048})],
         factors=[1.0], seeds=[0, 1], steps=[2500], lr=3e-3, passkey_share=0.5),
     # About 10^16 operations a training, and 10^17 for all the keys: some twenty minutes on an H100.

@@ -1,8 +1,8 @@
 """Distance maps: near tokens keep their distance, far ones are folded into the trained range.
 
 The other methods change by which angles the pairs turn. These change how far apart two tokens are
-said to be, so that no pair ever meets an angle that it was not trained on, and nothing has to be
-trained. They pay with the order of far tokens, of which several come to stand at one distance.
+said to be: no pair meets an angle that it was not trained on, and nothing has to be trained. The
+price is the order of far tokens, of which several come to stand at one distance.
 
 A map cuts the keys that a query sees into *bands*. In a band the query stands at a place q(m) and
 each key at a place k(n), and they are rotated there: the model sees the distance q(m) - k(n).
@@ -16,8 +16,8 @@ ReRoPE, min(m - n, w), has two:
     m  positions of the queries [T] or [B, T]    n  of all keys [S] or [B, S], ascending
     L  original_window                           s  factor = L'/L
 
-k(n) may depend on n alone, as later queries meet the same key. To add a map: a function here, and
-a row in table.py.
+k(n) may depend on n alone, as later queries meet the same key. No key is in two bands; one that is
+in none is not seen. To add a map: a function here, and a row in table.py.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def rerope(m: Tensor, n: Tensor, original_window: int, factor: float, window: in
     to the length. (Su 2023, kexue.fm/archives/9708)"""
     w = original_window // 2 if window is None else window
     near = Band(m - w + 1, m + 1, m, n)
-    far = Band(0 * m, m - w + 1, 0 * m + w, 0 * n)
+    far = Band(torch.zeros_like(m), m - w + 1, torch.full_like(m, w), torch.zeros_like(n))
     return [far, near]
 
 
@@ -60,7 +60,7 @@ def leaky_rerope(m: Tensor, n: Tensor, original_window: int, factor: float,
     w = original_window // 2 if window is None else window
     k = least_stretch(original_window, factor, w) if stretch is None else stretch
     near = Band(m - w + 1, m + 1, m, n)
-    far = Band(0 * m, m - w + 1, m / k + w - w / k, n / k)
+    far = Band(torch.zeros_like(m), m - w + 1, m / k + w - w / k, n / k)
     return [far, near]
 
 
@@ -72,7 +72,7 @@ def self_extend(m: Tensor, n: Tensor, original_window: int, factor: float,
     w = original_window // 4 if window is None else window
     g = math.ceil(least_stretch(original_window, factor, w)) if group is None else group
     near = Band(m - w + 1, m + 1, m, n)
-    far = Band(0 * m, m - w + 1, m // g + w - w // g, n // g)
+    far = Band(torch.zeros_like(m), m - w + 1, m // g + w - w // g, n // g)
     return [far, near]
 
 
@@ -88,7 +88,7 @@ def dca(m: Tensor, n: Tensor, original_window: int, factor: float, chunk: int | 
     start = m // h * h                                             # of the query's own chunk
     own = Band(start, m + 1, m % h, n % h)
     next_to_it = Band(start - h, start, (m % h + h).clamp(max=c - 1), n % h)
-    earlier = Band(0 * m, start - h, 0 * m + c - 1, n % h)
+    earlier = Band(torch.zeros_like(m), start - h, torch.full_like(m, c - 1), n % h)
     return [earlier, next_to_it, own]
 
 
@@ -99,7 +99,8 @@ def streaming(m: Tensor, n: Tensor, original_window: int, factor: float, sinks: 
     (Xiao et al. 2023, arXiv 2309.17453)"""
     w = max(1, original_window - sinks) if window is None else window
     recent = Band(m - w + 1, m + 1, m, n)
-    sink = Band(0 * m, (m - w + 1).clamp(max=sinks), m.clamp(max=sinks + w - 1), n)
+    end = (m - w + 1).clamp(max=sinks)                             # of the sinks not among those
+    sink = Band(torch.zeros_like(m), end, m.clamp(max=sinks + w - 1), n)
     return [sink, recent]
 
 
@@ -130,9 +131,8 @@ def without_idle_bands(bands: Sequence[Band], n: Tensor) -> list[Band]:
 
 def keys_of(band: Band, n: Tensor) -> KeyRange:
     """The band's keys by their index in the text, where positions may skip (PoSE)."""
-    n = n.contiguous()
-    return KeyRange(torch.searchsorted(n, band.first.contiguous()),
-                    torch.searchsorted(n, band.stop.contiguous()))
+    n, first, stop = n.contiguous(), band.first.contiguous(), band.stop.contiguous()
+    return KeyRange(torch.searchsorted(n, first), torch.searchsorted(n, stop))
 
 
 def largest_distance(bands: Sequence[Band], n: Tensor) -> float:
@@ -171,14 +171,12 @@ def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInpu
         parts = [flex_part(*turned, v, keys) for turned, keys in zip(rotated, seen)]
     else:
         parts = [tiled(*turned, v, None, keys, 128, 128) for turned, keys in zip(rotated, seen)]
-    outputs, lses = zip(*parts)
-    return merge_outputs(outputs, lses)
+    return merge_outputs(*zip(*parts))
 
 
 def naive_in_bands(rotated: Sequence[tuple[Tensor, Tensor]], v: Tensor, seen: Sequence[KeyRange]
                    ) -> Tensor:
     """The definition: each pair of query and key has the score of its band, -inf if it is in none.
-
     rotated: q [B, H, T, D] and k [B, K, S, D] as each band rotates them. seen: its keys."""
     (B, H, T, D), (K, S) = rotated[0][0].shape, v.shape[1:3]
     merged = torch.full((B, H, T, S), -torch.inf, device=v.device)

@@ -63,7 +63,7 @@ def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, atten
         bias = alibi_bias(text_positions, n_heads, config.factor)
     elif method.mechanism == "distances":
         bands = band_inputs(config, frequencies, text_positions, positions)
-    q_rope = warmed(q_rope, config, positions)
+    q_rope = with_temperature(q_rope, config, positions)
     return PositionInputs(q_rope, k_rope, bias, bands)
 
 
@@ -75,7 +75,7 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor,
                          config.factor, **config.options)
     inputs = []
     for band in without_idle_bands(bands, text_positions):
-        q_rope = warmed(cos_sin(frequencies, band.q), config, positions)
+        q_rope = with_temperature(cos_sin(frequencies, band.q), config, positions)
         k_rope = cos_sin(frequencies, band.k)
         inputs.append(BandInputs(q_rope, k_rope, keys_of(band, text_positions)))
     return inputs
@@ -84,10 +84,10 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor,
 def unrotated_inputs(config: RopeConfig, frequencies: Tensor, positions: Tensor) -> PositionInputs:
     """Of a layer without positions: all angles are 0."""
     still = cos_sin(torch.zeros_like(frequencies), positions)
-    return PositionInputs(warmed(still, config, positions), still, None)
+    return PositionInputs(with_temperature(still, config, positions), still, None)
 
 
-def warmed(q_rope: tuple[Tensor, Tensor], config: RopeConfig, positions: Tensor
+def with_temperature(q_rope: tuple[Tensor, Tensor], config: RopeConfig, positions: Tensor
            ) -> tuple[Tensor, Tensor]:
     """cos and sin of the queries times the temperature: it scales the rotated query."""
     scale = query_scale(config.temperature, positions, config.original_max_position_embeddings)

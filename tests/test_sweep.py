@@ -236,10 +236,13 @@ def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command,
 def test_from_scratch_every_way_of_telling_positions(command, L):
     result = command("--plan", "scratch", "--steps", "3", "--seeds", "0", folder="scratch")
     rope_types = [r["rope"]["rope_type"] for r in result["rows"]]
-    assert rope_types == ["default", "alibi", "xpos", "nope", "default"]
+    assert rope_types == ["default", "alibi", "xpos", "nope", "default", "default"]
+    assert result["rows"][-2]["rope"]["no_rope_layer_interval"] == 4
     assert result["rows"][-1]["rope"]["random_positions"] == 2048
     assert all(r["steps"] == 3 for r in result["rows"])
-    assert len({r["perplexity"]["prose"][str(L)] for r in result["rows"]}) == 5
+    found = [r["perplexity"]["prose"][str(L)] for r in result["rows"]]
+    assert found[4] == found[0], "this model has no fourth layer"
+    assert len(set(found)) == 5
 
 
 def test_dprope_by_the_number_of_interpolated_dimensions(command):
