@@ -1,6 +1,7 @@
 """Speed and memory, beside the same model in Hugging Face transformers, measured in the same run.
 
     python bench.py             # attention, training and generation; two minutes on a laptop
+    python bench.py --what maps --lengths 4096       # distance maps beside plain tiled attention
     python bench.py --what perplexity --model M --text book.txt --window 2048 --stride 256 \\
         --tokens 16384 --matmul highest medium
 
@@ -32,12 +33,15 @@ from common.files import write_json
 from common.results import result
 from data.corpus import corpus_for, ensure_corpus, read_documents, validation_documents
 from eval import perplexity, window_and_stride
-from model import ATTENTION, LLaMA, attention, generate
+from methods import METHODS, PositionInputs, RopeConfig, inv_freq, position_inputs
+from methods.distance_maps import attention_in_bands
+from model import ATTENTION, LLaMA, TiledAttention, attention, generate
+from rope import apply_rope
 from weights import load_model, load_tokenizer
 from weights.export import export
 from weights.size import parameter_count
 
-WHAT = ["attention", "training", "generation", "perplexity"]
+WHAT = ["attention", "training", "generation", "perplexity", "maps"]
 PeerLoader = Callable[[], torch.nn.Module] | None  # None: transformers is not installed
 
 
@@ -45,7 +49,7 @@ PeerLoader = Callable[[], torch.nn.Module] | None  # None: transformers is not i
 class BenchConfig:
     what: list[str] = field(WHAT[:3], f"what to measure: {', '.join(WHAT)}", choices=WHAT)
     model: str = field("data/tiny", "model folder or file")
-    lengths: list[int] = field([512, 2048], "attention: tokens")
+    lengths: list[int] = field([512, 2048], "attention and maps: tokens")
     batch_size: int = field(4, "training and generation: rows")
     repeat: int = field(5, "repetitions, of which the median counts")
     text: list[str] = field([], "perplexity: UTF-8 files, a document each, instead of the default "
@@ -102,16 +106,50 @@ def make_rows(title: str, unit: str, amount: float, found: dict[str, dict], peer
 def bench_attention(c: BenchConfig, model: LLaMA, dtype: torch.dtype) -> list[dict]:
     """Our three attentions, forward and backward, with the heads of the model."""
     rows = []
-    H, K, D = model.config.n_heads, model.config.n_kv_heads, model.config.head_dim
+    H, D = model.config.n_heads, model.config.head_dim
     for T in c.lengths:
-        generator = torch.Generator().manual_seed(c.seed)
-        q, k, v = (torch.randn(1, heads, T, D, generator=generator) for heads in (H, K, K))
-        q, k, v = (x.to(model.device, dtype).requires_grad_() for x in (q, k, v))
+        q, k, v = random_heads(c, model, T, dtype)
         sides = {name: partial(attention_step, name, q, k, v) for name in ATTENTION}
         found = time_sides(sides, model.device, c.repeat)
         flops = 3.5 * 4 * H * D * T * (T + 1) / 2    # backward costs 2.5 times as much as forward
         rows += make_rows(f"attention, {T} tokens", "gflops", flops / 1e9, found, "sdpa")
     return rows
+
+
+def random_heads(c: BenchConfig, model: LLaMA, T: int, dtype: torch.dtype) -> list[Tensor]:
+    """q [1, H, T, D], k and v [1, K, T, D]."""
+    generator = torch.Generator().manual_seed(c.seed)
+    H, K, D = model.config.n_heads, model.config.n_kv_heads, model.config.head_dim
+    drawn = [torch.randn(1, heads, T, D, generator=generator) for heads in (H, K, K)]
+    return [x.to(model.device, dtype).requires_grad_() for x in drawn]
+
+
+def bench_maps(c: BenchConfig, model: LLaMA, dtype: torch.dtype) -> list[dict]:
+    """Rotation and attention under each distance map, at four times its window, beside those of
+    plain RoPE: all tiled, forward and backward."""
+    rows = []
+    maps = [name for name, method in METHODS.items() if method.distance_map]
+    for T in c.lengths:
+        q, k, v = random_heads(c, model, T, dtype)
+        sides = {}
+        for name in ["default", *maps]:
+            rope = RopeConfig(name, 4.0, max(8, T // 4))
+            theta, _ = inv_freq(rope, model.config.head_dim)
+            inputs = position_inputs(rope, model.config.n_heads, theta.to(model.device), 1.0,
+                                     torch.arange(T, device=model.device), T)
+            sides[name] = partial(map_step, inputs, q, k, v)
+        found = time_sides(sides, model.device, c.repeat)
+        rows += make_rows(f"distance map, {T} tokens", "tokens_per_second", T, found, "default")
+    return rows
+
+
+def map_step(inputs: PositionInputs, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if inputs.bands is None:
+        q, k = apply_rope(q, *inputs.q_rope), apply_rope(k, *inputs.k_rope)
+        out = attention(q, k, v, implementation="tiled")
+    else:
+        out = attention_in_bands(q, k, v, inputs.bands, "tiled", attention, TiledAttention.apply)
+    out.sum().backward()
 
 
 def attention_step(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -274,10 +312,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     scored = held_out_documents(c, model) if "perplexity" in c.what else None
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        load_peer = None if set(c.what) == {"attention"} else peer_loader(c.model, folder)
+        alone = set(c.what) <= {"attention", "maps"}
+        load_peer = None if alone else peer_loader(c.model, folder)
         for what in c.what:
             if what == "attention":
                 new = bench_attention(c, model, dtype)
+            elif what == "maps":
+                new = bench_maps(c, model, dtype)
             elif what == "training":
                 new = bench_training(c, model, load_peer, dtype)
             elif what == "generation":

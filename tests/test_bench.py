@@ -51,7 +51,8 @@ def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypa
     found = []
     note_precision(monkeypatch, "perplexity", found)
     note_precision(monkeypatch, "transformers_loop", found)
-    result = measured("--what", *bench.WHAT, "--matmul", "highest", "medium")
+    result = measured("--what", *(w for w in bench.WHAT if w != "maps"), "--matmul", "highest",
+                      "medium")
     assert found == ["highest", "highest", "medium", "medium"]
     assert torch.get_float32_matmul_precision() == before
     rows = {r["name"]: r for r in result["bench"]}
@@ -76,6 +77,28 @@ def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypa
     medium = rows[f"{scored}, ours, matmul medium"]
     assert abs(exact["difference"]) < 1e-5
     assert abs(medium["difference"]) < 1e-2  # on a CPU without units for bfloat16 it is highest
+
+
+def test_every_distance_map_is_beside_plain_rope(measured, monkeypatch):
+    monkeypatch.setattr(bench, "peer_loader", None)  # it is not asked for
+    result = measured("--what", "maps", "--lengths", "40")
+    names = [row["name"].split(", ")[2] for row in result["bench"]]
+    assert names == ["default", "rerope", "leaky_rerope", "self_extend", "dca", "streaming"]
+    assert [row["ratio"] for row in result["bench"]][0] == 1
+    assert all(row["seconds"] > 0 for row in result["bench"])
+
+
+def test_the_pass_of_a_map_is_attention_in_its_bands(monkeypatch):
+    """Every side computes what the model would."""
+    seen = []
+    monkeypatch.setattr(bench, "attention_in_bands", lambda q, k, v, bands, *more: seen.append(
+        [int(band.keys.stop.max()) for band in bands]) or q)
+    monkeypatch.setattr(bench, "time_sides", lambda sides, *_: {
+        name: {"seconds": 1.0, "bytes": side() and None} for name, side in sides.items()})
+    model = LLaMA(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=64, max_seq_len=32))
+    bench.bench_maps(bench.BenchConfig(lengths=[40]), model, torch.float32)
+    assert len(seen) == 5
+    assert all(len(ends) > 1 and ends[-1] == 40 for ends in seen), "and each of them folds"
 
 
 def test_without_the_peer_our_numbers_stand_alone(measured, monkeypatch, capsys):
