@@ -17,6 +17,7 @@ from methods import METHODS, RopeConfig, inv_freq, position_inputs
 from methods.distance_maps import attention_in_bands, largest_distance, merge_outputs
 from methods.flex import flex_part
 from model import TiledAttention, attention
+from weights.flags import describe_attention
 
 MAPS = [name for name, method in METHODS.items() if method.distance_map]
 BLOCK = 16
@@ -318,6 +319,14 @@ def test_no_layer_rotated_is_nope():
     tokens = draw_tokens(1, 20)
     every = build(rope=RopeConfig(no_rope_layer_interval=1))(tokens)
     torch.testing.assert_close(every, build(rope=RopeConfig("nope"))(tokens))
+
+
+@pytest.mark.parametrize("name, rope_type, device, words", [
+    ("auto", "yarn", "cuda", "auto (sdpa, the fused kernels)"), ("naive", "dca", "cpu", "naive"),
+    ("auto", "dca", "cpu", "auto (tiled, which can merge bands)"),
+    ("auto", "dca", "cuda", "auto (flex_attention, band by band)")])
+def test_the_header_says_what_auto_takes(name, rope_type, device, words):
+    assert describe_attention(name, config_with(rope_type), torch.device(device)) == words
 
 
 # ---- What a user may write wrong -----------------------------------------------------------------

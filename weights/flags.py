@@ -88,17 +88,19 @@ def print_model_header(flags: ModelFlags, model: LLaMA, tokenizer: Tokenizer
     if dtype == "float32" and flags.matmul != "highest":
         dtype += f" (matmul {flags.matmul})"
     config = model.config
-    attention = flags.attention
-    if attention == "auto":
-        attention = f"auto ({automatic_attention(config.rope, model.device)})"
+    attention = describe_attention(flags.attention, config.rope, model.device)
     print(f"device     {describe_device(model.device)}, {dtype}, attention {attention}")
     print(f"model      {flags.model}, {parameter_count(config):,} parameters, "
           f"window {config.original_window} -> {config.max_seq_len}, rope {config.rope.to_dict()}")
     print(f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")
 
 
-def automatic_attention(rope: RopeConfig, device: torch.device) -> str:
-    """What `auto` takes, in words."""
+def describe_attention(name: str, rope: RopeConfig, device: torch.device) -> str:
+    """The implementation in words: what `auto` takes."""
+    if name != "auto":
+        return name
     if METHODS[rope.rope_type].distance_map is None:
-        return "sdpa"
-    return "flex_attention" if device.type == "cuda" else "tiled, which can merge bands"
+        return "auto (sdpa, the fused kernels)"
+    if device.type == "cuda":
+        return "auto (flex_attention, band by band)"
+    return "auto (tiled, which can merge bands)"

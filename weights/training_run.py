@@ -22,6 +22,7 @@ from common.environment import command_line, versions
 from common.errors import Stopped, UserError
 from common.files import whole_file, write_json
 from model import LLaMA, ModelConfig
+from weights.flags import describe_attention
 from weights.size import flops_per_token, parameter_count, training_bytes
 from weights.training_state import resumable_settings, resume_run, save_run
 
@@ -224,9 +225,7 @@ def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int
     dtype, world = choose_dtype(config.dtype, device), join_process_group()[1]
     row = row or shape.max_seq_len
     rows = config.batch_size * config.accumulate * world
-    attention = config.attention
-    if attention == "auto":
-        attention = "auto (sdpa, the fused kernels)"
+    attention = describe_attention(config.attention, shape.rope, device)
     compiled = ", compiled" if config.compile else ""
     memory = training_bytes(shape, config.batch_size, row, dtype, config.recompute,
                             config.attention)
