@@ -490,6 +490,12 @@ def test_transformers_computes_the_same_with_what_is_written(tmp_path, transform
     (RopeConfig("drope", 1.0, L), "drope"), (RopeConfig("clex", 4.0, L), "clex"),
     (RopeConfig("dynamic", 4.0, L, resonance=True), "dynamic"),
     (RopeConfig(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    (RopeConfig("default", 1.0, L, temperature="log_n"), "temperature log_n: transformers has no"),
+    (RopeConfig("default", 1.0, L, temperature="llama4", no_rope_layer_interval=2),
+     "temperature llama4, and no_rope_layer_interval 2: transformers has no LLaMA with it"),
+    (RopeConfig("rerope", 4.0, L, no_rope_layer_interval=2), "rope_type rerope, a distance map: "),
+    (RopeConfig("rerope", 4.0, L, temperature="llama4"), "rope_type rerope, a distance map: "),
+    (RopeConfig("nope", no_rope_layer_interval=2), "nope: transformers"),
     (RopeConfig(random_positions=64), "random_positions")])
 def test_what_transformers_cannot_say_is_refused(tmp_path, rope, words):
     with pytest.raises(UserError, match=words):
@@ -502,6 +508,141 @@ def test_refused_before_the_weights_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("weights.export.load_model", None)
     with pytest.raises(UserError, match="clex: transformers has no words"):
         export(tmp_path / "meta", "hf", tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------
+# SmolLM3 and Ministral 3, which are LLaMA but for unrotated layers and a temperature
+
+LLAMA4 = {"llama_4_scaling_beta": 0.1, **WINDOW}
+YARN_1 = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "mscale": 1.0,
+          "mscale_all_dim": 1.0}                                           # its own factor is 1
+KIN = {                                       # the class, changes of CONFIG, what RopeConfig says
+    "every 4th": ("SmolLM3", {"num_hidden_layers": 4}, 4),
+    "every 2nd": ("SmolLM3", {"no_rope_layer_interval": 2}, 2),
+    "none": ("SmolLM3", {"no_rope_layers": [1, 1, 0]}, None),
+    "all": ("SmolLM3", {"no_rope_layers": [0, 0], "no_rope_layer_interval": 3}, 1),
+    "every 2nd, yarn": ("SmolLM3", {"no_rope_layers": [1, 0], "max_position_embeddings": 4 * L,
+                                    "rope_parameters": {**YARN_1, **WINDOW, "mscale": 0.2}}, 2),
+    "untied": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False,
+                           "head_dim": "absent"}, 2),
+    "plain": ("Ministral3", {"rope_parameters": {"rope_type": "default", **LLAMA4},
+                             "max_position_embeddings": 4 * L}, "llama4"),
+    "linear": ("Ministral3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, **LLAMA4},
+                              "max_position_embeddings": 4 * L}, "llama4"),
+    "dynamic": ("Ministral3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+                                                   **LLAMA4}}, "llama4"),
+    "as released": ("Ministral3", {"rope_parameters": {
+        **YARN_1, **LLAMA4, "type": "yarn", "max_position_embeddings": 4 * L},
+        "max_position_embeddings": 4 * L}, "llama4"),
+    "longrope": ("Ministral3", {"rope_parameters": {
+        "rope_type": "longrope", "factor": 4.0, "attention_factor": 1.0, **FACTORS, **LLAMA4},
+        "max_position_embeddings": 4 * L, "tie_word_embeddings": True}, "llama4"),
+    "beta 0": ("Ministral3", {"rope_parameters": {**YARN_1, **LLAMA4, "mscale_all_dim": 0,
+                                                  "llama_4_scaling_beta": 0},
+                              "max_position_embeddings": 4 * L}, None),
+}
+
+
+def kin(transformers, name, **changes):
+    """A random SmolLM3 or Ministral 3 of transformers, tied or not as its class has it."""
+    given = {**without_label(CONFIG), "tie_word_embeddings": "absent", "pad_token_id": None,
+             **changes}
+    given = {key: value for key, value in given.items() if value != "absent"}
+    if "rope_parameters" in given:
+        given["rope_parameters"] = {"rope_theta": given.pop("rope_theta"),
+                                    **given["rope_parameters"]}
+    config = getattr(transformers, f"{name}Config")(**given)
+    return randomize(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+@pytest.mark.parametrize("kind", KIN)
+def test_kin_of_llama_equals_transformers_in_and_out(tmp_path, transformers, kind):
+    name, changes, expected = KIN[kind]
+    model = kin(transformers, name, **changes)
+    model.save_pretrained(tmp_path / "new")
+    ours = load_model(tmp_path / "new")
+    rope = ours.config.rope
+    assert difference(ours, model) < 1e-4
+    assert expected == (rope.temperature or rope.no_rope_layer_interval)
+    assert ours.config.original_window == L and ours.config.tied == model.config.tie_word_embeddings
+    # transformers 4 wrote the base and the rest apart
+    theirs = read(tmp_path / "new/config.json")
+    before = theirs["rope_parameters"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/model.safetensors").write_bytes(
+        (tmp_path / "new/model.safetensors").read_bytes())
+    write_config(tmp_path / "old", {**theirs, "rope_parameters": "absent",
+                                    "rope_theta": before["rope_theta"], "rope_scaling": before})
+    assert load_config(tmp_path / "old") == ours.config
+    if expected:                               # the lengths are such that the words matter
+        ours.config.rope = RopeConfig.from_dict(
+            {**rope.to_dict(), "temperature": "none", "no_rope_layer_interval": None})
+        assert difference(ours, model) > 1e-2
+        ours.config.rope = rope
+    # and out again, by way of both layouts
+    export(tmp_path / "new", "meta", tmp_path / "meta")
+    export(tmp_path / "meta", "hf", tmp_path / "out")
+    export(tmp_path / "out", "hf", tmp_path / "out2")
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()) and difference(ours, again.eval()) < 1e-4
+    assert type(again).__name__ == f"{name if expected else 'Llama'}ForCausalLM"
+    reloaded = load_model(tmp_path / "out")
+    assert same(reloaded, ours) and difference(reloaded, model) < 1e-4
+    assert reloaded.config.max_seq_len == ours.config.max_seq_len
+    assert ((tmp_path / "out/config.json").read_bytes()
+            == (tmp_path / "out2/config.json").read_bytes())
+
+
+@pytest.mark.parametrize("name, absent", [
+    ("SmolLM3", ["tie_word_embeddings", "rope_parameters", "rms_norm_eps", "no_rope_layers",
+                 "no_rope_layer_interval", "layer_types", "use_sliding_window", "head_dim"]),
+    ("Ministral3", ["tie_word_embeddings", "rms_norm_eps", "head_dim", "sliding_window"])])
+def test_what_kin_need_not_say_is_as_in_transformers(tmp_path, transformers, name, absent):
+    rope = {"rope_parameters": {"rope_type": "default", **LLAMA4}} if name == "Ministral3" else {}
+    kin(transformers, name, num_hidden_layers=4, head_dim=128 if rope else 6,
+        **rope).save_pretrained(tmp_path)
+    edit(tmp_path, **dict.fromkeys(absent, "absent"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = load_model(tmp_path)
+    assert difference(ours, model) < 1e-4
+    assert ours.config.norm_eps == model.config.rms_norm_eps
+    assert ours.config.rope.base == model.config.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("rope", [
+    RopeConfig("yarn", 4.0, L, 1000.0, temperature="llama4"),              # without YaRN's own
+    RopeConfig("yarn", 4.0, L, 1000.0, temperature="llama4", options={"ramp": "turns"}),
+    RopeConfig("ntk", 4.0, L, 1000.0, temperature="llama4"),
+    RopeConfig("longrope", 4.0, L, 1000.0, no_rope_layer_interval=2, options=FACTORS),
+    RopeConfig("yarn", 4.0, L, 1000.0, no_rope_layer_interval=2, temperature="none")])
+def test_kin_of_llama_that_began_here(tmp_path, transformers, rope):
+    model = make(rope=rope, max_seq_len=4 * L)
+    export_hugging_face(model, tmp_path / "hf")
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    again = load_model(tmp_path / "hf")
+    assert difference(model, there) < 1e-4 and difference(again, there) < 1e-4
+    assert again.config.rope.temperature in (rope.temperature, None)
+
+
+def test_llama_4_is_refused(tmp_path, transformers):
+    """Its own words, flat or nested, and under LLaMA's label."""
+    shape = {**without_label(CONFIG), "num_local_experts": 2, "pad_token_id": None,
+             "intermediate_size_mlp": 40}
+    text = transformers.Llama4TextConfig(**shape)
+    whole = transformers.Llama4Config(text_config=shape)
+    for config, name in ((text, "Llama4ForCausalLM"), (whole, "Llama4ForConditionalGeneration")):
+        config.architectures = [name]
+        folder = tmp_path / name
+        config.save_pretrained(folder)
+        with pytest.raises(UserError, match=f'architecture "{name}": only LLaMA.s loads .*not 4'):
+            load_model(folder)
+        edit(folder, architectures=["LlamaForCausalLM"])
+        with pytest.raises(UserError, match="(text_config|num_local_experts) is set, as in Llama"):
+            load_model(folder)
+        edit(folder, num_local_experts="absent", text_config="absent")
+    with pytest.raises(UserError, match="attn_temperature_tuning is set, as in Llama 4"):
+        load_model(tmp_path / "Llama4ForCausalLM")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -742,6 +883,15 @@ def mistral(**changes):
     return config(architectures=["MistralForCausalLM"], **changes)
 
 
+def smollm3(**changes):
+    return config(architectures=["SmolLM3ForCausalLM"], **changes)
+
+
+def ministral3(changes=None, **rope):
+    return config(**{"architectures": ["Ministral3ForCausalLM"], "rope_parameters": {
+        "rope_type": "default", "llama_4_scaling_beta": 0.1, **WINDOW, **rope}, **(changes or {})})
+
+
 def scaled(**rope):
     return config(rope_scaling=rope)
 
@@ -765,6 +915,32 @@ WRONG = [
     (mistral(sliding_window="\x1b" * 999), r"sliding_window '.x1b"),
     (mistral(model_type="mistral", sliding_window=None, num_key_value_heads="absent"),
      "num_key_value_heads is missing"),
+    (smollm3(num_key_value_heads="absent"), "num_key_value_heads is missing"),
+    (smollm3(max_position_embeddings="absent"), "max_position_embeddings is missing"),
+    (smollm3(use_sliding_window=True, sliding_window=16), "sliding_window 16: attention here"),
+    (smollm3(layer_types=["full_attention", "sliding_attention"]), "layer_types .'full_attention'"),
+    (smollm3(layer_types=7), "layer_types 7"),
+    (smollm3(attention_bias=True), "attention_bias is true"),
+    (smollm3(no_rope_layers=[0, 1]), r"no_rope_layers .0, 1.: only models that leave every n-th"),
+    (smollm3(no_rope_layers=[1]), "no_rope_layers .1.: has to be a list"),
+    (smollm3(no_rope_layers="1" * 999), "no_rope_layers '11"),
+    (smollm3(no_rope_layers=[[], 1]), "no_rope_layers .*has to be a list"),
+    (smollm3(no_rope_layer_interval=0), "no_rope_layer_interval 0: has to be a positive"),
+    (smollm3(no_rope_layer_interval="4"), "no_rope_layer_interval = '4': give a whole number"),
+    (ministral3({"sliding_window": 16}), "sliding_window 16: attention here"),
+    (ministral3({"layer_types": ["sliding_attention"]}), "layer_types .'sliding_attention'"),
+    (ministral3({"rope_parameters": None}), "rope_parameters is missing"),
+    (ministral3(llama_4_scaling_beta=0.2), "llama_4_scaling_beta 0.2: only 0.1 loads, or 0"),
+    (ministral3(llama_4_scaling_beta=["x" * 999]), "llama_4_scaling_beta .'xx"),
+    (ministral3(original_max_position_embeddings=None), "temperature llama4 needs original_max"),
+    (ministral3(rope_type="yarn", factor=4.0),
+     "llama_4_scaling_beta, and yarn has an attention factor of 1.139: a model with two"),
+    (ministral3(rope_type="longrope", factor=4.0, **FACTORS), "longrope has an attention factor"),
+    (ministral3(rope_type="dynamic", factor=4.0, original_max_position_embeddings=16),
+     "llama_4_scaling_beta counts from original_max_position_embeddings 16, and dynamic from "),
+    (ministral3({"architectures": ["LlamaForCausalLM"]}), "unknown key 'llama_4_scaling_beta'"),
+    (scaled(rope_type="default", temperature="llama4", **WINDOW), "temperature llama4: transf"),
+    (scaled(rope_type="default", no_rope_layer_interval=2), "no_rope_layer_interval 2: transf"),
     (config(attention_bias=True), "attention_bias is true"),
     (config(mlp_bias=True), "mlp_bias is true"),
     (config(hidden_act="gelu"), "hidden_act 'gelu': LLaMA's is silu"),

@@ -17,9 +17,10 @@ from methods import RopeConfig
 from model import LLaMA, ModelConfig
 from weights.checks import check_tensor_values
 from weights.export_gguf import Q8_0, export_gguf, require_gguf_name, rope_words
-from weights.hugging_face import SHAPE, hugging_face_name, reorder_rows
+from weights.hugging_face import ARCHITECTURES, SHAPE, hugging_face_name, reorder_rows
 from weights.load import load_config, load_model, with_rope
-from weights.rope_dialects import (ORIGINAL, refuse_what_transformers_lacks,
+from weights.rope_dialects import (BETA, LLAMA4_BETA, MINISTRAL3, ORIGINAL, SMOLLM3,
+                                   class_and_rope, refuse_what_transformers_lacks, rotated_layers,
                                    rope_to_hugging_face)
 from weights.save import compact_tensor, save_model
 from weights.size import parameter_count
@@ -108,7 +109,7 @@ def export_hugging_face(model: LLaMA, out: str | Path,
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     """config.json of a LLaMA. RoPE stands there twice: as rope_parameters for transformers 5, and
     as rope_scaling for everything older."""
-    rope = config.rope
+    name, rope = class_and_rope(config.rope)
     refuse_what_transformers_lacks(rope)
     if config.dim % config.n_heads:
         raise UserError(f"dim {config.dim} is no multiple of n_heads {config.n_heads}, which "
@@ -118,7 +119,13 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
         rope = dataclasses.replace(rope, original_max_position_embeddings=original)
     # Sorted, so that the bytes do not depend on the layout that a model came from.
     parameters = dict(sorted(rope_to_hugging_face(rope, config.head_dim).items()))
-    shape = {key: getattr(config, name) for key, name in SHAPE.items()}
+    shape = {key: getattr(config, field) for key, field in SHAPE.items()}
+    if name == MINISTRAL3:
+        parameters |= {BETA: LLAMA4_BETA, ORIGINAL: original}
+    elif name == SMOLLM3:
+        every = config.rope.no_rope_layer_interval
+        shape |= {"no_rope_layer_interval": every,
+                  "no_rope_layers": rotated_layers(every, config.n_layers)}
     if rope.rope_type == "dynamic":
         shape["max_position_embeddings"] = original  # transformers counts from here
     elif rope.original_max_position_embeddings and ORIGINAL not in parameters:
@@ -127,12 +134,12 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict:
     if parameters["rope_type"] not in ("default", "proportional"):
         scaling = {key: value for key, value in parameters.items()
                    if key not in ("rope_theta", "partial_rotary_factor")}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape,
+    return {"architectures": [name], "model_type": ARCHITECTURES[name], **shape,
             "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "attention_bias": False,
             "mlp_bias": False, "tie_word_embeddings": config.tied,
             "rope_theta": parameters["rope_theta"], "rope_parameters": parameters,
             "rope_scaling": scaling, "torch_dtype": dtype_name(dtype),
-            "bos_token_id": None, "eos_token_id": None}
+            "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def tokenizer_files(tokenizer: Tokenizer | None, source: Path

@@ -33,10 +33,17 @@ from methods import inv_freq
 from model import ModelConfig
 from weights.checks import REMAP, check_tensor_kind
 from weights.meta import open_checkpoint
-from weights.rope_dialects import rope_from_hugging_face
+from weights.rope_dialects import (LLAMA, MINISTRAL3, SMOLLM3, refuse_two_temperatures,
+                                   rope_from_hugging_face)
 
-# LLaMAForCausalLM: as conversions of early 2023 write it.
-ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")
+# The classes that compute what model.py does, and their model_type.
+MISTRAL = "MistralForCausalLM"
+ARCHITECTURES = {LLAMA: "llama", MISTRAL: "mistral", SMOLLM3: "smollm3", MINISTRAL3: "ministral3"}
+# Where their defaults, which a config.json need not say, are not LLaMA's.
+OWN_DEFAULTS = {
+    MISTRAL: {"sliding_window": 4096},
+    SMOLLM3: {"tie_word_embeddings": True, "rope_theta": 2e6, "no_rope_layer_interval": 4},
+    MINISTRAL3: {"rms_norm_eps": 1e-5, "head_dim": 128}}
 SHAPE = {"hidden_size": "dim", "num_hidden_layers": "n_layers",
          "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
          "vocab_size": "vocab_size", "intermediate_size": "ffn_dim",
@@ -98,6 +105,8 @@ def config_and_notes(folder: str | Path) -> tuple[ModelConfig, list[str]]:
     notes = []
     try:
         refuse_other_models(given)
+        name = architecture(given)
+        given = OWN_DEFAULTS.get(name, {}) | given
         shape = read_shape(given, notes)
         window = shape["max_seq_len"]
         check_sliding_window(given, window, notes)
@@ -107,11 +116,12 @@ def config_and_notes(folder: str | Path) -> tuple[ModelConfig, list[str]]:
         tied = given.get("tie_word_embeddings", False)
         if type(tied) is not bool:
             raise UserError(f"tie_word_embeddings = {tied!r:.60}: has to be true or false")
-        rope = rope_from_hugging_face(given, window, notes)
+        rope = rope_from_hugging_face(given, window, notes, name)
         if rope.rope_type == "dynamic":
             shape["max_seq_len"] = round(rope.factor * window)
         config = ModelConfig(**shape, norm_eps=float(norm_eps), rope=rope, tied=tied)
         inv_freq(rope, config.head_dim)  # refuses settings that do not fit the head
+        refuse_two_temperatures(rope, config.head_dim)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return config, notes
@@ -121,17 +131,22 @@ def architecture(given: dict) -> object:
     """The class of the model in transformers. Some files say only model_type."""
     names = given.get("architectures")
     if not names:
-        of_type = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-        return of_type.get(str(given.get("model_type")))
-    return names[0] if isinstance(names, list) and len(names) == 1 else names
+        class_of = {model_type: name for name, model_type in ARCHITECTURES.items()}
+        return class_of.get(str(given.get("model_type")))
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    return LLAMA if name == "LLaMAForCausalLM" else name  # as conversions of early 2023 write it
 
 
 def refuse_other_models(given: dict) -> None:
     """A UserError for anything by which a model is not the LLaMA of model.py."""
     name = architecture(given)
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise UserError(f"architecture {json.dumps(name):.60}: only LLaMA's loads "
-                        "(LlamaForCausalLM, or MistralForCausalLM without a sliding window)")
+        raise UserError(f"architecture {json.dumps(name):.60}: only LLaMA's loads (LLaMA 1 to 3, "
+                        f"not 4: {', '.join(ARCHITECTURES)}, without a sliding window)")
+    for key in ("text_config", "num_local_experts", "attn_temperature_tuning"):
+        if given.get(key):
+            raise UserError(f"{key} is set, as in Llama 4: images, experts and its temperature are "
+                            "not LLaMA's; this model is another one and does not load")
     method = given.get("quantization_config")
     if method is not None:
         if isinstance(method, dict):
@@ -151,17 +166,16 @@ def refuse_other_models(given: dict) -> None:
 def read_shape(given: dict, notes: list[str]) -> dict[str, int]:
     """The numbers of ModelConfig that SHAPE names."""
     shape = {}
+    optional = OPTIONAL_KEYS if architecture(given) == LLAMA else ("head_dim",)
     for key, name in SHAPE.items():
         value = given.get(key)
-        if value is None and key in OPTIONAL_KEYS:
+        if value is None and key in optional:
             continue
         if key not in given:
             raise UserError(f"{key} is missing: take the config.json of the checkpoint")
         if type(value) is not int or not 0 < value < 2**31:
             raise UserError(f"{key} = {value!r:.60}: has to be a positive whole number")
         shape[name] = value
-    if "n_kv_heads" not in shape and given.get("model_type") == "mistral":
-        raise UserError("num_key_value_heads is missing: a Mistral model has to state it")
     if "max_seq_len" not in shape:
         notes.append("does not say max_position_embeddings: transformers' 2048 is assumed")
         shape["max_seq_len"] = 2048
@@ -169,16 +183,20 @@ def read_shape(given: dict, notes: list[str]) -> dict[str, int]:
 
 
 def check_sliding_window(given: dict, window: int, notes: list[str]) -> None:
-    """Refuse a Mistral whose sliding window is shorter than its context: attention in model.py
-    always sees the whole text."""
-    if architecture(given) != "MistralForCausalLM":
+    """Refuse a Mistral or SmolLM3 whose sliding window is shorter than its context: attention in
+    model.py always sees the whole text."""
+    name, kinds = architecture(given), given.get("layer_types") or ["full_attention"]
+    if name == LLAMA:
         return
-    sliding = given.get("sliding_window", 4096)  # transformers' default
-    if sliding is None:
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"layer_types {kinds!r:.60}: attention here sees the whole text; a model "
+                        "whose layers all have full_attention loads")
+    sliding = given.get("sliding_window")
+    if sliding is None or name == SMOLLM3 and not given.get("use_sliding_window"):
         return
     if type(sliding) is not int or sliding < window:
         raise UserError(f"sliding_window {sliding!r:.60}: attention here sees the whole text; a "
-                        "Mistral model without one loads (\"sliding_window\": null)")
+                        "model without one loads (\"sliding_window\": null)")
     notes.append(f"sliding_window {sliding} is ignored: it makes no difference up to {window} "
                  "tokens; beyond it attention here sees the whole text")
 

@@ -113,9 +113,9 @@ def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfi
 
     Factors never compound: they count from the original window L. A model that was extended by 4
     and is now given factor 2 has window 2L, not 8L. Settings that `rope` does not give stay as the
-    weights were trained: L, the base, the rotated share, unrotated layers and random positions. (An
-    explicit {"random_positions": 0} ends those.) Another L than the weights were trained with is
-    refused.
+    weights were trained: L, the base, the rotated share, temperature, unrotated layers and random
+    positions. (An explicit {"random_positions": 0} or {"temperature": "none"} ends these.) Another
+    L than the weights were trained with is refused.
     """
     if rope is None:
         return config
@@ -136,7 +136,8 @@ def with_rope(config: ModelConfig, rope: RopeConfig | dict | None) -> ModelConfi
                "original_max_position_embeddings": original,
                "partial_rotary_factor": config.rope.partial_rotary_factor,
                "random_positions": config.rope.random_positions,
-               "no_rope_layer_interval": config.rope.no_rope_layer_interval}
+               "no_rope_layer_interval": config.rope.no_rope_layer_interval,
+               "temperature": config.rope.temperature}
     new = RopeConfig.from_dict(trained | given)
     if new == dataclasses.replace(config.rope, original_max_position_embeddings=original):
         # Nor does the window change, which fine-tuning without scaling leaves above factor * L.
