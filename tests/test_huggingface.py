@@ -493,8 +493,8 @@ def test_transformers_computes_the_same_with_what_is_written(tmp_path, transform
     (RopeConfig("default", 1.0, L, temperature="log_n"), "temperature log_n: transformers has no"),
     (RopeConfig("default", 1.0, L, temperature="llama4", no_rope_layer_interval=2),
      "temperature llama4, and no_rope_layer_interval 2: transformers has no LLaMA with it"),
-    (RopeConfig("rerope", 4.0, L, no_rope_layer_interval=2), "rope_type rerope, a distance map: "),
-    (RopeConfig("rerope", 4.0, L, temperature="llama4"), "rope_type rerope, a distance map: "),
+    (RopeConfig("rerope", 4.0, L, no_rope_layer_interval=2), "rope_type rerope: "),
+    (RopeConfig("rerope", 4.0, L, temperature="llama4"), "rope_type rerope: "),
     (RopeConfig("nope", no_rope_layer_interval=2), "nope: transformers"),
     (RopeConfig(random_positions=64), "random_positions")])
 def test_what_transformers_cannot_say_is_refused(tmp_path, rope, words):

@@ -503,6 +503,15 @@ def test_every_method_can_be_laid_over_a_plain_model_and_taken_off(saved, name):
     assert back.rope.rope_type == "default"
 
 
+def test_a_temperature_and_unrotated_layers_stay_as_the_weights_were_trained(saved):
+    trained = {"temperature": "llama4", "no_rope_layer_interval": 2}
+    config = load_model(saved, rope={"rope_type": "default", **trained}).config
+    other = with_rope(config, {"rope_type": "yarn", "factor": 4}).rope
+    assert (other.temperature, other.no_rope_layer_interval) == ("llama4", 2)
+    assert with_rope(config, {"rope_type": "yarn", "factor": 4, "temperature": "none"}
+                     ).rope.temperature == "none"
+
+
 # --------------------------------------------------------------------------------------------------
 # CLEX: what it learns is saved with the model
 
