@@ -26,6 +26,7 @@ from common.jobs import Window, map_windows
 from common.results import result
 from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
+from data.ranking import check_rank, rank_passkeys
 from data.retrieval import retrieve_passkeys
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
@@ -38,7 +39,6 @@ CONVENTIONS = {"bos": "once, at the start of each document",
 
 
 # ---- Perplexity ----------------------------------------------------------------------------------
-
 
 def sliding_windows(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """The windows that score a document of n tokens: yields (begin, end, skip) for each.
@@ -162,17 +162,19 @@ def bits_per_byte(nll: float, documents: Sequence[np.ndarray], tokenizer: Tokeni
 
 # ---- Passkey retrieval ---------------------------------------------------------------------------
 
-
 def passkey(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int] | None = None,
             depths: int = 10, trials: int = 10, seed: int = 0, progress: bool = True,
-            generation: bool = False, cache: ResultCache | None = None) -> dict[str, Any]:
+            generation: bool = False, cache: ResultCache | None = None, rank: int = 0) -> dict:
     """Accuracy of greedy passkey retrieval at each length (tokens, the answer counted), for
     `depths` places of the key from the beginning to the end, and `trials` keys at each place.
 
     Also k_max at the longest length. generation: judge by generating every answer instead of by one
-    pass, with the same verdicts. Returns the dict of the JSON file.
+    pass, with the same verdicts. rank: generate nothing, ask whether the key is the most probable
+    of so many (data/ranking.py). Returns the dict of the JSON file.
     """
+    check_rank(rank)
     prompts = PasskeyPrompts(tokenizer)
+    chance = 1 / rank if rank else 0.0
 
     def build(rng: np.random.Generator, length: int, depth: float) -> tuple[tuple, int]:
         key = random_key(rng)
@@ -180,16 +182,20 @@ def passkey(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int] | None = 
         distance = len(prompt) - prompts.position(prompt, key)     # from the key to the end
         return (prompt, answer, key), distance
 
-    def score(cases: list[tuple]) -> list[bool]:
+    def score(cases: list[tuple]) -> list[float]:
         texts, answers, keys = zip(*cases)
+        if rank:
+            return rank_passkeys(model, prompts, texts, keys, rank)
         return retrieve_passkeys(model, tokenizer, texts, answers, keys, generation=generation)
 
     name = "passkey by generation" if generation else "passkey"
+    name = f"passkey among {rank}" if rank else name
     found = accuracy_grid(model, build, score, lengths, depths, trials, seed, cache, name, progress,
                           generating=True)
     longest = found["lengths"][-1]
-    effective = k_max(found["distances"][longest], found["accuracy_by_depth"][longest])
-    return result(model, seed, k_max=effective, **found)
+    effective = k_max(found["distances"][longest], found["accuracy_by_depth"][longest],
+                      0.2 + 0.8 * chance)  # 20 % known, and the others guessed
+    return result(model, seed, k_max=effective, rank=rank, chance=chance, **found)
 
 
 def k_max(distances: Sequence[int], accuracy: Sequence[float], threshold: float = 0.2) -> int:
@@ -227,7 +233,6 @@ def four_lengths(config: ModelConfig) -> list[int]:
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-
 @dataclass
 class PerplexityFlags(ModelFlags):
     text: list[str] = field([], "UTF-8 files, a document each, instead of the corpus")
@@ -249,6 +254,7 @@ class PasskeyFlags(ModelFlags):
     trials: int = field(10, "random keys at each place")
     generation: bool = field(False, "judge by generating every answer instead of by one "
                              "teacher-forced pass: the same verdict, slower")
+    rank: int = field(0, "instead: is the key the most probable of so many keys? Chance is 1/RANK")
 
 
 def perplexity_command(flags: PerplexityFlags, cache: ResultCache) -> dict[str, Any]:
@@ -286,10 +292,11 @@ def passkey_command(flags: PasskeyFlags, cache: ResultCache) -> dict[str, Any]:
     model, tokenizer = load_from_flags(flags)
     lengths = flags.lengths or four_lengths(model.config)
     found = passkey(model, tokenizer, lengths, flags.depths, flags.trials, flags.seed,
-                    generation=flags.generation, cache=cache)
+                    generation=flags.generation, cache=cache, rank=flags.rank)
     print_by_depth(found)
+    judged = f"ranked among {flags.rank}, chance {found['chance']:.2f}" if flags.rank else "greedy"
     print(f"k_max {found['k_max']} at length {found['lengths'][-1]}   ({flags.depths} depths x "
-          f"{flags.trials} keys, greedy; {found['seconds']:.1f} s)")
+          f"{flags.trials} keys, {judged}; {found['seconds']:.1f} s)")
     return found
 
 

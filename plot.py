@@ -243,7 +243,9 @@ def plot_passkey(result: dict, path: Path) -> Path:
     axis.set_ylabel("prompt (tokens)")
     name = model_and_rope(result)
     if "k_max" in result:
-        axis.set(title=f"passkey accuracy, {name}, k_max {result['k_max']} at {lengths[-1]}",
+        judged = f"ranked among {result['rank']} keys, " if result.get("rank") else ""
+        axis.set(title=f"passkey accuracy, {judged}{name}, k_max {result['k_max']} at "
+                       f"{lengths[-1]}",
                  xlabel="place of the key (% of the garbage that is before it)")
     else:
         axis.set(title=f"needle: share of the answer's tokens, {name}",

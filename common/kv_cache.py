@@ -55,6 +55,11 @@ class KVCache:
         self.length = 0
         return text
 
+    def rewind(self, length: int) -> None:
+        """Forget all tokens but the first `length`, so that others can follow these."""
+        self.length = length
+        self.positions = self.positions[..., :length]
+
     def is_stale(self, positions: Tensor, frequencies: Tensor, attention_factor: float) -> bool:
         """Whether a longer text, of which this is the beginning, has other positions or angles."""
         same_positions = bool((positions[..., :self.length] == self.positions).all())

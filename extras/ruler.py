@@ -5,6 +5,7 @@
     python extras/ruler.py --model out/smollm2/smollm2-135m-instruct.gguf --lengths 4096 8192 \\
         --text essays/*.txt --template chatml
     python extras/ruler.py --model data/tiny --rope yarn --factor 8 --lengths 512 1024
+    python extras/ruler.py --model data/tiny --lengths 256 --rank 10       # nothing is generated
 
 Eleven of the thirteen tasks are here: the other two ask about SQuAD and HotpotQA, which would have
 to be downloaded. Prompts, metrics and the 85.6 % of the effective length are the protocol's. Two
@@ -12,6 +13,11 @@ things differ, and every result says so. The haystack is yours (--text): RULER's
 Graham, which may not be handed on. The words come from a list of our own (ruler_words.txt).
 
 A prompt and the tokens that it may generate together take at most the length.
+
+--rank k is for small models, which generate no answer that counts: is a right answer more probable
+than k - 1 wrong ones of the same form? Chance is 1/k. The wrong ones are words of the prompt as far
+as it has any: the other needles' values (niah_multikey), the less frequent words (cwe, fwe). Else
+they are drawn as the answer was (the other niah, vt), and having seen the answer is enough.
 """
 import dataclasses
 import functools
@@ -24,7 +30,7 @@ import string
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +46,8 @@ from common.errors import UserError
 from common.jobs import rows_per_pass
 from common.results import result
 from data.corpus import ensure_corpus, validation_documents
-from data.passkey import GARBAGE
+from data.passkey import GARBAGE, encode_inside
+from data.ranking import check_rank, log_likelihoods, wins
 from data.sources import read_text
 from data.tokenizer import Tokenizer
 from eval import k_max
@@ -94,13 +101,17 @@ PAIRS = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
 
 
 # --------------------------------------------------------------------------------------------------
-# The tasks. Each makes a sample from random numbers: context and question, the beginning of the
-# answer, and the strings that the answer has to hold. All take the same arguments:
+# The tasks. Each makes a sample from random numbers. All take the same arguments:
 #   size     of the haystack: words of an essay, lines, words of a list
 #   length   the budget in tokens, by which two tasks choose their word counts
 #   essay    the words of the essay haystack
 
-Sample = tuple[str, str, list[str]]
+
+class Sample(NamedTuple):
+    task: str               # context and question
+    prefix: str             # the beginning of the answer
+    answers: list[str]      # strings that the answer has to hold
+    wrong: Iterator[str]    # endless: other strings of the same form, those of the prompt first
 
 
 def draw(rng: random.Random, kind: str, taken: Collection[str] = ()) -> str:
@@ -124,6 +135,20 @@ def draw_letters(rng: random.Random, alphabet: str, letters: int, count: int) ->
         if word not in words:
             words.append(word)
     return words
+
+
+def wrong_answers(rng: random.Random, answers: list[str], in_prompt: Iterable[str],
+                  draw_another: Callable[[], str]) -> Iterator[str]:
+    """Answers that are wrong, none twice: those that stand in the prompt, in random order, then
+    others. Nothing is drawn before it is asked for, so prompts are the same with and without."""
+    wrong = sorted(set(in_prompt) - set(answers))
+    yield from rng.sample(wrong, len(wrong))
+    known = {*answers, *wrong}
+    while True:
+        word = draw_another()
+        if word not in known:
+            known.add(word)
+            yield word
 
 
 def hide_between_lines(rng: random.Random, lines: list[str], facts: list[str]) -> str:
@@ -158,14 +183,16 @@ def niah(rng: random.Random, size: int, length: int, essay: list[str], haystack:
     facts = [FACT.format(kind=value, key=name, value=v) for name in names for v in hidden[name]]
     rng.shuffle(facts)
     asked = rng.sample(names, queries)
+    in_prompt = [v for name in names for v in hidden[name]]
 
     if haystack == "essay":
         context = hide_in_essay(rng, list(itertools.islice(itertools.cycle(essay), size)), facts)
     else:
         lines = [GARBAGE] * size
         if haystack == "needles":
-            lines = [FACT.format(kind=value, key=draw(rng, key, names), value=draw(rng, value))
-                     for _ in range(size)]
+            others = [(draw(rng, key, names), draw(rng, value)) for _ in range(size)]
+            lines = [FACT.format(kind=value, key=name, value=v) for name, v in others]
+            in_prompt += [v for _, v in others]
         context = hide_between_lines(rng, lines, facts)
 
     if queries * values == 1:
@@ -177,11 +204,13 @@ def niah(rng: random.Random, size: int, length: int, essay: list[str], haystack:
     query = asked[-1]
     if queries > 1:
         query = f"{', '.join(asked[:-1])}, and {query}"
-    return (task.format(kind=kind, context=context, query=query),
-            prefix.format(kind=kind, query=query), [v for name in asked for v in hidden[name]])
+    answers = [v for name in asked for v in hidden[name]]
+    return Sample(task.format(kind=kind, context=context, query=query),
+                  prefix.format(kind=kind, query=query), answers,
+                  wrong_answers(rng, answers, in_prompt, lambda: draw(rng, value)))
 
 
-def assignments(rng: random.Random, size: int, letters: int) -> Sample:
+def assignments(rng: random.Random, size: int, letters: int) -> tuple[str, str, list[str]]:
     """A chain of five variables in noise: VAR A = 12345, VAR B = VAR A, VAR C = VAR B, ..."""
     names = draw_letters(rng, string.ascii_uppercase, letters, 5)
     value = str(rng.randint(10000, 99998))
@@ -196,21 +225,29 @@ def variable_tracking(rng: random.Random, size: int, length: int, essay: list[st
     """vt: which variables have a value? After a worked example with shorter names."""
     task, prefix, names = assignments(rng, size, letters=5)
     example, example_prefix, example_names = assignments(rng, size=10, letters=3)
-    return f"{example}{example_prefix} {' '.join(example_names)}\n\n{task}", prefix, names
+    return Sample(f"{example}{example_prefix} {' '.join(example_names)}\n\n{task}", prefix, names,
+                  wrong_answers(rng, names, [],
+                                lambda: draw_letters(rng, string.ascii_uppercase, 5, 1)[0]))
 
 
 def numbered(words: list[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
 
 
-def word_list(rng: random.Random, size: int, often: int, seldom: int) -> tuple[str, list[str]]:
-    """The question about a list of `size` words, and ten of them. These stand in it `often` times,
-    the others `seldom` times."""
-    single_words = NOUNS + ADJECTIVES
-    words = rng.sample(single_words if size <= len(single_words) else PAIRS, size)
+def word_list(rng: random.Random, size: int, often: int, seldom: int
+              ) -> tuple[str, list[str], list[str]]:
+    """The question about a list of `size` words, ten of them, and the others. The ten stand in it
+    `often` times, the others `seldom` times."""
+    words = rng.sample(vocabulary_of(size), size)
     listed = words[:10] * often + words[10:] * seldom
     rng.shuffle(listed)
-    return ASK_FOR_COMMON_WORDS[0].format(context=numbered(listed)), words[:10]
+    return ASK_FOR_COMMON_WORDS[0].format(context=numbered(listed)), words[:10], words[10:]
+
+
+def vocabulary_of(size: int) -> list[str]:
+    """Single words while they suffice for a list of `size` words, else pairs."""
+    single_words = NOUNS + ADJECTIVES
+    return single_words if size <= len(single_words) else PAIRS
 
 
 def common_words(rng: random.Random, size: int, length: int, essay: list[str]) -> Sample:
@@ -220,13 +257,14 @@ def common_words(rng: random.Random, size: int, length: int, essay: list[str]) -
         raise UserError(f"cwe at length {length} needs more than the {len(PAIRS):,} words there "
                         "are: leave it out with --tasks")
     if length < 4096:
-        example, shown = word_list(rng, 20, often=3, seldom=1)
-        task, words = word_list(rng, size, often=6, seldom=1)
+        example, shown, _ = word_list(rng, 20, often=3, seldom=1)
+        task, words, others = word_list(rng, size, often=6, seldom=1)
     else:
-        example, shown = word_list(rng, 40, often=10, seldom=3)
-        task, words = word_list(rng, size, often=30, seldom=3)
+        example, shown, _ = word_list(rng, 40, often=10, seldom=3)
+        task, words, others = word_list(rng, size, often=30, seldom=3)
     prefix = ASK_FOR_COMMON_WORDS[1]
-    return f"{example}{prefix} {numbered(shown)}\n{task}", prefix, words
+    return Sample(f"{example}{prefix} {numbered(shown)}\n{task}", prefix, words,
+                  wrong_answers(rng, words, others, lambda: rng.choice(vocabulary_of(size))))
 
 
 def zipf_counts(size: int, vocabulary: int) -> list[int]:
@@ -246,7 +284,9 @@ def frequent_words(rng: random.Random, size: int, length: int, essay: list[str])
     text = [word for word, count in zip(words, counts) for _ in range(count)]
     rng.shuffle(text)
     task, prefix = ASK_FOR_CODED_WORDS
-    return task.format(context=" ".join(text)), prefix, words[1:4]
+    return Sample(task.format(context=" ".join(text)), prefix, words[1:4],
+                  wrong_answers(rng, words[1:4], set(text) - {"..."},
+                                lambda: draw_letters(rng, string.ascii_lowercase, 6, 1)[0]))
 
 
 class Task(NamedTuple):
@@ -275,6 +315,13 @@ TASKS = {
     "fwe": Task(frequent_words, 50, 30, {})}
 
 
+class TaskPrompt(NamedTuple):
+    ids: list[int]
+    answers: list[str]
+    text: str
+    candidates: list[list[int]]  # ids of the answers, then of the wrong ones; none without a rank
+
+
 @dataclass
 class TaskPrompts:
     """Builds the prompts of one length. A prompt is a function of these fields and its index."""
@@ -284,31 +331,43 @@ class TaskPrompts:
     seed: int
     essay: list[str]
     template: str = "{task}"
+    rank: int = 0  # candidates for an answer, if they are ranked
 
     @property
     def task(self) -> Task:
         return TASKS[self.name]
 
-    def sample(self, index: int, size: int) -> tuple[list[int], list[str], str]:
-        """(ids of the prompt, answers, text of the prompt), with a haystack of this size."""
+    def sample(self, index: int, size: int) -> TaskPrompt:
+        """A prompt with a haystack of this size."""
         # Text is hashed in the same way on every machine.
         rng = random.Random(f"{self.seed} {self.name} {self.length} {index}")
-        task, prefix, answers = self.task.make(rng, size, self.length, self.essay,
-                                               **self.task.settings)
+        task, prefix, answers, wrong = self.task.make(rng, size, self.length, self.essay,
+                                                      **self.task.settings)
         text = self.template.replace("{task}", task) + prefix
         ids = self.tokenizer.encode(text)
         bos = [self.tokenizer.bos_id]
         if ids[:1] != bos:  # a chat template may begin with it (SmolLM2's does)
             ids = bos + ids
-        return ids, answers, text
+        candidates = []
+        if self.rank:
+            words = [*answers, *itertools.islice(wrong, self.rank - 1)]
+            beginning = " 1. " if self.task.make is common_words else " "  # as in the example
+            candidates = [encode_inside(self.tokenizer, beginning + word) for word in words]
+        return TaskPrompt(ids, answers, text, candidates)
 
-    def fits(self, ids: list[int]) -> bool:
-        return len(ids) + self.task.new_tokens <= self.length
+    def tokens(self, prompt: TaskPrompt) -> int:
+        """Of a prompt and its answer: what may be generated, or the longest candidate."""
+        if self.rank:
+            return len(prompt.ids) + max(map(len, prompt.candidates))
+        return len(prompt.ids) + self.task.new_tokens
+
+    def fits(self, prompt: TaskPrompt) -> bool:
+        return self.tokens(prompt) <= self.length
 
     def shortest(self, samples: int) -> int:
         """Tokens that the first `samples` prompts need with the least haystack, answers counted."""
         least = self.task.least_size
-        return max(len(self.sample(i, least)[0]) for i in range(samples)) + self.task.new_tokens
+        return max(self.tokens(self.sample(i, least)) for i in range(samples))
 
     def with_enough_length(self, samples: int) -> "TaskPrompts":
         """These prompts, or those of the next length that holds so many samples. Each length has
@@ -325,21 +384,21 @@ class TaskPrompts:
         """The haystack that sample 0 has room for, by bisection."""
         most = len(PAIRS) if self.task.make is common_words else math.inf  # words there are
         low, high = self.task.least_size, 2 * self.task.least_size
-        while high < most and self.fits(self.sample(0, high)[0]):
+        while high < most and self.fits(self.sample(0, high)):
             low, high = high, min(2 * high, most)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.fits(self.sample(0, middle)[0]):
+            if self.fits(self.sample(0, middle)):
                 low = middle
             else:
                 high = middle
         return low
 
-    def build(self, index: int) -> tuple[list[int], list[str], str]:
+    def build(self, index: int) -> TaskPrompt:
         """sample() with as much haystack as sample 0 has room for, or a little less."""
         size = self.size
         sample = self.sample(index, size)
-        while size > self.task.least_size and not self.fits(sample[0]):
+        while size > self.task.least_size and not self.fits(sample):
             size = max(self.task.least_size, size - max(1, size // 100))
             sample = self.sample(index, size)
         return sample
@@ -372,6 +431,13 @@ def string_match(text: str, answers: list[str]) -> float:
     return 100 * sum(answer.lower() in text for answer in answers) / len(answers)
 
 
+def ranking_score(values: list[float], answers: int) -> float:
+    """The share of the right answers that are more probable than every wrong one, in percent.
+    values: log-likelihoods of the candidates, of which the first `answers` are right."""
+    wrong = values[answers:]
+    return 100 * sum(wins(true, wrong) for true in values[:answers]) / answers
+
+
 def effective_length(averages: dict[int, float], threshold: float = 85.6) -> int:
     """The longest length at which, and at every shorter one, the average is at least `threshold`
     (LLaMA-2-7B-chat's at 4,096 tokens); 0 if the shortest has less."""
@@ -381,18 +447,25 @@ def effective_length(averages: dict[int, float], threshold: float = 85.6) -> int
 def score_task(model: LLaMA, prompts: TaskPrompts, samples: int, cache: ResultCache,
                bar: tqdm) -> float:
     """Mean score of a task's samples, in percent."""
-    built = [prompts.build(index)[:2] for index in range(samples)]
-    built.sort(key=lambda sample: len(sample[0]))  # a batch is as long as its longest row
+    built = [prompts.build(index) for index in range(samples)]
+    built.sort(key=lambda prompt: len(prompt.ids))  # a batch is as long as its longest row
     rows = rows_per_pass(model, prompts.length, generating=True)
     scores = []
     for start in range(0, samples, rows):
         batch = built[start:start + rows]
-        ids = [ids for ids, _ in batch]
-        compute = functools.partial(greedy_answers, model, prompts.tokenizer, ids,
-                                    prompts.task.new_tokens)
-        digest = hashlib.sha256(repr(ids).encode()).hexdigest()
-        texts = cache.get([prompts.name, prompts.length, digest], compute)
-        scores += [string_match(text, answers) for text, (_, answers) in zip(texts, batch)]
+        ids = [prompt.ids for prompt in batch]
+        candidates = [prompt.candidates for prompt in batch]
+        digest = hashlib.sha256(repr([ids, candidates]).encode()).hexdigest()
+        key = [prompts.name, prompts.length, digest]
+        if prompts.rank:
+            compute = functools.partial(log_likelihoods, model, ids, candidates)
+            scores += [ranking_score(values, len(prompt.answers))
+                       for values, prompt in zip(cache.get(key, compute), batch)]
+        else:
+            compute = functools.partial(greedy_answers, model, prompts.tokenizer, ids,
+                                        prompts.task.new_tokens)
+            scores += [string_match(text, prompt.answers)
+                       for text, prompt in zip(cache.get(key, compute), batch)]
         bar.update(len(batch))
     return float(np.mean(scores))
 
@@ -400,12 +473,14 @@ def score_task(model: LLaMA, prompts: TaskPrompts, samples: int, cache: ResultCa
 def ruler(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int], tasks: Sequence[str],
           samples: int, essay: Sequence[str] = (), seed: int = 42, template: str = "base",
           threshold: float = 85.6, progress: bool = True, cache: ResultCache | None = None,
-          **notes) -> dict:
+          rank: int = 0, **notes) -> dict:
     """Scores in percent by task and length. Tasks that do not fit a length are left out there.
 
     essay: words of the essay haystack; template: a name of TEMPLATES or a text with {task} in it;
-    notes: more entries of the result. Returns the dict of the JSON file.
+    rank: candidates to rank a right answer among, 0 to generate answers; notes: more entries of the
+    result. Returns the dict of the JSON file.
     """
+    check_rank(rank)
     started = time.perf_counter()
     lengths = sorted(set(lengths))
     template = TEMPLATES.get(template, template)
@@ -419,7 +494,7 @@ def ruler(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int], tasks: Seq
                         "another")
     plan, left_out = [], {}
     for length, task in itertools.product(lengths, dict.fromkeys(tasks)):
-        prompts = TaskPrompts(tokenizer, task, length, seed, list(essay), template)
+        prompts = TaskPrompts(tokenizer, task, length, seed, list(essay), template, rank)
         needed = prompts.with_enough_length(samples).length
         if needed == length:
             plan.append(prompts)
@@ -442,12 +517,13 @@ def ruler(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int], tasks: Seq
             by_length.setdefault(prompts.length, []).append(score)
     scores = {task: values for task, values in scores.items() if values}
     averages = {length: float(np.mean(values)) for length, values in by_length.items()}
-    # The threshold is one of the average of all tasks: that of a part says nothing.
+    # The threshold is one of the average of all tasks by generation: a part of it says nothing.
     all_were_run = all(set(scores.get(task, {})) == set(lengths) for task in TASKS)
-    effective = effective_length(averages, threshold) if all_were_run else None
+    effective = effective_length(averages, threshold) if all_were_run and not rank else None
     return result(model, seed, scores=scores, averages=averages, effective_length=effective,
                   threshold=threshold, lengths=lengths, samples=samples, left_out=left_out,
-                  template=template, **notes, seconds=time.perf_counter() - started)
+                  template=template, rank=rank, chance=100 / rank if rank else 0.0, **notes,
+                  seconds=time.perf_counter() - started)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -463,6 +539,8 @@ class RulerFlags(ModelFlags):
     text: list[str] = field([], "UTF-8 files for the essay haystack, instead of the corpus")
     corpus: str = field("data/corpora/python",
                         "token folder whose validation documents are the essay haystack")
+    rank: int = field(0, "instead of generating: is a right answer the most probable of so many "
+                      "candidates? Chance is 100/RANK percent")
     template: str = field(
         "base", f"chat markup: {', '.join(TEMPLATES)}, or a text with {{task}} in it")
     threshold: float = field(85.6, "average, in percent, that the effective length needs")
@@ -497,8 +575,13 @@ def print_scores(measured: dict) -> None:
     for task, at in measured["left_out"].items():
         reasons = [f"{length} (needs {needed})" for length, needed in at.items()]
         print(f"left out: {task} at {', '.join(reasons)}")
-    conditions = f"{measured['samples']} samples each, greedy; {measured['seconds']:.1f} s"
-    if measured["effective_length"] is None:
+    judged = "greedy"
+    if measured["rank"]:
+        judged = f"ranked among {measured['rank']} candidates, chance {measured['chance']:.1f}"
+    conditions = f"{measured['samples']} samples each, {judged}; {measured['seconds']:.1f} s"
+    if measured["rank"]:
+        print(f"no effective length, as that is defined for generated answers ({conditions})")
+    elif measured["effective_length"] is None:
         print(f"no effective length, as only a part of the {len(TASKS)} tasks was run "
               f"({conditions})")
     else:
@@ -517,7 +600,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"haystack   {haystack}\nnote       {NOTE}")
     cache = ResultCache(flags.out)
     measured = ruler(model, tokenizer, lengths, flags.tasks, flags.samples, essay, flags.seed,
-                     flags.template, flags.threshold, cache=cache, haystack=haystack, note=NOTE)
+                     flags.template, flags.threshold, cache=cache, rank=flags.rank,
+                     haystack=haystack, note=NOTE)
     print_scores(measured)
     cache.write_result(measured)
 

@@ -142,6 +142,9 @@ CASES = {
         "--depths 0": "at least 1",
         "--trials -1": "at least 1",
         "--seed -1": "seed",
+        "--rank 1": "--rank 1: give the number of candidates",
+        "--rank 101": "from 2 to 100",
+        "--rank -3": "--rank -3",
     },
     "data/prepare.py": {
         "--text @missing": "no such file",

@@ -44,7 +44,7 @@ def prompts(task, length, seed=42, tokenizer=LETTERS, **more):
 
 
 def test_niah_word_for_word():
-    _, (value,), text = prompts("niah_single_1", 0).sample(0, 2)
+    _, (value,), text, _ = prompts("niah_single_1", 0).sample(0, 2)
     key = re.search("magic numbers for (.+) is:", text)[1]
     lines = ["A special magic number is hidden within the following text. Make sure to memorize it."
              " I will quiz you about the number afterwards.",
@@ -59,7 +59,7 @@ def test_niah_word_for_word():
 
 
 def test_several_answers_are_asked_for_in_the_plural():
-    ids, answers, text = prompts("niah_multiquery", 0).sample(0, 40)
+    ids, answers, text, _ = prompts("niah_multiquery", 0).sample(0, 40)
     keys = [re.search(f"numbers for (\\S+) is: {a}", text)[1] for a in answers]
     query = "{}, {}, {}, and {}".format(*keys)
     assert text.startswith(
@@ -72,7 +72,7 @@ def test_several_answers_are_asked_for_in_the_plural():
 
 
 def test_variable_tracking_word_for_word():
-    _, answers, text = prompts("vt", 0).sample(3, 5)
+    _, answers, text, _ = prompts("vt", 0).sample(3, 5)
     parts = re.fullmatch("(.*?they are:  )(.*?)\n\n(Memorize.*)", text, re.S)
     example, shown, task = parts.groups()
     for part, names, letters, noise in ((example[:-1], shown.split(), 3, 10),
@@ -103,7 +103,7 @@ def test_common_words_are_fitted_up_to_the_last_word_there_is(monkeypatch):
 @pytest.mark.parametrize("length, often, seldom, example", [(4095, 6, 1, (20, 3, 1)),
                                                             (4096, 30, 3, (40, 10, 3))])
 def test_common_words_word_for_word(length, often, seldom, example):
-    _, answers, text = prompts("cwe", length).sample(0, 50)
+    _, answers, text, _ = prompts("cwe", length).sample(0, 50)
     head = ("Below is a numbered list of words. In these words, some appear more often than "
             "others. Memorize the ones that appear most often.\n")
     tail = ("\nQuestion: What are the 10 most common words in the above list? Answer: The top 10 "
@@ -123,7 +123,7 @@ def test_common_words_word_for_word(length, often, seldom, example):
 
 
 def test_frequent_words_word_for_word():
-    _, answers, text = prompts("fwe", 1000).sample(0, 300)
+    _, answers, text, _ = prompts("fwe", 1000).sample(0, 300)
     head = ("Read the following coded text and track the frequency of each coded word. "
             "Find the three most frequently appeared coded words. ")
     tail = ("\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are "
@@ -140,7 +140,7 @@ def test_frequent_words_word_for_word():
 
 @pytest.mark.parametrize("size", range(30, 120))
 def test_the_three_most_frequent_words_are_never_a_matter_of_taste(size):
-    _, answers, text = prompts("fwe", 512).sample(0, size)
+    _, answers, text, _ = prompts("fwe", 512).sample(0, size)
     coded = text.split("coded words. ")[1].split("\nQuestion")[0] + "\n"
     words = Counter(re.findall(r"\b[a-z]{6}\b(?=[ \n])", coded))
     counts = [n for _, n in words.most_common(4)]
@@ -164,7 +164,7 @@ def test_bos_stands_once():
 
     for template in ("{task}", "^{task}$"):
         marked = prompts("fwe", 1000, template=template, tokenizer=Marked())
-        ids, _, text = marked.sample(0, 60)
+        ids, _, text, _ = marked.sample(0, 60)
         assert ids == Letters().encode("^" + text.removeprefix("^"))
 
 
@@ -186,7 +186,7 @@ def test_prompts_use_their_length_and_never_more(task, tokenizer):
             builder = prompts(task, length, tokenizer=kind)
             assert builder.shortest(4) <= length
             for i in range(4):
-                ids, answers, text = builder.build(i)
+                ids, answers, text, _ = builder.build(i)
                 assert ids == kind.encode(text, bos=True)
                 assert 0.8 * length < len(ids) + TASKS[task].new_tokens <= length
                 question = text.rindex("\nQuestion" if task in ("vt", "cwe", "fwe") else "\nWhat")
@@ -243,7 +243,7 @@ def test_distractors_are_told_apart_from_the_needle(monkeypatch):
     monkeypatch.setattr(ruler, "ADJECTIVES", ruler.ADJECTIVES[:3])
     for task, size in (("niah_multikey_2", 300), ("niah_multikey_1", 100),
                        ("niah_multikey_3", 30)):
-        _, (answer,), text = prompts(task, 0).sample(0, size)
+        _, (answer,), text, _ = prompts(task, 0).sample(0, size)
         needles = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
         key = re.search(r"What is the special magic \w+ for (\S+) mentioned", text)[1]
         assert [value for name, value in needles if name == key] == [answer]
@@ -349,7 +349,7 @@ def test_a_part_of_the_tasks_has_no_effective_length(monkeypatch):
 
 def test_the_effective_length_is_printed(capsys):
     measured = {"averages": {64: 90.0}, "scores": {}, "left_out": {}, "effective_length": 64,
-                "threshold": 85.6, "samples": 2, "seconds": 1.0}
+                "threshold": 85.6, "samples": 2, "rank": 0, "seconds": 1.0}
     ruler.print_scores(measured)
     printed = capsys.readouterr().out
     assert "effective length 64 (average at least 85.6, there and at every shorter" in printed
