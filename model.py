@@ -264,7 +264,7 @@ class Attention(nn.Module):
         q = self.wq(x[:, -n:]).view(B, n, -1, self.head_dim).transpose(1, 2)      # [B, H, n, D]
         k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
-        pos = pos.last(n)                                             # where the queries are
+        pos = pos.last(n)                                             # queries are the last n
         if pos.bands is None:
             q = apply_rope(q, *pos.q_rope)
             k = apply_rope(k, *pos.k_rope)                            # k_rope differs in xPos only
@@ -352,7 +352,7 @@ class LLaMA(nn.Module):
             cache.add_tokens(tokens, all_positions, frequencies, attention_factor)
         inputs = inputs_of_layers(self.config.rope, self.config.n_layers, self.config.n_heads,
                                   frequencies.to(self.device), attention_factor, all_positions,
-                                  tokens.shape[1])                      # cos and sin, for a layer
+                                  tokens.shape[1])                      # rotations of each layer
         x = self.tok_embeddings(tokens)                                 # [B, T] -> [B, T, C]
         for block, pos in zip(self.layers, inputs):
             wanted = last if block is self.layers[-1] else None

@@ -18,6 +18,12 @@ class KeyRange(NamedTuple):
         """The same for the last n queries alone."""
         return KeyRange(self.first[..., -n:], self.stop[..., -n:])
 
+    def is_causal(self, S: int) -> bool:
+        """Whether each query sees its own key, all before it, and none after it."""
+        T = self.first.shape[-1]
+        own = torch.arange(S - T, S, device=self.stop.device)
+        return bool((self.first == 0).all() and (self.stop == own + 1).all())
+
     def hidden(self, rows: slice, keys: slice) -> Tensor | None:
         """True where a query of these rows does not see a key, for all heads: [1, rows, keys] or
         [B, 1, rows, keys]. None if each of them sees all, so that most tiles need no mask."""

@@ -68,13 +68,13 @@ def batch_log_likelihoods(model: LLaMA, prompts: Tensor, candidates: Sequence[Te
         nll = F.cross_entropy(logits.transpose(1, 2), candidate, reduction="none")     # [B, n]
         scores[:, i] = -nll.double().sum(dim=1).cpu()
         cache.rewind(T - 1)
-        unread = prompts[:, -1:]  # what follows it is what the first logits tell
+        unread = prompts[:, -1:]  # is read again: its logits predict the candidate's first token
     return scores
 
 
 def wins(true: float, others: Sequence[float]) -> float:
     """1 if the true answer's log-likelihood is above all others, else 0. A tie is shared: a model
-    that tells k candidates not apart has 1/k."""
+    that cannot tell k candidates apart scores 1/k."""
     best = max(others)
     if true == best:
         return 1 / (1 + list(others).count(best))

@@ -71,7 +71,9 @@ def suitable_methods(config: ModelConfig) -> list[dict]:
         return [{"rope_type": own}]
     methods = []
     for name, method in METHODS.items():
-        if method.distance_map is not None:
+        if name == "streaming":  # which sees no more keys than L: nothing to restore
+            methods.append({"rope_type": name})
+        elif method.distance_map is not None:
             methods.append({"rope_type": name, "temperature": "log_n"})
         elif method.extends_rope and not method.needs_settings:
             share = {"partial_rotary_factor": turning_share(config)} if method.full_head else {}

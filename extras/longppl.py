@@ -156,7 +156,7 @@ def list_judged(flags: LongPPLFlags) -> list[Judged]:
         config = load_config(path)
         (name, own), *others = variants(config, [factor_for(flags, config)], flags.rope)
         if not flags.rope:
-            others = []  # variants() takes none for all
+            others = []  # variants() takes an empty list to mean all methods
         label = f"{Path(path).name}, " if len(flags.model) > 1 else ""
         as_it_is = model_flags(flags, path, own)
         rows.append(Judged(label + name, as_it_is, flags.length, flags.length))

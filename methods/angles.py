@@ -31,7 +31,7 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
     frequencies, attention_factor = method.function(
         rotary_dim, config.base, **arguments, **settings)
     if config.temperature is not None:
-        attention_factor = 1.0                                         # which it replaces
+        attention_factor = 1.0          # a temperature, even "none", replaces YaRN's own factor
     check_attention_factor(config.rope_type, attention_factor)
     if network is not None and method.mechanism == "network":
         t = clex_time(config.original_max_position_embeddings, seq_len or 0,

@@ -4,12 +4,14 @@ Behind it the methods trust their arguments.
 """
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from common.errors import UserError
-from methods.distance_maps import largest_distance
+from methods.distance_maps import Band
 from methods.table import ALIASES, METHODS
 from methods.temperatures import TEMPERATURES
 from rope import angle_bins
@@ -171,7 +173,8 @@ def check_temperature(fields: dict[str, Any]) -> None:
 
 
 def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Refuse a map whose L' tokens are not folded into L."""
+    """Refuse a map whose L' tokens are not folded into L. (The last query has to see the largest
+    distance; a map's own are not checked one by one.)"""
     L, names = fields["original_max_position_embeddings"], ", ".join(METHODS[rope_type].settings)
     target = round(L * fields["factor"])
     if target > MOST_POSITIONS:
@@ -179,8 +182,9 @@ def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str
     for name, value in options.items():
         if value < 1 and name not in ("sinks", "local"):
             raise UserError(f"{rope_type} {name} {value:g}: has to be at least 1")
-    if rope_type == "dca" and options.get("local", L // 4) >= options.get("chunk", 3 * L // 4):
-        raise UserError(f"dca local {options.get('local', L // 4)}: has to be less than the chunk")
+    if rope_type == "dca" and 2 * options.get("local", L // 4) > options.get("chunk", 3 * L // 4):
+        raise UserError(f"dca local {options.get('local', L // 4)}: has to be at most half of the "
+                        "chunk, or distances to near tokens are not exact")
     n = torch.arange(target, device="cpu")
     bands = METHODS[rope_type].distance_map(n[-1:], n, L, fields["factor"], **options)
     distance = largest_distance(bands, n)
@@ -188,6 +192,16 @@ def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str
         raise UserError(f"{rope_type} reaches less than {target} tokens: of these the farthest "
                         f"would stand at a distance of {distance:.0f}, and the model knows {L}; "
                         f"give other settings ({names}) or a smaller factor")
+
+
+def largest_distance(bands: Sequence[Band], n: Tensor) -> float:
+    """max q(m) - k(n) over all pairs: the distance that the model has to have been trained on."""
+    found = 0.0
+    for band in bands:
+        seen = (n >= band.first[..., None]) & (n < band.stop[..., None])              # [T, S]
+        distance = (band.q[..., None] - band.k).double().masked_fill(~seen, 0)
+        found = max(found, float(distance.max()))
+    return found
 
 
 def check_turns(settings: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ ReRoPE, min(m - n, w), has two:
     m  positions of the queries [T] or [B, T]    n  of all keys [S] or [B, S], ascending
     L  original_window                           s  factor = L'/L
 
-k(n) may depend on n alone, as later queries meet the same key. No key is in two bands; one that is
-in none is not seen. To add a map: a function here, and a row in table.py.
+k(n) may not depend on m: a band's keys are rotated once for all queries. A map takes (m, n, L, s)
+and its settings, and returns its bands from far to near. No key is in two of them, and one that is
+in none is not seen. To add a map: a function here, and a row in table.py; CONTRIBUTING.md.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -34,10 +35,10 @@ from rope import apply_rope
 
 class Band(NamedTuple):
     """The keys at positions first <= n < stop of each query, and where both stand."""
-    first: Tensor   # [T]
-    stop: Tensor    # [T]
-    q: Tensor       # [T]  q(m)
-    k: Tensor       # [S]  k(n), of all keys
+    first: Tensor   # [T] or [B, T]
+    stop: Tensor    # [T] or [B, T]
+    q: Tensor       # [T] or [B, T]: q(m)
+    k: Tensor       # [S] or [B, S]: k(n), of all keys
 
 
 # ---- The maps ------------------------------------------------------------------------------------
@@ -66,9 +67,9 @@ def leaky_rerope(m: Tensor, n: Tensor, original_window: int, factor: float,
 
 def self_extend(m: Tensor, n: Tensor, original_window: int, factor: float,
                 window: int | None = None, group: int | None = None) -> list[Band]:
-    """m//g + w - w//g - n//g beyond w: g neighbours share a place. It reaches (L - w) g + w tokens.
-    By default w = L/4, and g such that L' tokens reach up to L. (Jin et al. 2024, arXiv
-    2401.01325)"""
+    """m//g + w - w//g - n//g beyond w: g neighbours share a place. It reaches (L - w) g + w tokens,
+    where g divides w. By default w = L/4, and g such that L' tokens reach up to L. (Jin et al.
+    2024, arXiv 2401.01325)"""
     w = original_window // 4 if window is None else window
     g = math.ceil(least_stretch(original_window, factor, w)) if group is None else group
     near = Band(m - w + 1, m + 1, m, n)
@@ -78,10 +79,11 @@ def self_extend(m: Tensor, n: Tensor, original_window: int, factor: float,
 
 def dca(m: Tensor, n: Tensor, original_window: int, factor: float, chunk: int | None = None,
         local: int | None = None) -> list[Band]:
-    """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens. Distances are exact
-    within a chunk, and to the w tokens before; in the chunk before no distance exceeds c - 1,
-    and all queries stand c - 1 from the beginning of any earlier chunk. By default c = 3L/4 and
-    w = L/4; the authors take a smaller w. (An et al. 2024, arXiv 2402.17463)"""
+    """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens; `chunk` is c, the
+    number of distances. They are exact within a chunk, and to the w tokens before; in the chunk
+    before none exceeds c - 1, and all queries stand c - 1 from the beginning of an earlier chunk.
+    By default c = 3L/4 and w = L/4; the authors' code has L/16. (An et al. 2024, arXiv
+    2402.17463)"""
     c = 3 * original_window // 4 if chunk is None else chunk
     w = original_window // 4 if local is None else local
     h = c - w
@@ -99,13 +101,13 @@ def streaming(m: Tensor, n: Tensor, original_window: int, factor: float, sinks: 
     (Xiao et al. 2023, arXiv 2309.17453)"""
     w = max(1, original_window - sinks) if window is None else window
     recent = Band(m - w + 1, m + 1, m, n)
-    end = (m - w + 1).clamp(max=sinks)                             # of the sinks not among those
+    end = (m - w + 1).clamp(max=sinks)        # a sink among the recent tokens is not counted twice
     sink = Band(torch.zeros_like(m), end, m.clamp(max=sinks + w - 1), n)
     return [sink, recent]
 
 
 def least_stretch(original_window: int, factor: float, w: int) -> float:
-    """The least k with w + (L' - w) / k <= L: L' tokens are folded into L."""
+    """The least k with w + (L' - w) / k <= L, where training had L - 1: one step is nothing."""
     target = round(original_window * factor)
     return max(1.0, (target - w) / max(1, original_window - w))
 
@@ -114,35 +116,31 @@ def least_stretch(original_window: int, factor: float, w: int) -> float:
 
 
 def without_idle_bands(bands: Sequence[Band], n: Tensor) -> list[Band]:
-    """Bands that hold any key, and neighbours whose places are the same as one band: a map that
-    folds nothing is plain RoPE, bit for bit."""
+    """Bands that hold any key, and bands that go on where the one before ends, at the same places,
+    as one: a map that folds nothing is plain RoPE, bit for bit."""
     kept: list[Band] = []
     for band in bands:
         first = band.first.clamp(min=n[..., :1])
         if not (first < band.stop).any():
             continue
         before = kept[-1] if kept else None
-        if before and (before.q == band.q).all() and (before.k == band.k).all():
+        if before and goes_on(before, band):
             first = torch.where(before.first < before.stop, before.first, first)
             kept.pop()
         kept.append(band._replace(first=first))
     return kept
 
 
+def goes_on(before: Band, band: Band) -> bool:
+    """Whether a band begins, for each query, where the one before ends, and at the same places."""
+    adjacent = (before.stop == band.first) | (before.first >= before.stop)
+    return bool(adjacent.all() and (before.q == band.q).all() and (before.k == band.k).all())
+
+
 def keys_of(band: Band, n: Tensor) -> KeyRange:
     """The band's keys by their index in the text, where positions may skip (PoSE)."""
     n, first, stop = n.contiguous(), band.first.contiguous(), band.stop.contiguous()
     return KeyRange(torch.searchsorted(n, first), torch.searchsorted(n, stop))
-
-
-def largest_distance(bands: Sequence[Band], n: Tensor) -> float:
-    """max q(m) - k(n) over all pairs: the distance that the model has to have been trained on."""
-    found = 0.0
-    for band in bands:
-        seen = (n >= band.first[..., None]) & (n < band.stop[..., None])              # [T, S]
-        distance = (band.q[..., None] - band.k).double().masked_fill(~seen, 0)
-        found = max(found, float(distance.max()))
-    return found
 
 
 # ---- Attention over bands: one softmax for all ---------------------------------------------------
@@ -157,11 +155,11 @@ class BandInputs(NamedTuple):
 
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. `auto` takes tiled,
-    and flex_attention on a GPU. attention, tiled: those of model.py."""
+    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. `auto` is tiled, and
+    on a GPU, as sdpa, flex_attention. attention, tiled: those of model.py."""
     rotated = [(apply_rope(q, *band.q_rope), apply_rope(k, *band.k_rope)) for band in bands]
     seen = [band.keys for band in bands]
-    if len(bands) == 1 and not seen[0].first.any():                            # nothing is folded
+    if len(bands) == 1 and seen[0].is_causal(k.shape[2]):                      # nothing is folded
         return attention(*rotated[0], v, None, implementation)
     if implementation == "naive":
         return naive_in_bands(rotated, v, seen)

@@ -21,7 +21,7 @@ class PositionInputs(NamedTuple):
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
     k_rope: tuple[Tensor, Tensor]   # cos and sin of the keys, the same but for xPos
     attn_bias: Tensor | None        # added to the scores, [H, 1, S] or [B, H, 1, S]: ALiBi only
-    bands: list[BandInputs] | None = None    # of a distance map, which has them instead
+    bands: list[BandInputs] | None = None    # of a distance map: rotations that take their place
 
     def last(self, n: int) -> "PositionInputs":
         """For the last n queries alone."""
@@ -36,7 +36,9 @@ def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencie
                      attention_factor: float, text_positions: Tensor, tokens: int
                      ) -> list[PositionInputs]:
     """One for each layer: the same for all, but that every n-th may be unrotated (interleaved
-    NoPE). A temperature is then for those alone. (Llama 4; SmolLM3)"""
+    NoPE). A temperature then acts in the unrotated layers only, and rotated ones have none, not
+    even the method's own. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)
+    """
     every = config.no_rope_layer_interval
     if every is None:
         inputs = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
@@ -75,7 +77,7 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor,
                          config.factor, **config.options)
     inputs = []
     for band in without_idle_bands(bands, text_positions):
-        q_rope = with_temperature(cos_sin(frequencies, band.q), config, positions)
+        q_rope = with_temperature(cos_sin(frequencies, band.q), config, positions)  # factor 1
         k_rope = cos_sin(frequencies, band.k)
         inputs.append(BandInputs(q_rope, k_rope, keys_of(band, text_positions)))
     return inputs

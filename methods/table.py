@@ -30,11 +30,8 @@ class Method:
                                             # or "random" (L tokens at places of a longer text)
     full_head: bool = False                 # it handles partial_rotary_factor by itself
     mechanism: str = "angles"               # or "bias" on scores, "decay", a learned "network",
-    distance_map: Callable | None = None    # or "distances", which this function folds
-
-    def __post_init__(self):
-        if self.distance_map is not None:
-            object.__setattr__(self, "mechanism", "distances")
+                                            # or "distances", which are folded by a
+    distance_map: Callable | None = None    # function of distance_maps.py
 
     @property
     def needs_window(self) -> bool:
@@ -50,6 +47,11 @@ class Method:
     def needs_settings(self) -> bool:
         """It does not work without settings of its own (LongRoPE's factors)."""
         return any(setting.required for setting in self.settings.values())
+
+
+def folding(distance_map: Callable, settings: dict[str, Setting]) -> Method:
+    """A row for a distance map."""
+    return Method(rope.default, (), settings, mechanism="distances", distance_map=distance_map)
 
 
 STRETCH = ("factor",)
@@ -95,18 +97,18 @@ METHODS = {
                     {"log_scale": Setting("float", 0.412)},
                     extends_rope=False, trained_on="original", full_head=True),
     # Distance maps: plain RoPE at other places, see distance_maps.py. Their settings go to the map.
-    "rerope": Method(rope.default, distance_map=distance_maps.rerope, settings={
+    "rerope": folding(distance_maps.rerope, {
         "window": Setting("int")}),
-    "leaky_rerope": Method(rope.default, distance_map=distance_maps.leaky_rerope, settings={
+    "leaky_rerope": folding(distance_maps.leaky_rerope, {
         "window": Setting("int"),
         "stretch": Setting("float")}),
-    "self_extend": Method(rope.default, distance_map=distance_maps.self_extend, settings={
+    "self_extend": folding(distance_maps.self_extend, {
         "window": Setting("int"),
         "group": Setting("int")}),
-    "dca": Method(rope.default, distance_map=distance_maps.dca, settings={
+    "dca": folding(distance_maps.dca, {
         "chunk": Setting("int"),
         "local": Setting("int")}),
-    "streaming": Method(rope.default, distance_map=distance_maps.streaming, settings={
+    "streaming": folding(distance_maps.streaming, {
         "sinks": Setting("int", 4),
         "window": Setting("int")}),
     # These two do more than rotate: baselines.py.

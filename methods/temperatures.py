@@ -1,8 +1,8 @@
 """Temperatures: queries grow with their position, as the softmax flattens over more keys.
 
-Over n keys with scores of one spread the largest share shrinks like 1/n. Queries times ln n / ln L
-restore what the model had at L (docs/maths.md). The keys in a cache stay as they are: a
-temperature belongs to the query alone.
+Over n keys whose scores have one standard deviation the largest share shrinks like 1/n. Queries
+times ln n / ln L restore what the model had at L (docs/maths.md, section 12). It is an inverse
+temperature, 1/t in YaRN's letters: above 1 it sharpens. Keys in a cache stay as they are.
 """
 import math
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 
 def log_n(positions: Tensor, original_window: int) -> Tensor:
-    """max(1, ln(m + 1) / ln L) for a query at m. (Su 2021, kexue.fm/archives/8823; Nakanishi 2025,
-    arXiv 2501.19399, learns its scale)"""
+    """max(1, ln(m + 1) / ln L) for a query at m, which sees n = m + 1 keys. (With `streaming` n
+    never exceeds L, and this is too much.) (Su 2021, kexue.fm/archives/8823; Nakanishi 2025, arXiv
+    2501.19399, learns its scale)"""
     return ((positions + 1.0).log() / math.log(original_window)).clamp(min=1.0)
 
 
 def llama4(positions: Tensor, original_window: int, beta: float = 0.1) -> Tensor:
-    """1 + beta ln(1 + floor(m / L)): Llama 4, in steps of L tokens, and Ministral 3."""
+    """1 + beta ln(1 + floor(m / L)), as in Ministral 3. Llama 4, from which it comes, has
+    floor((m + 1) / 8192)."""
     return 1 + beta * torch.log1p(torch.floor(positions / original_window))
 
 

@@ -24,7 +24,7 @@ TINY = str(ROOT / "data/tiny")
 FACTORS = {"short_factor": [1.5] * 16, "long_factor": [1.0 + i for i in range(16)]}
 OWN_SETTINGS = {"longrope": FACTORS}
 WORDLESS = {"dynamic", "dynamic_yarn", "clex", "nope", "drope", "alibi", "xpos", "proportional",
-            "rerope", "leaky_rerope", "self_extend", "dca", "streaming"}
+            *(name for name, method in METHODS.items() if method.distance_map)}
 
 
 def rope_of(name, **settings):

@@ -23,7 +23,7 @@ DEFAULT = RopeConfig()
 L64 = {"original_max_position_embeddings": 64}
 L4096 = {"original_max_position_embeddings": 4096}
 STILL = {"nope", "alibi", "drope"}  # methods that turn nothing
-MAPS = {"rerope", "leaky_rerope", "self_extend", "dca", "streaming"}
+MAPS = {name for name, method in METHODS.items() if method.distance_map}
 
 # ---- The table -----------------------------------------------------------------------------------
 
