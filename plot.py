@@ -383,8 +383,10 @@ def plot_long_window(result: dict, path: Path) -> list[Path]:
     """extras/long_window.py: perplexity and passkeys against length, a line for each method; and
     beside it what each distance map does to the distance."""
     rows, lengths = result["long_window"], [str(n) for n in result["lengths"]]
-    temperatures = list(dict.fromkeys(temperature_of(row["method"]) for row in rows))
-    figure, axes = plt.subplots(len(temperatures), 2, figsize=(10, 3.4 * len(temperatures)),
+    counts = Counter(temperature_of(row["method"]) for row in rows)
+    temperatures = [name for name in counts if counts[name] > 2] or list(counts)  # lines to compare
+    best = min(value for row in rows for value in row["perplexity"].values())
+    figure, axes = plt.subplots(len(temperatures), 2, figsize=(10, 2.9 * len(temperatures) + 0.4),
                                 squeeze=False, sharey="col")
     numbers = method_numbers(map_name(row["method"]) for row in rows)
     for temperature, (left, right) in zip(temperatures, axes):
@@ -396,7 +398,8 @@ def plot_long_window(result: dict, path: Path) -> list[Path]:
             draw_line(left, {int(n): row["perplexity"][n] for n in lengths}, name, style)
             draw_line(right, {int(n): row["passkey"][n] for n in lengths}, name, style)
         length_panels(left, right, result["lengths"], {"L": result["original_window"]})
-        left.set_title(f"temperature: {temperature}", loc="left")
+        left.set_title(f"temperature: {temperature}", loc="right")
+        left.set_ylim(top=min(left.get_ylim()[1], 3 * best))            # plain RoPE leaves it
     handles = {label: handle for axis in axes[:, 0]
                for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
