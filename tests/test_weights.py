@@ -136,6 +136,15 @@ def test_round_trip_is_exact(tmp_path, changes):
     assert {p.name for p in tmp_path.iterdir()} == {"params.json", "consolidated.00.pth"}
 
 
+def test_a_model_is_not_filled_with_numbers_before_it_is_loaded(saved, monkeypatch):
+    """On the meta device PyTorch would import its compiler for that."""
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    loaded = load_model(saved)
+    monkeypatch.undo()
+    assert same(loaded, make())
+
+
 def test_loaded_model_trains_and_keeps_the_generator(saved):
     torch.manual_seed(5)
     expected = torch.rand(3)
