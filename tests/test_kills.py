@@ -203,19 +203,30 @@ def saved_step(folder):
     return read_state(folder)["step"] if (folder / "state.pt").exists() else 0
 
 
+def pause(chance, shared, steps_left):
+    """Until a run has done a random number of steps, and then some time: on a busy machine, too,
+    kills come before, at and after saves."""
+    steps = min(chance.randrange(40), steps_left)
+    patience = time.monotonic() + 60
+    while shared.done < steps and time.monotonic() < patience:
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.03))
+
+
 def kills(folder):
     """Twenty SIGKILLs after random pauses, whatever the run is doing. A run that ends before its
     kill makes room for another."""
     changes, shared = dict(steps=150, save_every=10, log_every=3), Shared()
-    pauses = random.Random(0)
+    chance = random.Random(0)
     assert run_part(folder / "whole", shared, **changes) == 0
     expected, killed = fingerprint(folder / "whole"), 0
     for n in range(200):
         out = folder / f"killed{n}"
         for _ in range(20):
             before = saved_step(out)
+            shared.first, shared.done = -1, 0  # a kill may come before the child sets them
             pid = forked(lambda: part_of_a_run(out, shared, **changes))
-            time.sleep(pauses.uniform(0.01, 0.4))
+            pause(chance, shared, 150 - before)
             if killed < 20:
                 os.kill(pid, signal.SIGKILL)
             if exit_status(pid) == 0:
