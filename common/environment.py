@@ -7,11 +7,12 @@ import sys
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that computed a result."""
+    """Versions of everything that computed a result; PyTorch's, if it has been imported."""
     import numpy
-    import torch
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": numpy.__version__}
+    found = {"python": platform.python_version()}
+    if "torch" in sys.modules:  # data/prepare.py has no use for it, and it takes seconds
+        found["torch"] = sys.modules["torch"].__version__
+    return found | {"numpy": numpy.__version__}
 
 
 def command_line() -> str:

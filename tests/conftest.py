@@ -1,5 +1,6 @@
 """The repository's root is on the path, from wherever pytest is started; and a corpus that is made
 in a second."""
+import os
 import random
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Tensors here are tiny: handing them to a second thread costs more than it brings.
 torch.set_num_threads(1)
+# It is for power failures: what a killed process has written stays. Tests save some 6,000 files.
+os.fsync = lambda file: None
 
 
 @pytest.fixture(autouse=True, scope="function")

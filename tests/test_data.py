@@ -540,6 +540,8 @@ def test_command_line(own, tmp_path):
                    cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and "characters a token" in done.stdout
     assert read_folder(tmp_path / "out", own)["train"]
+    made_by = json.loads((tmp_path / "out" / "meta.json").read_text(encoding="utf-8"))["versions"]
+    assert set(made_by) == {"python", "numpy"}, "PyTorch was imported"
     failed = command("--text", tmp_path / "nowhere", "--tokenizer", own.path,
                      "--out", tmp_path / "other", cwd=tmp_path)
     assert failed.returncode == 2 and failed.stdout == ""

@@ -54,13 +54,16 @@ def base(tmp_path_factory, tokenizer, L):
 @pytest.fixture(scope="module")
 def run_finetune(corpus_folder):
     """run_finetune(model, folder, *flags) runs the command with few steps and small measurements.
-    Returns the content of the results file."""
-    def command(model, folder, *flags, results="r/f.json"):
+    Returns the content of the results file. figure=True draws it, too, which takes as long."""
+    def command(model, folder, *flags, results="r/f.json", figure=False):
         flags = [*f"--corpus {corpus_folder} --steps 3 --warmup 1 --depths 2 --trials 1 "
                   f"--max-tokens {TOKENS} --device cpu".split(),
                  "--model", str(model), "--out", str(folder / "out"),
                  "--results", str(folder / results), *map(str, flags)]
-        finetune.main(flags)
+        with pytest.MonkeyPatch.context() as patch:
+            if not figure:
+                patch.setattr(finetune, "plot_finetune", lambda result, path: path)
+            finetune.main(flags)
         return json.loads((folder / results).read_text(encoding="utf-8"))
     return command
 
@@ -69,7 +72,7 @@ def run_finetune(corpus_folder):
 def done(base, run_finetune, tmp_path_factory):
     """A real run: its folder and its results."""
     folder = tmp_path_factory.mktemp("done")
-    return folder, run_finetune(base, folder)
+    return folder, run_finetune(base, folder, figure=True)
 
 
 # ---- A real run ----------------------------------------------------------------------------------

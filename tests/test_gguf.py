@@ -29,6 +29,7 @@ from model import LLaMA, ModelConfig
 from weights import load_config, load_model, load_tokenizer, save_model
 from weights.__main__ import main
 from weights.gguf import read_rows
+from weights.load import SkipInit
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
@@ -50,7 +51,7 @@ TRICKY = ["", " ", "  ", "a", " a", "a ", "\n", "\n\n  \n", "\t\tx", "Hello worl
 def make(seed=0, **changes):
     """A small LLaMA, every tensor random."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = LLaMA(ModelConfig(**{**TOY, **changes}))
     tensors = {}
     for name, parameter in model.named_parameters():

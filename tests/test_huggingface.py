@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ import safetensors.torch
 import torch
 
 import weights.hugging_face
+from common.cli import run_command
 from common.errors import UserError
 from data.tokenizer import JsonTokenizer, open_tokenizer
 from methods import RopeConfig
@@ -1070,15 +1070,16 @@ def test_random_damage_is_refused_or_harmless(tmp_path):
     assert refused > 100
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(folder):
+def test_a_mistake_is_one_line_and_exit_code_2(folder, capfd):
     truncated(0.5)(folder)
     out = folder.parent / "out"
-    command = [sys.executable, "-m", "weights", "export", "--model", folder, "--to", "meta",
-               "--out", out]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert (shown.returncode, shown.stdout) == (2, "") and not out.exists()
-    assert shown.stderr.startswith(f"error: {folder}/model.safetensors: damaged, cut off")
-    assert shown.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: weights_command(["export", "--model", str(folder), "--to", "meta",
+                                             "--out", str(out)]))
+    shown = capfd.readouterr()
+    assert (end.value.code, shown.out) == (2, "") and not out.exists()
+    assert shown.err.startswith(f"error: {folder}/model.safetensors: damaged, cut off")
+    assert shown.err.count("\n") == 1
 
 
 def test_a_missing_package_is_named(folder, monkeypatch):

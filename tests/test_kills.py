@@ -1,8 +1,9 @@
 """A training that is killed at any moment, or shared by two processes, is the same run.
 
-As a script this file is the process that dies: `python tests/test_kills.py crash FOLDER` and the
-others in ACTIONS.
+As a script this file is the processes that die: `python tests/test_kills.py FOLDER crash kills`
+runs these of its ACTIONS side by side.
 """
+import functools
 import io
 import mmap
 import os
@@ -29,26 +30,39 @@ from weights import load_model
 pytestmark = pytest.mark.slow
 
 
-def start(action, *arguments, **environment):
-    """This file as a process. It sees no GPU: autograd with a GPU cannot be forked, and two
-    processes on one machine shall use gloo."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, __file__, action, *map(str, arguments)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                            env=environment)
+@pytest.fixture(scope="module")
+def finish(tmp_path_factory):
+    """finish(action): what an action printed; it has to end well. All of them run side by side, as
+    children of one process that has imported PyTorch. It sees no GPU: autograd with a GPU cannot be
+    forked, and the two ranks on one machine shall use gloo."""
+    folder = tmp_path_factory.mktemp("kills")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run([sys.executable, "-u", __file__, folder, *ACTIONS], encoding="utf-8",
+                          capture_output=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
 
-
-def finish(process):
-    """What a process printed; it has to end well."""
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, out + err
-    return out
+    def printed(action):
+        out = (folder / f"{action}.txt").read_text(encoding="utf-8")
+        assert f"{action}: 0\n" in done.stdout, out
+        return out
+    return printed
 
 
 # ---- Kills: each in a process of its own, forked from one that has imported everything -----------
 
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate",
-               "shutil.rmtree", "tempfile.mkstemp"}
+               "shutil.rmtree"}
+
+
+def changes_files(event, arguments):
+    """Whether this event of Python's audit is one, and not the opening of a file to read it."""
+    if event == "open":
+        return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return event in FILE_EVENTS
 
 
 class Shared:
@@ -129,11 +143,11 @@ def check_after_death(folder, had_model):
 
 
 def die_at_operation(folder, n):
-    """From now on this process dies before the n-th operation on a file in `folder`."""
+    """From now on this process dies before the n-th operation that changes a file in `folder`."""
     seen = []
 
     def audit(event, arguments):
-        if event in FILE_EVENTS and any(str(folder) in str(a) for a in arguments):
+        if changes_files(event, arguments) and any(str(folder) in str(a) for a in arguments):
             seen.append(event)
             if len(seen) > n:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -158,7 +172,7 @@ def die_in_write(folder, n):
 
 
 def crash(folder):
-    """Kill a run of two checkpoints at every single operation on a file, and inside every write;
+    """Kill a run of two checkpoints before every single change of a file, and inside every write;
     each time go on and compare."""
     changes, shared = dict(steps=4, save_every=2), Shared()
     assert run_part(folder / "whole", shared, **changes) == 0
@@ -196,19 +210,30 @@ def saved_step(folder):
     return read_state(folder)["step"] if (folder / "state.pt").exists() else 0
 
 
+def pause(chance, shared, steps_left):
+    """Until a run has done a random number of steps, and then some time: on a busy machine, too,
+    kills come before, at and after saves."""
+    steps = min(chance.randrange(40), steps_left)
+    patience = time.monotonic() + 60
+    while shared.done < steps and time.monotonic() < patience:
+        time.sleep(0.003)
+    time.sleep(chance.uniform(0, 0.03))
+
+
 def kills(folder):
     """Twenty SIGKILLs after random pauses, whatever the run is doing. A run that ends before its
     kill makes room for another."""
     changes, shared = dict(steps=150, save_every=10, log_every=3), Shared()
-    pauses = random.Random(0)
+    chance = random.Random(0)
     assert run_part(folder / "whole", shared, **changes) == 0
     expected, killed = fingerprint(folder / "whole"), 0
     for n in range(200):
         out = folder / f"killed{n}"
         for _ in range(20):
             before = saved_step(out)
+            shared.first, shared.done = -1, 0  # a kill may come before the child sets them
             pid = forked(lambda: part_of_a_run(out, shared, **changes))
-            time.sleep(pauses.uniform(0.01, 0.4))
+            pause(chance, shared, 150 - before)
             if killed < 20:
                 os.kill(pid, signal.SIGKILL)
             if exit_status(pid) == 0:
@@ -229,59 +254,44 @@ def kills(folder):
     print(f"{killed} kills")
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Both kinds of killing side by side: half the time on two cores."""
-    both = {action: start(action, tmp_path_factory.mktemp(action))
-            for action in ("crash", "kills")}
-    yield both
-    for process in both.values():
-        process.kill()
-
-
-def test_killed_at_every_operation_of_a_save(killed):
+def test_killed_at_every_operation_of_a_save(finish):
     """Weights, optimiser and metrics end as those of the uninterrupted run; a model is always
     there; one interval at most is lost."""
-    printed = finish(killed["crash"]).splitlines()
+    printed = finish("crash").splitlines()
     points = int(printed[-1].split()[0])
     assert points > 40, "too few points: are the operations of a save still seen?"
     writes = [line for line in printed if line.startswith("write")]
     assert len(writes) == 4, "two checkpoints of two files"
 
 
-def test_killed_at_any_time(killed):
-    assert finish(killed["kills"]).splitlines()[-1] == "20 kills"
+def test_killed_at_any_time(finish):
+    assert finish("kills").splitlines()[-1] == "20 kills"
 
 
 # ---- Two processes -------------------------------------------------------------------------------
 
 
-def rank(folder):
+def rank(me, folder):
     """One of two processes that torchrun would start. Rank 1 alone gets Ctrl-C; both stop after the
     same step, and then go on."""
-    me = int(os.environ["RANK"])
+    os.environ |= {"RANK": str(me), "LOCAL_RANK": str(me), "WORLD_SIZE": "2"}
     changes = dict(batch_size=2, log_every=3)
     try:
         train_tiny(folder, interrupting(7) if me == 1 else toy_batches, **changes)
         raise AssertionError("nobody stopped")
-    except Stopped as stop:
-        print(stop)
+    except Stopped:
+        pass
     torch.distributed.barrier()
     model = train_tiny(folder, **changes)
     torch.save(model.state_dict(), folder / f"rank{me}.pt")
+    print(folder)
 
 
-def test_two_processes_are_one_run(tmp_path):
+def test_two_processes_are_one_run(finish, tmp_path):
     """Rank by rank half of the rows, gradients averaged: the same weights as one process with all
     rows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    folder = tmp_path / "two"
-    ranks = [start("rank", folder, RANK=str(n), LOCAL_RANK=str(n), WORLD_SIZE="2",
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for n in range(2)]
-    for process in ranks:
-        finish(process)
+    for action in ("rank0", "rank1"):
+        folder = Path(finish(action).splitlines()[-1])
     one = train_tiny(tmp_path / "one", batch_size=4).state_dict()
     two = [torch.load(folder / f"rank{n}.pt", weights_only=True) for n in range(2)]
     for name in one:
@@ -300,12 +310,25 @@ def test_two_processes_are_one_run(tmp_path):
         train_tiny(folder, batch_size=2, log_every=3)
 
 
-ACTIONS = {"crash": crash, "kills": kills, "rank": rank}
+ACTIONS = {"crash": crash, "kills": kills, "rank0": functools.partial(rank, 0),
+           "rank1": functools.partial(rank, 1)}
+
+
+def act(action, folder):
+    """An action in a process of its own, which prints into a file."""
+    with open(folder / f"{action}.txt", "w", encoding="utf-8") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    ACTIONS[action](folder / action.rstrip("01"))
+
 
 if __name__ == "__main__":
-    # The optimizer imports it at its first step, for seconds: once here, not in every forked child.
-    import torch._dynamo  # noqa: F401
     torch.set_num_threads(1)
     # It is for power failures: files of a killed process stay written, and these tests save often.
     os.fsync = lambda file: None
-    ACTIONS[sys.argv[1]](Path(sys.argv[2]))
+    out, *actions = sys.argv[1:]
+    # The first step of all imports much, for seconds: once here, not in every forked child.
+    train_tiny(Path(out) / "first", steps=1)
+    children = {action: forked(lambda: act(action, Path(out))) for action in actions}
+    for action, child in children.items():
+        print(f"{action}: {exit_status(child)}")

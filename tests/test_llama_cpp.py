@@ -19,26 +19,30 @@ pytest.importorskip("xllamacpp")  # CI installs it: requirements-extra.txt
 
 ROOT = Path(__file__).resolve().parent.parent
 L = 256  # of data/tiny
+BELOW, ABOVE = [40, 200], [300, 500, 1000]  # tokens, of L
 # In a process of its own: it has threads, and what it cannot load it may end with.
 LLAMA_CPP = """if True:
     import json, sys, xllamacpp
-    path, window, prompts = json.load(sys.stdin)
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx = path, window
-    params.n_parallel, params.n_gpu_layers, params.port = 1, 0, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.warmup = params.fit_params = False
-    server = xllamacpp.Server(params)
+    path, windows = json.load(sys.stdin)
     request = {"n_predict": 1, "n_probs": 20, "temperature": 0, "cache_prompt": False}
-    answers = [server.handle_completions({"prompt": prompt} | request) for prompt in prompts]
+    answers = []
+    for window, prompts in windows:
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx = path, window
+        params.n_parallel, params.n_gpu_layers, params.port = 1, 0, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.warmup = params.fit_params = False
+        server = xllamacpp.Server(params)
+        answers += [server.handle_completions({"prompt": prompt} | request) for prompt in prompts]
     print(json.dumps(answers))
 """
 
 
-def ask(path, prompts, window):
-    """[(tokens of the prompt, {id: log-probability} of the 20 likeliest next tokens)]"""
+def ask(path, *windows):
+    """windows: (tokens, prompts) each. Returns [(tokens of the prompt, {id: log-probability} of the
+    20 likeliest next tokens)] of all prompts."""
     done = subprocess.run([sys.executable, "-c", LLAMA_CPP], capture_output=True, text=True,
-                          input=json.dumps([str(path), window, prompts]), timeout=120)
+                          input=json.dumps([str(path), windows]), timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = []
     for answer in json.loads(done.stdout.splitlines()[-1]):
@@ -51,8 +55,12 @@ def ask(path, prompts, window):
 
 
 @torch.no_grad()
-def largest_difference(model, ids, theirs):
-    ours = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+def log_probabilities(model, ids):
+    """Of all tokens after these ids."""
+    return model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+
+
+def largest_difference(ours, theirs):
     return max(abs(logprob - float(ours[i])) for i, logprob in theirs.items())
 
 
@@ -62,6 +70,13 @@ def ids():
     found = load_tokenizer(ROOT / "data/tiny").encode(text, bos=True)
     assert len(found) > 1000
     return found
+
+
+@pytest.fixture(scope="module")
+def plain(ids):
+    """{length: log-probabilities of plain RoPE after so many ids}"""
+    model = load_model(ROOT / "data/tiny")
+    return {length: log_probabilities(model, ids[:length]) for length in BELOW + ABOVE}
 
 
 SHORT = [1 + i / 50 for i in range(32)]
@@ -86,21 +101,19 @@ ROPES = {
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_positions(tmp_path, ids, name):
+def test_positions(tmp_path, ids, plain, name):
     """Below L and above. The comparison would notice another method: plain RoPE is far off."""
     rope = {"rope_type": name.split(",")[0]} | ROPES[name]
     path = tmp_path / "m.gguf"
     main(["export", "--model", str(ROOT / "data/tiny"), "--to", "gguf", "--out", str(path),
           "--rope", json.dumps(rope)])
     model = load_model(ROOT / "data/tiny", rope)
-    plain = load_model(ROOT / "data/tiny")
-    for lengths, window in (([40, 200], L), ([300, 500, 1000], 4 * L)):
-        found = ask(path, [ids[:length] for length in lengths], window)
-        for length, (tokens, theirs) in zip(lengths, found):
-            assert tokens == length and len(theirs) == 20
-            difference = largest_difference(model, ids[:length], theirs)
-            assert difference < 0.02, f"{name} at {length} tokens: {difference}"
-            assert largest_difference(plain, ids[:length], theirs) > 0.15
+    found = ask(path, (L, [ids[:n] for n in BELOW]), (4 * L, [ids[:n] for n in ABOVE]))
+    for length, (tokens, theirs) in zip(BELOW + ABOVE, found, strict=True):
+        assert tokens == length and len(theirs) == 20
+        difference = largest_difference(log_probabilities(model, ids[:length]), theirs)
+        assert difference < 0.02, f"{name} at {length} tokens: {difference}"
+        assert largest_difference(plain[length], theirs) > 0.15
 
 
 @pytest.mark.parametrize("dtype, bits, most", [
@@ -113,8 +126,8 @@ def test_types(tmp_path, ids, dtype, bits, most):
     model = load_model(path)
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     assert 0 < path.stat().st_size - weights * bits / 8 < 50000, "the rest is the tokenizer"
-    for tokens, theirs in ask(path, [ids[:40], ids[:200]], L):
-        assert largest_difference(model, ids[:tokens], theirs) < most
+    for tokens, theirs in ask(path, (L, [ids[:40], ids[:200]])):
+        assert largest_difference(log_probabilities(model, ids[:tokens]), theirs) < most
 
 
 def check_texts(path, add_bos):
@@ -122,11 +135,11 @@ def check_texts(path, add_bos):
     model, tokenizer = load_model(path), load_tokenizer(path, load_config(path).vocab_size)
     texts = [text for text in CHECK_TEXTS if text]
     compared = 0
-    for text, (tokens, theirs) in zip(texts, ask(path, texts, 512)):
+    for text, (tokens, theirs) in zip(texts, ask(path, (512, texts))):
         ids = tokenizer.encode(text, bos=add_bos)
         assert tokens == len(ids), text
         if theirs:  # none where the next token is half a character
-            assert largest_difference(model, ids, theirs) < 0.02, text
+            assert largest_difference(log_probabilities(model, ids), theirs) < 0.02, text
             compared += 1
     assert compared > 10
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 import plot
 from common.errors import UserError
@@ -56,8 +57,9 @@ def compare(perplexities=(6.0, 20.0, None), passkeys=(1.0, 0.5, 0.0)):
 
 @pytest.fixture
 def kept(monkeypatch):
-    """The figures stay open when they have been saved, so that a test can read them. Yields the
-    latest."""
+    """The figures are laid out, and stay open instead of being saved, so that a test can read them.
+    Yields the latest."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figure.draw_without_rendering())
     monkeypatch.setattr(plot.plt, "close", lambda figure: None)
     yield lambda: pyplot.figure(pyplot.get_fignums()[-1])
     monkeypatch.undo()

@@ -34,9 +34,11 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def command(base, text, corpus_folder, tmp_path):
-    """Run the command in a folder; returns the result."""
-    def run(*flags):
+def command(base, text, corpus_folder, tmp_path, monkeypatch):
+    """Run the command in a folder; returns the result. A figure takes longer than all else."""
+    def run(*flags, figure=False):
+        if not figure:
+            monkeypatch.setattr(real_model, "plot_real_model", lambda result, path: path)
         real_model.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text),
                          "--row-length", "16", "--steps", "1", "3", "--folder",
                          str(tmp_path / "runs"), "--out", str(tmp_path / "r.json"), "--device",
@@ -46,7 +48,7 @@ def command(base, text, corpus_folder, tmp_path):
 
 
 def test_rows_are_what_the_folders_measure(command, base, text, tokenizer, tmp_path):
-    result = command("--keys", "2")
+    result = command("--keys", "2", figure=True)
     rows = result["rows"]
     assert [(row["method"], row["steps"]) for row in rows] == [
         ("default", 0), ("default", 1), ("default", 3), ("linear", 0), ("linear", 1), ("linear", 3)]

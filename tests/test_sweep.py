@@ -1,18 +1,17 @@
 """extras/sweep.py: the plan becomes runs, a run is the training that finetune.py would do, and
 nothing is measured twice."""
-import contextlib
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
+import threading
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from common.cli import run_command
 from common.errors import UserError
 from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity
@@ -45,25 +44,28 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(base, corpus_folder, place, L):
-    """command(*flags, folder=...) runs a small sweep whose runs and result lie in and beside
-    place / folder; returns the result."""
+    """command(*flags, folder=..., figure=...) runs a small sweep whose runs and result lie in and
+    beside place / folder; returns the result. A figure takes longer than the sweep."""
     text = place / "prose.txt"
     text.write_text("It is a truth that is not yet acknowledged, that a window must be in want of "
                     "tokens.\n" * 200, encoding="utf-8")
 
-    def call(*flags, folder):
-        sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text),
-                    "--lengths", str(L), "--jobs", "1", "--max-tokens", "900", "--trials", "1",
-                    "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
-                    "--folder", str(place / folder), "--out", str(place / f"{folder}.json"),
-                    *map(str, flags)])
+    def call(*flags, folder, figure=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not figure:
+                patch.setattr(sweep, "plot_sweep", lambda result, path: path)
+            sweep.main(["--model", str(base), "--corpus", str(corpus_folder), "--text", str(text),
+                        "--lengths", str(L), "--jobs", "1", "--max-tokens", "900", "--trials", "1",
+                        "--distances", "3", "--step-tokens", str(2 * L), "--device", "cpu",
+                        "--folder", str(place / folder), "--out", str(place / f"{folder}.json"),
+                        *map(str, flags)])
         return json.loads((place / f"{folder}.json").read_text(encoding="utf-8"))
     return call
 
 
 @pytest.fixture(scope="module")
 def whole(command):
-    return command(*SMALL, folder="whole")
+    return command(*SMALL, folder="whole", figure=True)
 
 
 SMALL = ["--methods", "default", "linear", "--factors", "2", "--steps", "2", "4",
@@ -92,6 +94,7 @@ def test_rows_are_what_the_folders_give(whole, command, base, place, corpus_fold
         ("default", 0, 0), ("linear", 0, 0), *trained]
     assert "time       about" in printed
     assert printed.index("time ") < printed.index("Perplexity by window")
+    assert (place / "whole.png").read_bytes().startswith(b"\x89PNG")
 
     row = find_row(result, "linear", 1, 4)
     model = load_model(place / "whole" / "methods" / "linear-x2-seed1")
@@ -194,7 +197,8 @@ def test_a_method_that_is_followed_from_step_to_step_is_asked_for_twice_as_many_
 
     monkeypatch.setattr(sweep, "passkey", passkey)
     result = command("--methods", "default", "yarn", "--curves", "yarn", "--factors", "2",
-                     "--steps", "1", "2", "--seeds", "0", "--trials", "3", folder="keys")
+                     "--steps", "1", "2", "--seeds", "0", "--trials", "3", folder="keys",
+                     figure=True)
     ends = [([L], 10, 3), ([2 * L], 10, 3)]
     assert asked["default"] == [*ends, ([2 * L], 3, 3)] * 2, "before and after all steps"
     followed = [*ends, ([2 * L], 3, 6)]
@@ -234,7 +238,8 @@ def test_the_learning_rate_of_a_small_model_is_not_given_to_a_large_one(command,
 
 
 def test_from_scratch_every_way_of_telling_positions(command, L):
-    result = command("--plan", "scratch", "--steps", "3", "--seeds", "0", folder="scratch")
+    result = command("--plan", "scratch", "--steps", "3", "--seeds", "0", folder="scratch",
+                     figure=True)
     rope_types = [r["rope"]["rope_type"] for r in result["rows"]]
     assert rope_types == ["default", "alibi", "xpos", "nope", "default", "default"]
     assert result["rows"][-2]["rope"]["no_rope_layer_interval"] == 4
@@ -251,7 +256,7 @@ def test_dprope_by_the_number_of_interpolated_dimensions(command):
     result = command("--plan", "dprope", "--factors", "2", "--steps", "1",
                      "--methods", nothing, everything, "linear",
                      "--zero-shot", "default", '{"rope_type": "dprope", "bins": 8}',
-                     folder="dprope")
+                     folder="dprope", figure=True)
     by = {(r["method"], r["steps"]): r["perplexity"]["prose"] for r in result["rows"]}
     assert by[nothing, 0] == by["default", 0], "plain RoPE"
     assert by[everything, 0] == by["linear", 0], "PI"
@@ -339,34 +344,38 @@ def test_a_blow_up_is_shown_as_such():
     assert math.isinf(float(cell([None], 2)))
 
 
+def ctrl_c(logs, over):
+    """Once all logs have a line, send SIGINT to this process and to its children, as a terminal
+    does; unless it is all over before."""
+    while not all(log.exists() and log.stat().st_size for log in logs):
+        if over.wait(0.05):
+            return
+    for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
+        os.kill(process.pid, signal.SIGINT)
+
+
 @pytest.mark.slow
-def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_path, L):
-    text = tmp_path / "prose.txt"
-    text.write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
-    command = [sys.executable, str(sweep.__file__), "--model", str(base),
-               "--corpus", str(corpus_folder), "--text", str(text), "--trials", "0",
-               "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2",
-               "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
-               "--lengths", str(L), "--max-tokens", "900", "--device", "cpu",
-               "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # A test run in the background ignores it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    runs = [tmp_path / "methods" / f"linear-x2-seed{n}" for n in range(3)]
-    logs = [run / "metrics.jsonl" for run in runs[:2]]
-    for _ in range(1200):
-        if all(log.exists() and log.stat().st_size for log in logs) or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its children
+@pytest.mark.filterwarnings("error")  # an exception in a thread of the pool is a warning
+def test_ctrl_c_saves_the_trainings_of_all_processes(command, place, capfd):
+    runs = [place / "stopped" / "methods" / f"linear-x2-seed{n}" for n in range(3)]
+    over = threading.Event()
+    keyboard = threading.Thread(
+        target=ctrl_c, args=[[run / "metrics.jsonl" for run in runs[:2]], over])
+    # A test run in the background ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _, error = process.communicate(timeout=60)
+        keyboard.start()
+        with pytest.raises(SystemExit) as end:
+            run_command(lambda: command(
+                "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2", "--steps",
+                "100000", "--jobs", "2", "--trials", "0", folder="stopped"))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # leave nobody behind
-    assert process.returncode == 130 and "Traceback" not in error, error
+        over.set()
+        keyboard.join()
+        signal.signal(signal.SIGINT, before)
+    error = capfd.readouterr().err
+    assert end.value.code == 130 and "Traceback" not in error, error
+    assert not multiprocessing.active_children()
     for run in runs[:2]:
         state = torch.load(run / "state.pt", weights_only=True)
         assert 0 < state["step"] < 100000 and load_model(run).config.rope.rope_type == "linear"

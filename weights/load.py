@@ -5,10 +5,13 @@
                                       [place] of the model's tensor `name`, `place` being slices
 """
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from common.device import choose_device
 from common.errors import UserError
@@ -37,7 +40,7 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     layout = model_format(path)
     stored_config = layout.read_config(path)
     config = with_rope(stored_config, rope)
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"), SkipInit():  # shapes without memory
         model = LLaMA(config, attention)
 
     tensors = {}
@@ -54,6 +57,17 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     model.load_state_dict(tensors, assign=True)
     model.path = str(path)  # results name their model by it
     return model
+
+
+class SkipInit(TorchFunctionMode):
+    """Inside it the functions of torch.nn.init do nothing. A tensor on the meta device has no
+    values to fill, yet PyTorch would import torch._dynamo to do it, which takes over a second."""
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
 
 
 def untrained_clex(config: ModelConfig, dtype: torch.dtype,
