@@ -156,7 +156,7 @@ def lines_of_code(file):
 def test_the_product_does_not_grow_unnoticed():
     """Code alone: with its docstrings, comments and blank lines it is some 12,400 lines. The bound
     was 8,000 before models went to llama.cpp and a real one was fine-tuned."""
-    assert sum(map(lines_of_code, product_files())) <= 8824
+    assert sum(map(lines_of_code, product_files())) <= 9072
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)
