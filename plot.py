@@ -295,6 +295,30 @@ def short_number(value: float) -> str:
     return f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
 
 
+def plot_longrope(result: dict, path: Path) -> Path:
+    """extras/longrope_search.py: the factor of each pair, found and by formula, and how low the
+    search came in each generation, beside the formula it began at that is the best."""
+    starts = result["starts"]
+    factors = {method: start["factors"] for method, start in starts.items()}
+    factors["longrope"] = result["found"]["long_factor"]
+    labels = {"linear": "PI", "ntk": "NTK-aware", "yarn": "YaRN", "longrope": "found by the search"}
+    styles = dict(zip(factors, line_styles([(method, True) for method in factors])))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
+    for method, values in factors.items():
+        draw_line(left, dict(enumerate(values)), labels[method], styles[method])
+    left.set(xlabel="pair i, from the fastest to the slowest", ylabel="factor $f_i$")
+
+    best = min(starts, key=lambda method: starts[method]["perplexity"])
+    generations = result["generations"]
+    at_start = dict.fromkeys((0, len(generations) - 1), starts[best]["perplexity"])
+    draw_line(right, at_start, "", styles[best] | {"marker": "", "linestyle": "--"})
+    draw_line(right, dict(enumerate(generations)), "", styles["longrope"] | {"marker": ""})
+    right.set(xlabel="generation", title="the best so far, on what was searched on",
+              ylabel="perplexity (lower is better)")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return save_figure(figure, path)
+
+
 def plot_training(lines: list[dict], path: Path) -> Path:
     """metrics.jsonl: training loss (faint, and its running mean) and validation loss."""
     train = [r for r in lines if "loss" in r]
@@ -704,7 +728,8 @@ def plot_disturbance(theory: dict, path: Path) -> Path:
 # ---- The command ---------------------------------------------------------------------------------
 
 # The first of these keys that a result has decides how it is drawn.
-FIGURES = {"bands": plot_real_model, "long_window": plot_long_window, "methods": plot_compare,
+FIGURES = {"bands": plot_real_model, "long_window": plot_long_window,
+           "generations": plot_longrope, "methods": plot_compare,
            "plan": plot_sweep, "rows": plot_finetune, "accuracy_by_depth": plot_passkey,
            "theory": plot_theory, "lines": plot_training}
 # Then these: all results with the key go into one figure, if they belong together.

@@ -56,10 +56,36 @@ def first_negative(theta: ndarray, length: int) -> int | None:
     """The first distance x < length at which sum_i cos(x theta_i) < 0, or None.
 
     From there on a key like the query scores less on average than a random key: the base bounds
-    the window. (Men et al. 2024, arXiv 2405.14591)"""
-    sums = np.cos(np.outer(np.arange(length), theta)).sum(axis=1)
-    negative = np.flatnonzero(sums < 0)
-    return int(negative[0]) if len(negative) else None
+    the window. (Men et al. 2024, arXiv 2405.14591)
+
+    As cos(x + y) = cos x cos y - sin x sin y, the sums at many x and y are two matrix products."""
+    step, block = 64, 4096
+    near = np.outer(theta, np.arange(step))                                 # [P, 64]
+    for start in range(0, length, block):
+        far = np.outer(np.arange(start, min(start + block, length), step), theta)       # [<= 64, P]
+        sums = (np.cos(far) @ np.cos(near) - np.sin(far) @ np.sin(near)).ravel()
+        negative = np.flatnonzero(sums[:length - start] < 0)
+        if len(negative):
+            return start + int(negative[0])
+    return None
+
+
+def base_bounds(head_dim: int, windows: Sequence[int], bases: ndarray) -> list[dict]:
+    """Which of `bases`, in rising order, serve a window: those that have no first_negative in it.
+
+    For each window the least that does (Men et al.'s bound), the largest that does not, and the
+    number of intervals of bases that do: between the two a larger base is not always better. Of
+    `bases` some have to serve, and some not."""
+    longest = max(windows)
+    reach = [first_negative(rope_frequencies(head_dim, base).numpy(), longest) or longest
+             for base in bases.tolist()]
+    rows = []
+    for window in windows:
+        serves = np.array(reach) >= window
+        begins = serves & ~np.concatenate(([False], serves[:-1]))
+        rows.append({"window": window, "least": float(bases[serves].min()),
+                     "last_failing": float(bases[~serves].max()), "intervals": int(begins.sum())})
+    return rows
 
 
 # ---- A curve fitted inside the window explodes outside of it -------------------------------------
@@ -216,6 +242,19 @@ def measure_models() -> list[dict]:
                      "critical_dimension": critical_dimension(head_dim, window, base),
                      "first_negative": first_negative(theta, 4 * window)})
     return rows
+
+
+def measure_bases() -> dict:
+    """How large a base the head of LLaMA needs for a window: by the sign of the mean score, and to
+    keep LLaMA 2's critical dimension, b^(ln(L'/2 pi) / ln(L/2 pi)). The values are those of a grid:
+    a finer one may find narrower intervals."""
+    step = 1.005
+    bases = 1000 * step ** np.arange(1664)                                       # up to 4 million
+    rows = base_bounds(HEAD_DIM, [1024, 2048, 4096, 8192, 16384], bases)
+    for row in rows:
+        exponent = math.log(row["window"] / (2 * math.pi)) / math.log(WINDOW / (2 * math.pi))
+        row["same_critical_dimension"] = BASE ** exponent
+    return {"head_dim": HEAD_DIM, "step": step, "rows": rows}
 
 
 def measure_scores(factor: int = 4) -> dict:
@@ -389,6 +428,16 @@ def print_models_and_scores(models: list[dict], scores: dict) -> None:
                 f"{head['default']}; under PI, s = 2: {head['linear']}")
 
 
+def print_bases(bases: dict) -> None:
+    rows = [f"{r['window']} | {r['least']:,.0f} | {r['last_failing']:,.0f} | {r['intervals']} | "
+            f"{r['same_critical_dimension']:,.0f}" for r in bases["rows"]]
+    print_table(f"The base that a window needs, D = {bases['head_dim']}: sum cos(x theta_i) >= 0 "
+                "at every distance x in it (Men et al.)",
+                "window | least base that serves | largest that does not | intervals that serve | "
+                "base of LLaMA 2's critical dimension", rows,
+                f"of bases {100 * (bases['step'] - 1):.1f} % apart")
+
+
 def print_fit(fit: dict) -> None:
     singular = fit["singular_values"]
     rows = [f"{r['precision']} | {r['ridge']:g} | {span(r['inside'], '.2f')} | "
@@ -458,9 +507,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="out/theory.json", metavar="JSON",
                         help="result file, for plot.py [out/theory.json]")
     flags = parser.parse_args(argv)
-    theory = {"models": measure_models(), "scores": measure_scores(), "fit": measure_fit(),
-              "bounds": measure_bounds(), "angles": measure_angles()}
+    theory = {"models": measure_models(), "bases": measure_bases(), "scores": measure_scores(),
+              "fit": measure_fit(), "bounds": measure_bounds(), "angles": measure_angles()}
     print_models_and_scores(theory["models"], theory["scores"])
+    print_bases(theory["bases"])
     print_fit(theory["fit"])
     print_bounds(theory["bounds"])
     print_angles(theory["angles"])

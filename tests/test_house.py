@@ -159,7 +159,7 @@ def test_the_product_does_not_grow_unnoticed():
     """Code alone, without docstrings, comments and blank lines. The bound was 8,000 when the house
     was built, and 8,790 when models went to llama.cpp and a real one was fine-tuned. Then came
     distance maps, LongRoPE's search, LongPPL and ranking."""
-    assert sum(map(lines_of_code, product_files())) <= 10000
+    assert sum(map(lines_of_code, product_files())) <= 10100
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)

@@ -240,6 +240,26 @@ def sweep_row(method, seed, steps, value, **more):
             {"Python": {"100": 5.0, "200": value}, "prose": {"100": 7.0, "200": 8.0}}, **more}
 
 
+STARTS = {"linear": {"perplexity": 30.0, "factors": [4.0, 4.0]},
+          "yarn": {"perplexity": 9.8, "factors": [1.0, 4.0]}}
+SEARCH = {"generations": [9.7, 9.6, 9.5], "starts": STARTS, "found": {"long_factor": [1.2, 4.5]},
+          "methods": []}
+
+
+def test_the_search_is_drawn(tmp_path):
+    check_png(plot.plot_longrope(SEARCH, tmp_path / "longrope.png"))
+
+
+def test_the_factors_that_were_found_beside_those_of_formulas(tmp_path, kept):
+    assert plot.kind_of(SEARCH) == "generations", "and not a table of methods"
+    plot.plot_longrope(SEARCH, tmp_path / "longrope.png")
+    left, right = kept().axes
+    assert shown(left) == {"PI": {0: 4.0, 1: 4.0}, "YaRN": {0: 1.0, 1: 4.0},
+                           "found by the search": {0: 1.2, 1: 4.5}}
+    formula, search = ([*line.get_ydata()] for line in right.get_lines())
+    assert formula == [9.8, 9.8] and search == [9.7, 9.6, 9.5], "of the formulas only the best"
+
+
 def test_sweep_shows_the_means_over_the_seeds(tmp_path, kept):
     rows = []
     for seed in (0, 1):

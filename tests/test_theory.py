@@ -64,12 +64,61 @@ def test_critical_dimension_counts_the_pairs_that_complete_a_turn(head_dim, base
 def test_a_larger_base_keeps_the_sum_of_cosines_positive_for_longer():
     """At 2k tokens base 13,800 is enough, at 4k base 29,000 is; but larger is not always better,
     15,100 and 55,000 fail."""
-    for base, length, enough in ((13800, 2048, True), (15100, 2048, False), (29000, 4096, True),
-                                 (55000, 4096, False), (1e4, 2048, False)):
+    for base, length, enough in ((4300, 1024, True), (5800, 1024, False), (6030, 1024, True),
+                                 (11600, 2048, True), (26970, 4096, True), (13800, 2048, True),
+                                 (15100, 2048, False), (29000, 4096, True), (55000, 4096, False),
+                                 (9.1e4, 8192, True), (1.66e5, 8192, False), (3.5e5, 16384, True),
+                                 (1.245e6, 16384, False), (1e4, 2048, False)):
         assert (theory.first_negative(frequencies(128, base), length) is None) == enough, base
     x = theory.first_negative(THETA, 4096)
     sums = [np.cos(n * THETA).sum() for n in range(x + 1)]
     assert x == 1707 and sums[x] < 0 <= min(sums[:x])
+
+
+@pytest.mark.parametrize("head_dim, base", [(128, 1e4), (16, 500.0), (64, 23000.0), (128, 1.245e6)])
+def test_the_first_negative_sum_is_found_wherever_it_is(head_dim, base):
+    theta = frequencies(head_dim, base)
+    sums = np.cos(np.outer(np.arange(17000), theta)).sum(axis=1)
+    x = int(np.argmax(sums < 0))
+    assert sums[x] < 0 and (theory.first_negative(theta, 17000) == x)
+    for length in (1, 2, 63, 64, 65, x, 4097):  # ends inside a block, and at one
+        expected = None if length <= x else x
+        assert theory.first_negative(theta, length) == expected
+    assert theory.first_negative(theta, x + 1) == x
+
+
+def test_base_bounds_of_a_window():
+    """Against counting, with few bases."""
+    bases = 100 * 1.3 ** np.arange(25)
+    rows = theory.base_bounds(64, [100, 300, 900], bases)
+    for row in rows:
+        x = np.arange(row["window"])
+        serves = [np.cos(np.outer(x, frequencies(64, base))).sum(axis=1).min() >= 0
+                  for base in bases]
+        assert row["least"] == bases[serves.index(True)]
+        assert row["last_failing"] == bases[len(bases) - 1 - serves[::-1].index(False)]
+        assert row["intervals"] == sum(b and not a for a, b in zip([False, *serves], serves))
+    assert len({row["least"] for row in rows}) == 3
+
+
+FINER_GRID = {  # window: least base that serves, largest that does not, of bases 0.1 % apart
+    1024: (4294, 6014), 2048: (11590, 22750), 4096: (26950, 58770), 8192: (83810, 394200)}
+
+
+def test_base_bounds_of_llamas_head(measured):
+    """Men et al.'s bound depends on the grid, as the lowest intervals of bases that serve are
+    narrow. A finer grid moves the two ends by less than 7 %."""
+    rows = json.loads(measured[1].read_text(encoding="utf-8"))["theory"]["bases"]["rows"]
+    assert [row["window"] for row in rows] == [1024, 2048, 4096, 8192, 16384]
+    golden = [(4312, 5993, 3), (11633, 22696, 8), (28692, 58547, 13), (83842, 393498, 24),
+              (234246, 1245381, 26)]
+    for row, (least, last_failing, intervals) in zip(rows, golden, strict=True):
+        close([row["least"], row["last_failing"]], [least, last_failing], rel=1e-4)
+        assert row["intervals"] == intervals and row["least"] < row["last_failing"]
+        if row["window"] in FINER_GRID:
+            close([row["least"], row["last_failing"]], FINER_GRID[row["window"]], rel=0.07)
+    close(rows[2]["same_critical_dimension"], 1e4, rel=1e-9)
+    close(rows[4]["same_critical_dimension"], 71738, rel=1e-4)
 
 
 # ---- The fit -------------------------------------------------------------------------------------
@@ -357,6 +406,8 @@ def test_the_file_holds_the_numbers_of_the_repository(measured):
     here = json.loads(measured[1].read_text(encoding="utf-8"))["theory"]
     there = json.loads((ROOT / "results" / "theory.json").read_text(encoding="utf-8"))["theory"]
     assert here["models"] == there["models"]
+    for one, other in zip(here["bases"]["rows"], there["bases"]["rows"], strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
     for part in ("curves", "table", "head"):
         assert here["scores"][part].keys() == there["scores"][part].keys()
         for name, values in there["scores"][part].items():
