@@ -49,7 +49,8 @@ class FitConfig:
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("auto", "of the matrix products: bfloat16 is autocast over float32 weights",
                        choices=["auto", "float32", "bfloat16"])
-    attention: str = field("auto", "auto takes sdpa", choices=["auto", "naive", "tiled", "sdpa"])
+    attention: str = field("auto", "auto takes sdpa; tiled for a distance map",
+                           choices=["auto", "naive", "tiled", "sdpa"])
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")

@@ -11,7 +11,8 @@ from common.errors import UserError
 
 
 class KVCache:
-    """Rotated keys and values of the tokens so far, for all layers, in memory reserved once.
+    """Rotated keys and values of the tokens so far, for all layers, in memory reserved once. (Under
+    a distance map, whose bands rotate them anew, the keys are not rotated.)
 
     It also remembers the tokens, their positions and the angles in use. Where angles change with
     the length (dynamic NTK) a change makes all of it stale: the keys, which were rotated by the old

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the core lies
 
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
+from common.device import choose_device
 from common.errors import UserError
 from common.files import read_json
 from common.results import result
@@ -28,7 +29,7 @@ from methods import METHODS, RopeConfig, inv_freq, parse_rope_flag
 from model import ModelConfig
 from plot import plot_compare
 from weights import load_config, load_tokenizer, with_rope
-from weights.flags import ModelFlags, load_from_flags
+from weights.flags import ModelFlags, check_attention, load_from_flags
 
 Variant = tuple[str, dict]  # name and rope dict
 
@@ -118,7 +119,7 @@ def distinguishing_traits(config: ModelConfig) -> list:
     for length in (L, 2 * L, 4 * L):
         frequencies, attention_factor = inv_freq(rope, config.head_dim, length)
         traits += [frequencies.tolist(), attention_factor]
-    traits += [rope.random_positions, rope.temperature]
+    traits += [rope.random_positions, rope.temperature, rope.no_rope_layer_interval]
     if METHODS[rope.rope_type].mechanism != "angles":
         traits += [rope.rope_type, rope.factor, rope.options]
     return traits
@@ -138,6 +139,8 @@ def compare(flags: CompareFlags, cache: ResultCache) -> dict:
     if flags.text and flags.max_tokens < lengths[-1]:
         raise UserError(f"--max-tokens {flags.max_tokens} is below the longest of --lengths, "
                         f"{lengths[-1]}: give at least as many, or shorter lengths")
+    for _, rope in plan:
+        check_attention(flags.attention, rope["rope_type"], choose_device(flags.device))
     tokenizer = load_tokenizer(flags.model, base.vocab_size)
     if flags.text:
         documents = read_documents(flags.text, tokenizer, flags.max_tokens + 1, lengths[-1])

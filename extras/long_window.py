@@ -25,17 +25,20 @@ import torch
 
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
+from common.device import choose_device
 from common.errors import UserError
 from common.files import read_json
 from common.results import result
+from common.tables import format_accuracy
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
 from extras.sweep_tables import markdown, method_label
 from methods import METHODS, parse_rope_flag
+from model import ModelConfig
 from plot import plot_long_window
-from weights import load_config, load_tokenizer
-from weights.flags import ModelFlags, load_from_flags
+from weights import load_config, load_tokenizer, with_rope
+from weights.flags import ModelFlags, check_attention, load_from_flags
 
 MAPS = [name for name, method in METHODS.items() if method.distance_map]
 FOLDING = [name for name in MAPS if name != "streaming"]  # which never sees more keys than L
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = load_config(flags.model)
     L = base.original_window
     lengths = [n * L for n in sorted(set(flags.multiples))]
-    check_flags(flags, lengths)
+    check_flags(flags, base, lengths)
     tokenizer = load_tokenizer(flags.model, base.vocab_size)
     documents = documents_for(flags, tokenizer, lengths[-1])
     scored = sum(len(document) - 1 for document in documents)
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row["perplexity"][n] = perplexity(model, documents, n, cache=cache)["perplexity"]
             row["passkey"][n] = share_of_keys(model, tokenizer, n, flags, cache)
             print(f"{method_label(method)}, {n} tokens: perplexity {row['perplexity'][n]:.2f}, "
-                  f"passkey {row['passkey'][n]:.2f}", flush=True)
+                  f"passkey {format_accuracy(row['passkey'][n])}", flush=True)
         rows.append(row)
     measured = result(model, flags.seeds[0], long_window=rows, lengths=lengths,
                       documents=len(documents), tokens_scored=scored, stride="window / 4",
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {figure}")
 
 
-def check_flags(flags: LongWindowFlags, lengths: Sequence[int]) -> None:
+def check_flags(flags: LongWindowFlags, base: ModelConfig, lengths: Sequence[int]) -> None:
     if flags.rope is not None or flags.factor is not None:
         raise UserError("long_window tries methods itself: name them with --methods; their factor "
                         "is that of the length")
@@ -114,9 +117,15 @@ def check_flags(flags: LongWindowFlags, lengths: Sequence[int]) -> None:
     if flags.max_tokens < lengths[-1]:
         raise UserError(f"--max-tokens {flags.max_tokens} is below the longest length, "
                         f"{lengths[-1]}: give at least as many, or smaller --multiples")
+    if not flags.out:
+        raise UserError("--out: give the name of a JSON file")
     for method in flags.methods:
-        if "factor" in parse_rope_flag(method):
+        rope = parse_rope_flag(method)
+        if "factor" in rope:
             raise UserError(f"{method}: leave the factor out, it is that of the length")
+        check_attention(flags.attention, rope["rope_type"], choose_device(flags.device))
+        for n in lengths:  # refused now, not after hours
+            with_rope(base, json.loads(at_length(flags, method, n / base.original_window).rope))
 
 
 def documents_for(flags: LongWindowFlags, tokenizer: Tokenizer, longest: int) -> list[np.ndarray]:

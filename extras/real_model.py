@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bands": BANDS, "settings": dataclasses.asdict(c), "seed": c.seeds[0],
         "device": describe_device(device), "versions": versions(), "command": command_line()}
     started = time.perf_counter()
-    known = known_rows(c.out)
+    known = known_rows(c)
     rows: list[dict[str, Any]] = []
     runs = [(method, c.seeds[0], [0]) for method in c.untrained if method not in c.methods]
     runs += [(method, seed, [0, *c.steps] if seed == c.seeds[0] else c.steps)
@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method, seed, steps in runs:
         rows += run_method(c, method, seed, steps, documents, tokenizer, device, known)
         seconds = time.perf_counter() - started
-        save_report(c, report | {"rows": rows, "seconds": seconds})
+        made = {row["conditions"] for row in rows}
+        others = [row for name, row in known.items() if name not in made]
+        save_report(c, report | {"rows": rows + others, "seconds": seconds})
     for table in tables(read_json(c.out)):
         print(markdown(*table))
     print(f"\n(each text read once, as one window of {window:,} tokens; seeds "
@@ -178,12 +180,19 @@ def language_reference() -> str:
 # ---- One method ----------------------------------------------------------------------------------
 
 
-def known_rows(out: str) -> dict[str, dict[str, Any]]:
-    """The rows of a result that is there already, by a hash of all that they depend on."""
-    if not Path(out).is_file():
+MAY_GROW = {"methods", "untrained", "steps", "seeds", "keys", "folder", "out"}  # piece by piece
+
+
+def known_rows(c: RealModelConfig) -> dict[str, dict[str, Any]]:
+    """The rows of --out, if that is an earlier piece of this work: by a hash of all that they
+    depend on. They stay in it."""
+    if not Path(c.out).is_file():
         return {}
-    rows = read_json(out).get("rows", [])
-    return {row["conditions"]: row for row in rows if "conditions" in row}
+    report, settings = read_json(c.out), dataclasses.asdict(c)
+    there = report.get("settings", {})
+    if any(there.get(name) != settings[name] for name in settings.keys() - MAY_GROW):
+        return {}
+    return {row["conditions"]: row for row in report["rows"] if "conditions" in row}
 
 
 def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: list[int],
@@ -205,7 +214,7 @@ def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: lis
         row = {"method": method, "seed": seed, "steps": steps,
                "tokens_seen": steps * c.batch_size * c.row_length,
                "conditions": cache.hashed(conditions)}
-        row |= known.get(row["conditions"]) or cache.get(conditions, measure)
+        row = (known.get(row["conditions"]) or cache.get(conditions, measure)) | row
         print(row_summary(row), flush=True)
         rows.append(row)
     return rows

@@ -30,8 +30,8 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
     settings = config.options if method.distance_map is None else {}   # else they are the map's
     frequencies, attention_factor = method.function(
         rotary_dim, config.base, **arguments, **settings)
-    if config.temperature is not None:
-        attention_factor = 1.0          # a temperature, even "none", replaces YaRN's own factor
+    if replaces_attention_factor(config):
+        attention_factor = 1.0
     check_attention_factor(config.rope_type, attention_factor)
     if network is not None and method.mechanism == "network":
         t = clex_time(config.original_max_position_embeddings, seq_len or 0,
@@ -41,6 +41,13 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
     if config.resonance:
         frequencies = resonate(frequencies)
     return frequencies.float(), float(attention_factor)
+
+
+def replaces_attention_factor(config: RopeConfig) -> bool:
+    """A temperature, even "none", takes the place of YaRN's own factor; but where every n-th layer
+    is unrotated, it acts there and the rotated layers keep theirs."""
+    everywhere = config.no_rope_layer_interval is None
+    return config.temperature == "none" or config.temperature is not None and everywhere
 
 
 def rotary_dimensions(config: RopeConfig, head_dim: int) -> int:

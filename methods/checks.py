@@ -53,7 +53,7 @@ def check_value(name: str, value: Any, kind: str, optional: bool = False) -> Any
     elif kind == "str":
         good, wanted = isinstance(value, str), "a word"
     elif kind == "int":
-        good, wanted = is_number and value == int(value), "a whole number"
+        good, wanted = is_number and value == int(value) and value >= 0, "a whole number"
     else:
         good = is_number and (value >= 0 or name == "threshold")
         wanted = "a finite number, not below 0"
@@ -75,7 +75,8 @@ def check_config(config: "RopeConfig") -> dict[str, Any]:
     resolved, whole numbers as int, and only those options that differ from the defaults."""
     fields = {name: check_value(name, getattr(config, name), kind, name in OPTIONAL)
               for name, kind in FIELD_KINDS.items()}
-    fields["random_positions"] = fields["random_positions"] or None  # 0 says: none
+    for field_name in ("random_positions", "no_rope_layer_interval"):
+        fields[field_name] = fields[field_name] or None                # 0 says: none
     check_fields(fields)
     name = method_name(config.rope_type)
     method = METHODS[name]
@@ -167,7 +168,7 @@ def check_temperature(fields: dict[str, Any]) -> None:
     if name != "none" and (L is None or L < 2):
         raise UserError(f"temperature {name} needs original_max_position_embeddings, the window of "
                         "pre-training, of at least 2 tokens")
-    if fields["partial_rotary_factor"] != 1:
+    if name != "none" and fields["partial_rotary_factor"] != 1:
         raise UserError("a temperature scales whole queries: it does not go with a "
                         "partial_rotary_factor below 1")
 
@@ -179,19 +180,27 @@ def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str
     target = round(L * fields["factor"])
     if target > MOST_POSITIONS:
         raise UserError(f"{rope_type}: {target} tokens are too many: give a smaller factor")
+    if L < 4:
+        raise UserError(f"{rope_type}: a window of {L} tokens is too short to fold a text into")
     for name, value in options.items():
         if value < 1 and name not in ("sinks", "local"):
             raise UserError(f"{rope_type} {name} {value:g}: has to be at least 1")
     if rope_type == "dca" and 2 * options.get("local", L // 4) > options.get("chunk", 3 * L // 4):
         raise UserError(f"dca local {options.get('local', L // 4)}: has to be at most half of the "
                         "chunk, or distances to near tokens are not exact")
-    n = torch.arange(target, device="cpu")
-    bands = METHODS[rope_type].distance_map(n[-1:], n, L, fields["factor"], **options)
-    distance = largest_distance(bands, n)
+    distance = farthest_seen(rope_type, L, fields["factor"], tuple(options.items()))
     if distance > L:
         raise UserError(f"{rope_type} reaches less than {target} tokens: of these the farthest "
                         f"would stand at a distance of {distance:.0f}, and the model knows {L}; "
                         f"give other settings ({names}) or a smaller factor")
+
+
+@functools.cache
+def farthest_seen(rope_type: str, L: int, factor: float, options: tuple) -> float:
+    """The largest distance that the last of L' tokens sees."""
+    n = torch.arange(round(L * factor), device="cpu")
+    bands = METHODS[rope_type].distance_map(n[-1:], n, L, factor, **dict(options))
+    return largest_distance(bands, n)
 
 
 def largest_distance(bands: Sequence[Band], n: Tensor) -> float:

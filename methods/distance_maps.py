@@ -153,6 +153,7 @@ class BandInputs(NamedTuple):
     keys: KeyRange                  # which keys of the band each query sees
 
 
+@torch.compiler.disable  # its tiles depend on numbers in tensors; flex_attention compiles itself
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
     """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. `auto` is tiled, and

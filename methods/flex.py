@@ -29,4 +29,4 @@ def flex_kernel(compiled: bool) -> Callable:
     """flex_attention. Compiled it is one fused kernel; as it is, for tests, it stores all
     scores."""
     from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention) if compiled else flex_attention
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

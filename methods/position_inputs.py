@@ -1,5 +1,4 @@
 """What attention has to know about positions, for every method in the same form."""
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -36,48 +35,49 @@ def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencie
                      attention_factor: float, text_positions: Tensor, tokens: int
                      ) -> list[PositionInputs]:
     """One for each layer: the same for all, but that every n-th may be unrotated (interleaved
-    NoPE). A temperature then acts in the unrotated layers only, and rotated ones have none, not
-    even the method's own. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)
-    """
+    NoPE). A temperature then acts in the unrotated layers only, and rotated ones have the method's
+    own. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)"""
     every = config.no_rope_layer_interval
     if every is None:
         inputs = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
-                                 tokens)
+                                 tokens, config.temperature)
         return [inputs] * n_layers
-    rotated = position_inputs(dataclasses.replace(config, temperature=None), n_heads, frequencies,
-                              attention_factor, text_positions, tokens)
+    rotated = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
+                              tokens, temperature=None)
     unrotated = unrotated_inputs(config, frequencies, text_positions[..., -tokens:])
     return [rotated if (layer + 1) % every else unrotated for layer in range(n_layers)]
 
 
 def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, attention_factor: float,
-                    text_positions: Tensor, tokens: int) -> PositionInputs:
+                    text_positions: Tensor, tokens: int, temperature: str | None = None
+                    ) -> PositionInputs:
     """For the last T = `tokens` of a text at text_positions [S] or [B, S]. frequencies,
-    attention_factor: what inv_freq returned."""
+    attention_factor: what inv_freq returned. temperature: that of these layers."""
     positions = text_positions[..., -tokens:]
     method = METHODS[config.rope_type]
     cos, sin = cos_sin(frequencies, positions, attention_factor)
+    scale = query_scale(temperature, positions, config.original_max_position_embeddings)
     q_rope, k_rope, bias, bands = (cos, sin), (cos, sin), None, None
     if method.mechanism == "decay":
-        scale = xpos_scale(positions, len(frequencies), config.factor)
-        q_rope, k_rope = (cos * scale, sin * scale), (cos / scale, sin / scale)
+        decay = xpos_scale(positions, len(frequencies), config.factor)
+        q_rope, k_rope = (cos * decay, sin * decay), (cos / decay, sin / decay)
     elif method.mechanism == "bias":
         bias = alibi_bias(text_positions, n_heads, config.factor)
     elif method.mechanism == "distances":
-        bands = band_inputs(config, frequencies, text_positions, positions)
-    q_rope = with_temperature(q_rope, config, positions)
-    return PositionInputs(q_rope, k_rope, bias, bands)
+        bands = band_inputs(config, frequencies, text_positions, positions, scale)
+    return PositionInputs(scaled(q_rope, scale), k_rope, bias, bands)
 
 
-def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor, positions: Tensor
-                ) -> list[BandInputs]:
+def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor, positions: Tensor,
+                scale: Tensor | None) -> list[BandInputs]:
     """The bands of a distance map. Keys at text_positions, queries at the last of them."""
+    assert (text_positions.diff(dim=-1) > 0).all(), "a distance map needs ascending positions"
     distance_map = METHODS[config.rope_type].distance_map
     bands = distance_map(positions, text_positions, config.original_max_position_embeddings,
                          config.factor, **config.options)
     inputs = []
     for band in without_idle_bands(bands, text_positions):
-        q_rope = with_temperature(cos_sin(frequencies, band.q), config, positions)  # factor 1
+        q_rope = scaled(cos_sin(frequencies, band.q), scale)
         k_rope = cos_sin(frequencies, band.k)
         inputs.append(BandInputs(q_rope, k_rope, keys_of(band, text_positions)))
     return inputs
@@ -86,13 +86,12 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor,
 def unrotated_inputs(config: RopeConfig, frequencies: Tensor, positions: Tensor) -> PositionInputs:
     """Of a layer without positions: all angles are 0."""
     still = cos_sin(torch.zeros_like(frequencies), positions)
-    return PositionInputs(with_temperature(still, config, positions), still, None)
-
-
-def with_temperature(q_rope: tuple[Tensor, Tensor], config: RopeConfig, positions: Tensor
-           ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the queries times the temperature: it scales the rotated query."""
     scale = query_scale(config.temperature, positions, config.original_max_position_embeddings)
+    return PositionInputs(scaled(still, scale), still, None)
+
+
+def scaled(q_rope: tuple[Tensor, Tensor], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the queries times the temperature: it scales the rotated query."""
     if scale is None:
         return q_rope
     cos, sin = q_rope

@@ -117,4 +117,5 @@ METHODS = {
 }
 
 ALIASES = {"pi": "linear", "none": "default", "su": "longrope", "ntk-by-parts": "ntk_by_parts",
-           "dynamic-yarn": "dynamic_yarn"}
+           "dynamic-yarn": "dynamic_yarn", "self-extend": "self_extend",
+           "leaky-rerope": "leaky_rerope"}

@@ -431,9 +431,9 @@ def forward(weights, config, tokens, positions=None):
         clex = weights["clex.up.weight"], weights["clex.down.weight"]
     theta, factor = frequencies(rope, D, positions.max() + 1, clex)
     temperature = np.array([[query_scale(rope, int(i)) for i in row] for row in positions])
-    if rope.get("temperature") is not None:
-        factor = 1.0                                     # the method's own is replaced
     every = rope.get("no_rope_layer_interval")
+    if rope.get("temperature") == "none" or rope.get("temperature") is not None and not every:
+        factor = 1.0                                     # the method's own is replaced
     bias = alibi_bias(positions, H, s) if kind == "alibi" else None
 
     def heads(y, n):

@@ -75,19 +75,25 @@ ROWS = [  # (map, settings, L, position of the query, distances at which it sees
 ]
 
 
-@pytest.mark.parametrize("name, settings, L, m, expected", ROWS)
-def test_the_distances_that_a_query_sees_by_hand(name, settings, L, m, expected):
+def seen_by_query(name, settings, L, factor, m):
+    """The distance at which the query at m sees each key, None where it does not."""
     n = torch.arange(m + 1)
-    bands = METHODS[name].distance_map(n[-1:], n, L, 2.0, **settings)
     found = [None] * (m + 1)
-    for band in bands:
+    for band in METHODS[name].distance_map(n[-1:], n, L, factor, **settings):
         for key in range(m + 1):
             if band.first[0] <= key < band.stop[0]:
                 assert found[key] is None, "no pair is in two bands"
                 found[key] = float(band.q[0] - band.k[key])
-    assert found == expected
+    return found
+
+
+@pytest.mark.parametrize("name, settings, L, m, expected", ROWS)
+def test_the_distances_that_a_query_sees_by_hand(name, settings, L, m, expected):
+    assert seen_by_query(name, settings, L, 2.0, m) == expected
     rope = {"rope_type": name, "factor": 2.0, "original_max_position_embeddings": L, **settings}
     assert [reference.seen_distance(rope, m, key) for key in range(m + 1)] == expected
+    n = torch.arange(m + 1)
+    bands = METHODS[name].distance_map(n[-1:], n, L, 2.0, **settings)
     assert largest_distance(bands, n) == max(d for d in expected if d is not None)
 
 
@@ -103,9 +109,8 @@ def test_by_default_a_map_folds_what_is_asked_into_the_trained_window(name, L, f
 
 @pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "self_extend", "dca"])
 def test_near_tokens_keep_their_distance_and_no_far_one_comes_nearer(name):
-    rope = rope_dict(name, {})
     for i in (0, 20, 57, 127):
-        seen = [reference.seen_distance(rope, i, j) for j in range(i, -1, -1)]
+        seen = seen_by_query(name, {}, 32, 4.0, i)[::-1]
         assert seen[:4] == [0, 1, 2, 3][:i + 1]
         assert min(seen[4:], default=9) >= 3
         if name != "dca":                     # which keeps the order within a chunk only
@@ -169,7 +174,8 @@ def test_positions_that_skip_and_differ_from_row_to_row(name, settings):
 def test_the_path_of_gpus_gives_the_same(name, settings):
     """flex_attention, not compiled; on a CPU it has no gradients."""
     q, k, v, _ = draw(9, 50)
-    bands, _ = bands_of(name, settings, torch.arange(50), 9)
+    positions = torch.stack([torch.arange(50), torch.arange(50) * 2])    # a mask for each row
+    bands, _ = bands_of(name, settings, positions, 9)
 
     def flex(q, k, v, bias, keys, block_q, block_k):
         return flex_part(q, k, v, keys)
@@ -278,7 +284,7 @@ def test_golden_temperatures():
     theta, _ = inv_freq(config_with(), 16)
 
     def scale(name):
-        inputs = position_inputs(config_with(temperature=name), 1, theta, 1.0, positions, 7)
+        inputs = position_inputs(config_with(), 1, theta, 1.0, positions, 7, name)
         assert torch.equal(inputs.k_rope[0], cos_sin(theta, positions)[0])
         q_length = (inputs.q_rope[0] ** 2 + inputs.q_rope[1] ** 2).sqrt()[:, 0]
         return (q_length / (inputs.k_rope[0] ** 2 + inputs.k_rope[1] ** 2).sqrt()[:, 0]).tolist()
@@ -312,7 +318,8 @@ def test_a_temperature_goes_with_every_method(name, temperature):
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("name, temperature", [("default", None), ("yarn", None), ("xpos", None),
-                                               ("rerope", "log_n"), ("default", "llama4")])
+                                               ("rerope", "log_n"), ("yarn", "llama4"),
+                                               ("yarn", "none")])
 def test_every_nth_layer_is_unrotated(name, temperature, every):
     more = {} if temperature is None else {"temperature": temperature}
     rope = config_of(name, 8, original_max_position_embeddings=12, no_rope_layer_interval=every,
@@ -361,16 +368,29 @@ def test_the_header_says_what_auto_takes(name, rope_type, device, words):
     ({"rope_type": "streaming", "factor": 4, "sinks": 300}, "distance of 300"),
     ({"rope_type": "rerope", "factor": 4, "group": 3}, "unknown key 'group'"),
     ({"rope_type": "rerope", "factor": 1e6}, "too many: give a smaller factor"),
+    ({"rope_type": "streaming", "factor": 4, "sinks": -1}, "sinks = -1: give a whole number"),
+    ({"rope_type": "dca", "factor": 4, "local": -1}, "local = -1: give a whole number"),
+    ({"rope_type": "rerope", "factor": 4, "original_max_position_embeddings": 3},
+     "rerope: a window of 3 tokens is too short to fold"),
     ({"rope_type": "yarn", "factor": 4, "temperature": "hot"},
      "temperature 'hot' is unknown: choose one of none, log_n, llama4"),
     ({"rope_type": "default", "temperature": "log_n", "partial_rotary_factor": 0.5},
      "scales whole queries"),
-    ({"rope_type": "default", "no_rope_layer_interval": 0}, "has to be a positive whole number"),
 ])
 def test_settings_that_cannot_work_are_one_line(given, message):
     given = {"original_max_position_embeddings": 256, **given}
     with pytest.raises(UserError, match=message):
         RopeConfig.from_dict(given)
+
+
+def test_zero_or_none_end_what_the_weights_were_trained_with():
+    assert RopeConfig(no_rope_layer_interval=0) == RopeConfig()
+    assert RopeConfig(temperature="none", partial_rotary_factor=0.5).temperature == "none"
+
+
+def test_positions_that_do_not_ascend_are_no_text():
+    with pytest.raises(AssertionError, match="needs ascending positions"):
+        bands_of("rerope", {}, torch.tensor([0, 1, 2, 2, 3]), 5)
 
 
 def test_a_temperature_needs_the_window():

@@ -4,11 +4,13 @@ import json
 import pytest
 import torch
 
+import eval as evaluation
 from common.errors import UserError
 from eval import passkey, perplexity
 from extras import long_window
 from extras.long_window import seen_distances, table
 from model import LLaMA, ModelConfig
+from small_models import Countdown
 from weights import load_model, load_tokenizer, save_model
 
 L = 256
@@ -60,22 +62,21 @@ def test_rows_are_what_eval_measures_at_the_factor_of_the_length(command, base, 
 
 
 def test_what_is_measured_is_kept(command, monkeypatch, tmp_path):
-    calls = []
-    whole = long_window.passkey
+    retrieve = evaluation.retrieve_passkeys
 
-    def broken(*given, **more):
-        calls.append(given)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return whole(*given, **more)
-    monkeypatch.setattr(long_window, "passkey", broken)
+    def counting(calls=10**6):
+        counted = Countdown(retrieve, calls)
+        monkeypatch.setattr(evaluation, "retrieve_passkeys", counted)
+        return counted
+    everything = counting()
+    whole = command("--methods", "default", "rerope")
+    broken = counting(calls=5)
     with pytest.raises(KeyboardInterrupt):
         command("--methods", "default", "rerope")
-    kept = (tmp_path / "r.json.partial").read_text()
+    rest = counting()
     resumed = command("--methods", "default", "rerope")
-    assert kept.count("\n") > 3
-    again = command("--methods", "default", "rerope")
-    assert resumed["long_window"] == again["long_window"]
+    assert resumed["long_window"] == whole["long_window"]
+    assert broken.made + rest.made == everything.made
 
 
 def test_the_picture_of_a_map_has_every_distance():
@@ -92,7 +93,10 @@ def test_the_picture_of_a_map_has_every_distance():
     (["--multiples", "0"], "--multiples have to be at least 1"),
     (["--multiples", "4"], "--max-tokens 700 is below the longest length, 1024"),
     (["--methods", '{"rope_type": "yarn", "factor": 2}'], "leave the factor out"),
-    (["--methods", "nosuch"], "nosuch")])
+    (["--methods", "yarn", "nosuch"], "nosuch"),
+    (["--methods", "yarn", '{"rope_type": "rerope", "window": 300}'], "distance of 300"),
+    (["--methods", "rerope", "--attention", "sdpa", "--device", "cpu"], "choose auto or tiled"),
+    (["--out", ""], "--out: give the name")])
 def test_wrong_input(command, flags, words):
     with pytest.raises(UserError, match=words):
         command(*flags)

@@ -96,8 +96,11 @@ def test_rows_of_a_result_that_is_there_are_not_measured_again(command, monkeypa
     both = command("--methods", "linear", "default")["rows"]
     assert both[:3] == before
     assert len(measured) == 3, "those of the other method"
+    alone = command("--methods", "default")["rows"]
+    assert alone == both[3:] + both[:3], "an earlier piece stays in the file"
+    assert len(measured) == 3
     command("--methods", "linear", "--lr", "1e-3", "--folder", str(tmp_path / "other"))
-    assert len(measured) == 3 + 3, "other settings are other rows"
+    assert len(measured) == 3 + 3, "other settings are another work"
 
 
 def test_two_seeds_share_the_untrained_rows(command):

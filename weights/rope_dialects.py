@@ -55,7 +55,10 @@ def unrotated_interval(given: dict) -> int | None:
     stands for a layer that is rotated, whatever the name says, and a 0 for one that is not."""
     n_layers, rotated = given["num_hidden_layers"], given.get("no_rope_layers")
     if rotated is None:
-        return given.get("no_rope_layer_interval")
+        every = given.get("no_rope_layer_interval")
+        if every == 0:
+            raise UserError("no_rope_layer_interval 0: has to be a positive whole number")
+        return every
     if (not isinstance(rotated, list) or len(rotated) < n_layers
             or any(value not in (0, 1) for value in rotated)):
         raise UserError(f"no_rope_layers {rotated!r:.60}: has to be a list, for each layer a 1 "
