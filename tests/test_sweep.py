@@ -1,17 +1,18 @@
 """extras/sweep.py: the plan becomes runs, a run is the training that finetune.py would do, and
 nothing is measured twice."""
+import contextlib
 import json
 import math
-import multiprocessing
 import os
 import signal
-import threading
+import subprocess
+import sys
+import time
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from common.cli import run_command
 from common.errors import UserError
 from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity
@@ -344,38 +345,35 @@ def test_a_blow_up_is_shown_as_such():
     assert math.isinf(float(cell([None], 2)))
 
 
-def ctrl_c(logs, over):
-    """Once all logs have a line, send SIGINT to this process and to its children, as a terminal
-    does; unless it is all over before."""
-    while not all(log.exists() and log.stat().st_size for log in logs):
-        if over.wait(0.05):
-            return
-    for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
-        os.kill(process.pid, signal.SIGINT)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")  # an exception in a thread of the pool is a warning
-def test_ctrl_c_saves_the_trainings_of_all_processes(command, place, capfd):
-    runs = [place / "stopped" / "methods" / f"linear-x2-seed{n}" for n in range(3)]
-    over = threading.Event()
-    keyboard = threading.Thread(
-        target=ctrl_c, args=[[run / "metrics.jsonl" for run in runs[:2]], over])
-    # A test run in the background ignores it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_ctrl_c_saves_the_trainings_of_all_processes(base, corpus_folder, tmp_path, L):
+    text = tmp_path / "prose.txt"
+    text.write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
+    command = [sys.executable, str(sweep.__file__), "--model", str(base),
+               "--corpus", str(corpus_folder), "--text", str(text), "--trials", "0",
+               "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2",
+               "--steps", "100000", "--step-tokens", str(2 * L), "--jobs", "2",
+               "--lengths", str(L), "--max-tokens", "900", "--device", "cpu",
+               "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # A test run in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    runs = [tmp_path / "methods" / f"linear-x2-seed{n}" for n in range(3)]
+    logs = [run / "metrics.jsonl" for run in runs[:2]]
+    for _ in range(1200):
+        if all(log.exists() and log.stat().st_size for log in logs) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and its children
     try:
-        keyboard.start()
-        with pytest.raises(SystemExit) as end:
-            run_command(lambda: command(
-                "--methods", "linear", "--factors", "2", "--seeds", "0", "1", "2", "--steps",
-                "100000", "--jobs", "2", "--trials", "0", folder="stopped"))
+        _, error = process.communicate(timeout=60)
     finally:
-        over.set()
-        keyboard.join()
-        signal.signal(signal.SIGINT, before)
-    error = capfd.readouterr().err
-    assert end.value.code == 130 and "Traceback" not in error, error
-    assert not multiprocessing.active_children()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # leave nobody behind
+    assert process.returncode == 130 and "Traceback" not in error, error
     for run in runs[:2]:
         state = torch.load(run / "state.pt", weights_only=True)
         assert 0 < state["step"] < 100000 and load_model(run).config.rope.rope_type == "linear"

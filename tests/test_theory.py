@@ -132,15 +132,16 @@ def test_design_matrix_times_coefficients_is_the_curve():
 
 
 def test_without_a_ridge_the_fit_explodes_beyond_the_window_and_not_between_the_integers():
-    """The largest |a| beyond L over the largest inside. With ridge 0 rounding decides it, so only
-    its order is asserted; the others are determined: ridge 1e-8 gives the size that the paper
-    shows, and 1e-3 a moderate one, which some float32 solvers miss by far."""
+    """The largest |a| beyond L over the largest inside. With ridge 0 rounding decides both (on one
+    processor it is 1.0 inside, on another 2.3), so only their order is asserted; the others are
+    determined: ridge 1e-8 gives the size that the paper shows, and 1e-3 a moderate one, which some
+    float32 solvers miss by far."""
     for ridge, low, high in ((0, 1e5, math.inf), (1e-8, 3000, 50000), (1e-6, 100, 3000),
                              (1e-3, 5, 100), (1, 1, 8), (10, 0.8, 3)):
         sizes = theory.fit_sizes(THETA, ridge=ridge)
         for inside, between, beyond in zip(sizes["inside"], sizes["between"], sizes["beyond"],
                                            strict=True):
-            assert inside < 1.5 and between <= 2 * inside, (ridge, sizes)
+            assert inside < (1.5 if ridge else 10) and between <= 2 * inside, (ridge, sizes)
             assert low <= beyond / inside <= high, (ridge, sizes)
     assert len(sizes["beyond"]) == 5
     sizes = theory.fit_sizes(THETA, dtype="float32", seeds=[0, 1, 2])
