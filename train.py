@@ -24,6 +24,7 @@ from data.batches import Batches, prefetch
 from data.corpus import TokenFile, corpus_for, ensure_corpus
 from data.tokenizer import Tokenizer, open_tokenizer
 from methods import RopeConfig, parse_rope_flag, training_positions
+from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights.training_run import TrainingRun, print_header, validate_settings
 
@@ -229,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads, vocab_size=tokenizer.vocab_size,
         multiple_of=config.multiple_of, max_seq_len=L, rope=rope)
+    check_attention(config.attention, rope.rope_type, device)
     if rank == 0:
         print_header(shape, config, device)
     if config.dry_run:

@@ -18,6 +18,11 @@ class KeyRange(NamedTuple):
         """The same for the last n queries alone."""
         return KeyRange(self.first[..., -n:], self.stop[..., -n:])
 
+    def held(self) -> tuple[slice, "KeyRange"]:
+        """The keys that any query sees, and this range counted from the first of them."""
+        start, end = int(self.first.min()), int(self.stop.max())
+        return slice(start, end), KeyRange(self.first - start, self.stop - start)
+
     def is_causal(self, S: int) -> bool:
         """Whether each query sees its own key, all before it, and none after it."""
         T = self.first.shape[-1]

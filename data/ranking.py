@@ -18,14 +18,13 @@ from common.kv_cache import KVCache
 from data.passkey import PasskeyPrompts, random_key
 from model import LLaMA
 
-
-MOST = 100  # candidates
+MOST_CANDIDATES = 100
 
 
 def check_rank(rank: int) -> None:
-    if rank != 0 and not 2 <= rank <= MOST:
-        raise UserError(f"--rank {rank}: give the number of candidates, from 2 to {MOST:,}, or 0 "
-                        "to generate answers")
+    if rank != 0 and not 2 <= rank <= MOST_CANDIDATES:
+        raise UserError(f"--rank {rank}: give the number of candidates, from 2 to "
+                        f"{MOST_CANDIDATES}, or 0 to generate answers")
 
 
 def log_likelihoods(model: LLaMA, prompts: Sequence[Sequence[int]],

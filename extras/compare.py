@@ -26,10 +26,11 @@ from common.tables import format_table
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from eval import CONVENTIONS, four_lengths, measure_lengths
 from methods import METHODS, RopeConfig, inv_freq, parse_rope_flag
+from methods.checks import check_attention
 from model import ModelConfig
 from plot import plot_compare
 from weights import load_config, load_tokenizer, with_rope
-from weights.flags import ModelFlags, check_attention, load_from_flags
+from weights.flags import ModelFlags, load_from_flags
 
 Variant = tuple[str, dict]  # name and rope dict
 

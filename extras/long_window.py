@@ -35,10 +35,11 @@ from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
 from extras.sweep_tables import markdown, method_label
 from methods import METHODS, parse_rope_flag
+from methods.checks import check_attention
 from model import ModelConfig
 from plot import plot_long_window
 from weights import load_config, load_tokenizer, with_rope
-from weights.flags import ModelFlags, check_attention, load_from_flags
+from weights.flags import ModelFlags, load_from_flags
 
 MAPS = [name for name, method in METHODS.items() if method.distance_map]
 FOLDING = [name for name in MAPS if name != "streaming"]  # which never sees more keys than L

@@ -46,8 +46,9 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
 def replaces_attention_factor(config: RopeConfig) -> bool:
     """A temperature, even "none", takes the place of YaRN's own factor; but where every n-th layer
     is unrotated, it acts there and the rotated layers keep theirs."""
-    everywhere = config.no_rope_layer_interval is None
-    return config.temperature == "none" or config.temperature is not None and everywhere
+    if config.temperature in (None, "none"):
+        return config.temperature == "none"
+    return config.no_rope_layer_interval is None
 
 
 def rotary_dimensions(config: RopeConfig, head_dim: int) -> int:

@@ -195,6 +195,12 @@ def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str
                         f"give other settings ({names}) or a smaller factor")
 
 
+def check_attention(name: str, rope_type: str, device: torch.device) -> None:
+    """A UserError for an implementation that cannot merge a distance map's bands."""
+    if name == "sdpa" and METHODS[rope_type].distance_map is not None and device.type != "cuda":
+        raise UserError("attention sdpa: with a distance map it needs a GPU; choose auto or tiled")
+
+
 @functools.cache
 def farthest_seen(rope_type: str, L: int, factor: float, options: tuple) -> float:
     """The largest distance that the last of L' tokens sees."""

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from common.key_range import KeyRange
 from methods.flex import flex_part
 from rope import apply_rope
@@ -137,20 +136,15 @@ def goes_on(before: Band, band: Band) -> bool:
     return bool(adjacent.all() and (before.q == band.q).all() and (before.k == band.k).all())
 
 
-def keys_of(band: Band, n: Tensor) -> KeyRange:
-    """The band's keys by their index in the text, where positions may skip (PoSE)."""
-    n, first, stop = n.contiguous(), band.first.contiguous(), band.stop.contiguous()
-    return KeyRange(torch.searchsorted(n, first), torch.searchsorted(n, stop))
-
-
 # ---- Attention over bands: one softmax for all ---------------------------------------------------
 
 
 class BandInputs(NamedTuple):
     """What attention needs of a band: its rotations, and its keys by their index."""
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
-    k_rope: tuple[Tensor, Tensor]   # and of all keys, [S, D/2] or [B, S, D/2]
-    keys: KeyRange                  # which keys of the band each query sees
+    k_rope: tuple[Tensor, Tensor]   # and of the keys in `held`
+    held: slice                     # of the text: the keys that any query sees in this band
+    keys: KeyRange                  # those that each query sees, counted from the first one held
 
 
 @torch.compiler.disable  # its tiles depend on numbers in tensors; flex_attention compiles itself
@@ -158,33 +152,39 @@ def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInpu
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
     """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. `auto` is tiled, and
     on a GPU, as sdpa, flex_attention. attention, tiled: those of model.py."""
-    rotated = [(apply_rope(q, *band.q_rope), apply_rope(k, *band.k_rope)) for band in bands]
-    seen = [band.keys for band in bands]
-    if len(bands) == 1 and seen[0].is_causal(k.shape[2]):                      # nothing is folded
-        return attention(*rotated[0], v, None, implementation)
+    if len(bands) == 1 and bands[0].keys.is_causal(k.shape[2]):                # nothing is folded
+        return attention(*in_band(q, k, v, bands[0]), None, implementation)
     if implementation == "naive":
-        return naive_in_bands(rotated, v, seen)
-    if implementation == "sdpa" and not q.is_cuda:
-        raise UserError("attention sdpa: with a distance map it needs a GPU; choose auto or tiled")
+        return naive_in_bands(q, k, v, bands)
+    assert implementation != "sdpa" or q.is_cuda, "sdpa merges no bands on a CPU: choose tiled"
     if q.is_cuda and implementation != "tiled":
-        parts = [flex_part(*turned, v, keys) for turned, keys in zip(rotated, seen)]
+        parts = [flex_part(*in_band(q, k, v, band), band.keys) for band in bands]
     else:
-        parts = [tiled(*turned, v, None, keys, 128, 128) for turned, keys in zip(rotated, seen)]
+        block_k = 128 * 128 // min(q.shape[2], 128)                            # few queries: wide
+        parts = [tiled(*in_band(q, k, v, band), None, band.keys, 128, block_k) for band in bands]
     return merge_outputs(*zip(*parts))
 
 
-def naive_in_bands(rotated: Sequence[tuple[Tensor, Tensor]], v: Tensor, seen: Sequence[KeyRange]
-                   ) -> Tensor:
+def in_band(q: Tensor, k: Tensor, v: Tensor, band: BandInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k as the band rotates them, k and v as far as it holds them."""
+    k, v = k[:, :, band.held], v[:, :, band.held]
+    return apply_rope(q, *band.q_rope), apply_rope(k, *band.k_rope), v
+
+
+def naive_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs]) -> Tensor:
     """The definition: each pair of query and key has the score of its band, -inf if it is in none.
-    rotated: q [B, H, T, D] and k [B, K, S, D] as each band rotates them. seen: its keys."""
-    (B, H, T, D), (K, S) = rotated[0][0].shape, v.shape[1:3]
-    merged = torch.full((B, H, T, S), -torch.inf, device=v.device)
-    for (q, k), keys in zip(rotated, seen):
-        k = k.repeat_interleave(H // K, dim=1)                                 # [B, H, S, D]
-        scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(D)              # [B, H, T, S]
-        hidden = keys.hidden(slice(0, T), slice(0, S))
-        merged = scores if hidden is None else torch.where(hidden, merged, scores)
-    return merged.softmax(dim=-1).type_as(v) @ v.repeat_interleave(H // K, dim=1)
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    scores = torch.full((B, H, T, S), -torch.inf, device=q.device)
+    for band in bands:
+        q_band, k_band, _ = in_band(q, k, v, band)
+        k_band = k_band.repeat_interleave(H // K, dim=1)
+        of_band = (q_band @ k_band.transpose(-2, -1)).float() / math.sqrt(D)   # [B, H, T, held]
+        hidden = band.keys.hidden(slice(0, T), slice(0, of_band.shape[-1]))
+        if hidden is not None:
+            of_band = of_band.where(~hidden, scores[..., band.held])
+        scores = scores.slice_scatter(of_band, -1, band.held.start, band.held.stop)
+    return scores.softmax(dim=-1).type_as(v) @ v.repeat_interleave(H // K, dim=1)
 
 
 def merge_outputs(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:

@@ -5,10 +5,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.key_range import KeyRange
 from common.kv_cache import KVCache
 from methods.baselines import alibi_bias, xpos_scale
 from methods.config import RopeConfig
-from methods.distance_maps import BandInputs, keys_of, without_idle_bands
+from methods.distance_maps import Band, BandInputs, without_idle_bands
 from methods.table import METHODS
 from methods.temperatures import query_scale
 from methods.training_positions import random_positions
@@ -24,11 +25,17 @@ class PositionInputs(NamedTuple):
 
     def last(self, n: int) -> "PositionInputs":
         """For the last n queries alone."""
-        def tail(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return rope[0][..., -n:, :], rope[1][..., -n:, :]
-        bands = self.bands and [band._replace(q_rope=tail(band.q_rope), keys=band.keys.last(n))
-                                for band in self.bands]
-        return self._replace(q_rope=tail(self.q_rope), bands=bands)
+        bands = None
+        if self.bands is not None:
+            bands = [band._replace(q_rope=last_rows(band.q_rope, n), keys=band.keys.last(n))
+                     for band in self.bands]
+        return self._replace(q_rope=last_rows(self.q_rope, n), bands=bands)
+
+
+def last_rows(rope: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the last n tokens."""
+    cos, sin = rope
+    return cos[..., -n:, :], sin[..., -n:, :]
 
 
 def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencies: Tensor,
@@ -77,10 +84,17 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor,
                          config.factor, **config.options)
     inputs = []
     for band in without_idle_bands(bands, text_positions):
+        held, keys = keys_of(band, text_positions).held()
         q_rope = scaled(cos_sin(frequencies, band.q), scale)
-        k_rope = cos_sin(frequencies, band.k)
-        inputs.append(BandInputs(q_rope, k_rope, keys_of(band, text_positions)))
+        k_rope = cos_sin(frequencies, band.k[..., held])
+        inputs.append(BandInputs(q_rope, k_rope, held, keys))
     return inputs
+
+
+def keys_of(band: Band, n: Tensor) -> KeyRange:
+    """The band's keys by their index in the text, where positions may skip (PoSE)."""
+    n, first, stop = n.contiguous(), band.first.contiguous(), band.stop.contiguous()
+    return KeyRange(torch.searchsorted(n, first), torch.searchsorted(n, stop))
 
 
 def unrotated_inputs(config: RopeConfig, frequencies: Tensor, positions: Tensor) -> PositionInputs:

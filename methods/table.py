@@ -29,9 +29,8 @@ class Method:
     trained_on: str = "target"              # training rows: "target" (L' tokens), "original" (L),
                                             # or "random" (L tokens at places of a longer text)
     full_head: bool = False                 # it handles partial_rotary_factor by itself
-    mechanism: str = "angles"               # or "bias" on scores, "decay", a learned "network",
-                                            # or "distances", which are folded by a
-    distance_map: Callable | None = None    # function of distance_maps.py
+    mechanism: str = "angles"               # "bias" on scores, "decay", "network", "distances"
+    distance_map: Callable | None = None    # of distance_maps.py, where the mechanism is distances
 
     @property
     def needs_window(self) -> bool:

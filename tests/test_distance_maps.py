@@ -10,6 +10,8 @@ import torch
 from cases import build, config_of, draw_tokens
 from meter import peak_bytes
 
+import finetune
+import train
 from common.errors import UserError
 from common.key_range import CausalRange, KeyRange
 from common.kv_cache import KVCache
@@ -19,6 +21,8 @@ from methods.distance_maps import Band, attention_in_bands, merge_outputs, witho
 from methods.flex import flex_part
 from model import TiledAttention, attention
 from rope import cos_sin
+from weights import load_config, load_model, save_model
+from weights.extension import complete_flags
 from weights.flags import describe_attention
 
 MAPS = [name for name, method in METHODS.items() if method.distance_map]
@@ -184,11 +188,30 @@ def test_the_path_of_gpus_gives_the_same(name, settings):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sdpa_is_refused_where_it_gives_no_lse():
+def test_sdpa_is_refused_where_it_gives_no_lse(tmp_path):
+    """Where a model is loaded or a training begins, before any work; and inside."""
+    save_model(build(max_seq_len=64), tmp_path)
+    rerope = {"rope_type": "rerope", "factor": 2}
+    with pytest.raises(UserError, match="attention sdpa: .* choose auto or tiled"):
+        load_model(tmp_path, rope=rerope, attention="sdpa")
+    flags = finetune.FinetuneConfig(rope="rerope", factor=2.0, attention="sdpa", device="cpu")
+    with pytest.raises(UserError, match="attention sdpa: .* choose auto or tiled"):
+        complete_flags(flags, load_config("data/tiny"))
+    with pytest.raises(UserError, match="attention sdpa: .* choose auto or tiled"):
+        train.main(["--rope", "dca", "--attention", "sdpa", "--device", "cpu", "--dry-run"])
     q, k, v, _ = draw(50, 50)
     bands, _ = bands_of("rerope", {}, torch.arange(50), 50)
-    with pytest.raises(UserError, match="attention sdpa: .* choose auto or tiled"):
+    with pytest.raises(AssertionError, match="sdpa merges no bands on a CPU"):
         attention_in_bands(q, k, v, bands, "sdpa", attention, tiled)
+
+
+def test_a_band_holds_no_keys_that_nobody_sees():
+    """A new token rotates the near keys of the near band only, and the far keys of the far one."""
+    bands, _ = bands_of("rerope", {"window": 8}, torch.arange(100), 1)
+    assert [band.held for band in bands] == [slice(0, 92), slice(92, 100)]
+    assert [len(band.k_rope[0]) for band in bands] == [92, 8]
+    bands, _ = bands_of("streaming", {"sinks": 4, "window": 8}, torch.arange(100), 1)
+    assert [band.held for band in bands] == [slice(0, 4), slice(92, 100)]
 
 
 def test_parts_of_which_one_is_empty_are_merged_with_their_gradients():

@@ -295,7 +295,7 @@ def test_nothing_is_drawn_before_it_is_asked_for():
 
 
 def test_candidates_are_limited(tokenizer):
-    for rank in (1, -1, ranking.MOST + 1):
+    for rank in (1, -1, ranking.MOST_CANDIDATES + 1):
         with pytest.raises(evaluation.UserError, match=f"--rank {rank}"):
             passkey(small_model(), tokenizer, [100], rank=rank, progress=False)
         with pytest.raises(evaluation.UserError, match=f"--rank {rank}"):

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.device import choose_device
 from common.distributed import wait_for_all_ranks
 from common.errors import UserError
 from data.batches import Batches
 from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag, training_positions
+from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_model, with_rope
@@ -49,6 +51,7 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
         raise UserError(f"--out {config.out}: the pretrained model would be written over: choose "
                         "another folder")
     validate_settings(config)
+    check_attention(config.attention, rope["rope_type"], choose_device(config.device))
     window = round(base.original_window * config.factor)
     if window <= base.original_window:
         raise UserError(f"--factor {config.factor:g}: the target window {window} is not longer "

@@ -61,8 +61,6 @@ def load_from_flags(flags: ModelFlags, quiet: bool = False
     first. --matmul is set for the whole process."""
     device = choose_device(flags.device)
     rope = rope_from_flags(flags)
-    check_attention(flags.attention, (rope or load_config(flags.model).rope.to_dict())["rope_type"],
-                    device)
     torch.set_float32_matmul_precision(flags.matmul)
     model = load_model(flags.model, rope=rope, device=device,
                        dtype=choose_dtype(flags.dtype, device), attention=flags.attention)
@@ -97,20 +95,12 @@ def print_model_header(flags: ModelFlags, model: LLaMA, tokenizer: Tokenizer
     print(f"tokenizer  {tokenizer.vocab_size:,} pieces, {tokenizer.policy}")
 
 
-def check_attention(name: str, rope_type: str, device: torch.device) -> None:
-    """A UserError for an implementation that cannot merge a distance map's bands."""
-    if name == "sdpa" and METHODS[rope_type].distance_map is not None and device.type != "cuda":
-        raise UserError("attention sdpa: with a distance map it needs a GPU; choose auto or tiled")
-
-
 def describe_attention(name: str, rope: RopeConfig, device: torch.device) -> str:
     """The implementation in words: what `auto` takes."""
     if METHODS[rope.rope_type].distance_map is None:
         return "auto (sdpa, the fused kernels)" if name == "auto" else name
-    if name == "sdpa" and device.type == "cuda":
-        return "sdpa (flex_attention, band by band)"
-    if name != "auto":
+    if name in ("naive", "tiled"):
         return name
     if device.type == "cuda":
-        return "auto (flex_attention, band by band)"
-    return "auto (tiled, which can merge bands)"
+        return f"{name} (flex_attention, band by band)"
+    return f"{name} (tiled, which can merge bands)"

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from common.device import choose_device
 from common.errors import UserError
 from methods import RopeConfig, build_clex
+from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights import gguf, hugging_face, meta
 from weights.checks import check_tensor_values
@@ -40,6 +41,7 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     layout = model_format(path)
     stored_config = layout.read_config(path)
     config = with_rope(stored_config, rope)
+    check_attention(attention, config.rope.rope_type, device)
     with torch.device("meta"), SkipInit():  # shapes without memory
         model = LLaMA(config, attention)
 
