@@ -319,6 +319,21 @@ def test_golden_temperatures():
     assert scale("none") == pytest.approx([1] * 7)
 
 
+@pytest.mark.parametrize("sigma, restored", [(1.0, 0.41), (2.0, 0.2)])
+def test_log_n_gives_back_what_more_keys_take(sigma, restored):
+    """docs/maths.md, section 12: a key that had half of the attention among L keys, among n = 16 L
+    others whose scores are drawn at random."""
+    L, n = 256, 4096
+    rng, z = np.random.default_rng(0), math.log(L) + sigma**2 / 2
+
+    def share(keys, scale):
+        others = np.exp(scale * sigma * rng.standard_normal((2000, keys))).sum(axis=1)
+        return np.mean(1 / (1 + others * np.exp(-scale * z)))
+    assert share(L, 1.0) == pytest.approx(0.5, abs=0.02)
+    assert share(n, 1.0) == pytest.approx(0.06, abs=0.005)
+    assert share(n, math.log(n) / math.log(L)) == pytest.approx(restored, abs=0.02)
+
+
 def test_a_temperature_takes_the_place_of_the_methods_own():
     assert inv_freq(config_with("yarn"), 16)[1] == pytest.approx(1 + 0.1 * math.log(4))
     for name in ("none", "log_n", "llama4"):
