@@ -135,8 +135,9 @@ def bench_maps(c: BenchConfig, model: LLaMA, dtype: torch.dtype) -> list[dict]:
         for name in ["default", *maps]:
             rope = RopeConfig(name, 4.0, max(8, T // 4))
             theta, _ = inv_freq(rope, model.config.head_dim)
+            positions = torch.arange(T, device=model.device)
             inputs = position_inputs(rope, model.config.n_heads, theta.to(model.device), 1.0,
-                                     torch.arange(T, device=model.device), T)
+                                     positions, positions)
             sides[name] = partial(map_step, inputs, q, k, v)
         found = time_sides(sides, model.device, c.repeat)
         rows += make_rows(f"distance map, {T} tokens", "tokens_per_second", T, found, "default")

@@ -89,7 +89,7 @@ class Experiment:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(FinetuneConfig, __doc__, argv)
-    rank, world = join_process_group()
+    rank, world = join_process_group()      # of several GPUs
     device, base = choose_device(config.device), load_config(config.model)
     # config.rope is the text of the flag, rope the dict that it means.
     config, rope, direct_out = complete_flags(config, base)
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = sorted(set(config.lengths or [*four_lengths(base), window]))
     experiments = [e for e in list_experiments(config, rope, direct_out, base)
                    if e.training or config.eval]
-    work = phases(config, experiments, target, lengths, world)
+    ranks = world // config.context_parallel    # that read different rows
+    work = phases(config, experiments, target, lengths, ranks)
     if rank == 0:
         print_header(target, config, device, row_length(config, rope, L, window))
         print_phases(work)
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for e in experiments:
         if e.training:  # made before any training: a bad flag shows before hours of work
             e.training.corpus = config.corpus
-            e.batches = training_batches(e.training, e.rope, base, tokenizer, world)
+            e.batches = training_batches(e.training, e.rope, base, tokenizer, ranks)
     if config.eval:
         texts, lengths = evaluation_documents(val, lengths, config.max_tokens, tokenizer, rank > 0)
 
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for e in experiments:
         model = None  # one at a time: the next may need the memory
-        model = load_extended(config.model, e.rope, L, window, device, config.attention)
+        model = load_extended(config.model, e.rope, L, window, device, config.attention, e.training)
         seconds = 0.0
         if e.training:
             progress.next()

@@ -7,7 +7,7 @@ Module and tensor names are Meta's (`tok_embeddings`, `layers.N.attention.wq`, `
 ...), so that official checkpoints load with no renaming.
 """
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from common.checks import complete_shape
+from common.distributed import ContextShard
 from common.errors import UserError
 from common.key_range import CausalRange, KeyRange
 from common.kv_cache import KVCache
@@ -81,6 +82,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
         causal = CausalRange(q.shape[2], k.shape[2], q.device)
         return TiledAttention.apply(q, k, v, bias, causal, block_q, block_k)[0]
     return sdpa_attention(q, k, v, bias)
+
+
+def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+                        implementation: str, chunks: Sequence[int]) -> Tensor:
+    """The same where several GPUs share a text of equal chunks, and this one has the queries of
+    `chunks` (common/distributed.py): those of chunk c are the last of chunks 0 to c."""
+    outputs = []
+    for c, q_chunk in zip(chunks, q.chunk(len(chunks), dim=2)):
+        end = (c + 1) * q_chunk.shape[2]
+        bias_seen = None if bias is None else bias[..., :end]
+        outputs.append(attention(q_chunk, k[:, :, :end], v[:, :, :end], bias_seen, implementation))
+    return torch.cat(outputs, dim=2)
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -270,11 +283,15 @@ class Attention(nn.Module):
             k = apply_rope(k, *pos.k_rope)                            # k_rope differs in xPos only
         if cache is not None:
             k, v = cache.add_keys(self.layer, k, v)                               # [B, K, S, D]
-        if pos.bands is None:
-            out = attention(q, k, v, pos.attn_bias, implementation)               # [B, H, n, D]
-        else:                                                         # each band rotates them
+        if pos.context is not None:                                   # several GPUs share the text
+            k, v = pos.context.all_tokens(k), pos.context.all_tokens(v)           # [B, K, S, D]
+        if pos.bands is not None:                                     # each band rotates them
             out = attention_in_bands(q, k, v, pos.bands, implementation, attention,
                                      TiledAttention.apply)                        # [B, H, n, D]
+        elif pos.context is not None:
+            out = attention_in_chunks(q, k, v, pos.attn_bias, implementation, pos.context.chunks)
+        else:
+            out = attention(q, k, v, pos.attn_bias, implementation)               # [B, H, n, D]
         return self.wo(out.transpose(1, 2).flatten(2))                            # [B, n, C]
 
 
@@ -313,11 +330,13 @@ LOSS_CHUNK = 2**24  # logits at a time, 64 MiB: the whole [T, V] of a 32k window
 
 class LLaMA(nn.Module):
     """The model. `attention` (auto, naive, tiled, sdpa) and `recompute` may be set at any time;
-    `config.rope` too, but not while a cache is in use, and not to or from CLEX."""
+    `config.rope` too, but not while a cache is in use, and not to or from CLEX. `context`: a
+    ContextShard where several GPUs share each text."""
 
     def __init__(self, config: ModelConfig, attention: str = "auto", recompute: bool = False):
         super().__init__()
         self.config, self.attention, self.recompute = config, attention, recompute
+        self.context: ContextShard | None = None
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -350,9 +369,13 @@ class LLaMA(nn.Module):
         frequencies, attention_factor = self.frequencies(all_positions)
         if cache is not None:
             cache.add_tokens(tokens, all_positions, frequencies, attention_factor)
+        positions = all_positions[..., -tokens.shape[1]:]
+        if self.context is not None:                                    # this GPU's part of it
+            own = self.context.own(tokens.shape[1])
+            tokens, positions = tokens[:, own], all_positions[..., own]
         inputs = inputs_of_layers(self.config.rope, self.config.n_layers, self.config.n_heads,
                                   frequencies.to(self.device), attention_factor, all_positions,
-                                  tokens.shape[1])                      # rotations of each layer
+                                  positions, self.context)              # rotations of each layer
         x = self.tok_embeddings(tokens)                                 # [B, T] -> [B, T, C]
         for block, pos in zip(self.layers, inputs):
             wanted = last if block is self.layers[-1] else None
@@ -400,8 +423,12 @@ class LLaMA(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats over the targets [B, T] that are not -100."""
         hidden = self.hidden(tokens, positions)
-        nll = self.nll(hidden.flatten(0, 1), targets.flatten())
-        return nll.sum() / (targets != -100).sum().clamp(min=1)
+        count = (targets != -100).sum().clamp(min=1)
+        if self.context is None:
+            return self.nll(hidden.flatten(0, 1), targets.flatten()).sum() / count
+        own = targets[:, self.context.own(targets.shape[1])]
+        nll = self.nll(hidden.flatten(0, 1), own.flatten()).sum()
+        return self.context.sum(nll) / count                            # its gradient: this part's
 
 
 # ---- Generation ----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common.cli import field, parse, run_command
 from common.device import choose_device, choose_dtype
-from common.distributed import average_over_ranks, join_process_group, wait_for_all_ranks
+from common.distributed import (context_shard, is_sharded, join_process_group, mean_over_ranks,
+                                shard_weights, wait_for_all_ranks, whole)
 from common.errors import UserError
 from data.batches import Batches, prefetch
 from data.corpus import TokenFile, corpus_for, ensure_corpus
@@ -26,7 +27,7 @@ from data.tokenizer import Tokenizer, open_tokenizer
 from methods import RopeConfig, parse_rope_flag, training_positions
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
-from weights.training_run import TrainingRun, print_header, validate_settings
+from weights.training_run import TrainingRun, check_ranks, print_header, validate_settings
 
 
 @dataclass
@@ -36,6 +37,7 @@ class FitConfig:
     steps: int = field(1000, "optimiser steps")
     batch_size: int = field(16, "rows per micro-batch and device")
     accumulate: int = field(1, "micro-batches per optimiser step")
+    context_parallel: int = field(1, "GPUs that share the tokens of each row")
     lr: float = field(3e-3, "peak learning rate")
     schedule: str = field("cosine", "after warm-up", choices=["cosine", "linear", "constant"])
     min_lr: float = field(0.0, "where cosine and linear end, as a share of the peak")
@@ -55,12 +57,13 @@ class FitConfig:
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")
+    offload: bool = field(False, "several GPUs: weights and optimiser wait in the host's memory")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     # A run may be resumed with other values of these; all other settings have to be the same.
     may_change_on_resume: ClassVar[set[str]] = {
         "out", "log_every", "eval_every", "save_every", "device", "attention", "compile",
-        "recompute", "fresh", "dry_run"}
+        "recompute", "context_parallel", "offload", "fresh", "dry_run"}
 
 
 @dataclass
@@ -108,6 +111,9 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     validate_settings(config)
     rank, world = join_process_group()  # joins at the first call only; 0, 1 without torchrun
     model.attention, model.recompute = config.attention, config.recompute
+    model.context = context_shard(config.context_parallel)  # None if a row belongs to one GPU
+    if world > 1 and not is_sharded(model):
+        shard_weights(model, model.device, choose_dtype(config.dtype, model.device), config.offload)
     optimizer = make_optimizer(model, config)
     run = TrainingRun(model, optimizer, config, evaluate, tokenizer, progress)
     if run.finished:
@@ -116,7 +122,7 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
         for block in model.layers:
             block.compile()  # one graph serves all blocks
     rows = config.batch_size * config.accumulate    # of this rank in one optimiser step
-    first_row = rank * rows
+    first_row = rank // config.context_parallel * rows
     with run.running():  # Ctrl-C waits for the end of a step, and the log is open
         # step: run.step, ..., config.steps - 1; batch: this rank's rows of that step
         for step, batch in prefetch(batches, run.step, config.steps, first_row, rows):
@@ -124,34 +130,40 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = add_gradients(model, batch, config)  # forward and backward: fills p.grad
-            average_over_ranks(model, loss, world)      # p.grad and loss, in place
             largest_norm = config.clip or math.inf      # clip = 0: the norm is only measured
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             # Counts the step. Where it is time: raises if something is not finite, logs, validates,
             # saves, stops after Ctrl-C.
-            run.after_step(loss, norm, lr, tokens=batch[0].numel())
+            run.after_step(loss, whole(norm), lr, tokens=batch[0].numel())
     return run.seconds
 
 
 def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> Tensor:
-    """Forward and backward, one micro-batch after another: p.grad sums up over them. Returns the
-    mean loss in nats a token.
+    """Forward and backward, one micro-batch after another: p.grad sums up over them, and over GPUs.
+    Returns the mean loss in nats a token, over all targets of the step.
 
     batch: tokens, targets and, if they are not 0, 1, 2, ... (PoSE), positions: each [rows, T].
     """
     device = model.device
     dtype = choose_dtype(config.dtype, device)
     total = torch.zeros((), device=device)
+    targets = mean_over_ranks(count_targets(batch)) / config.context_parallel   # for each GPU
     for start in range(0, len(batch[0]), config.batch_size):
         rows = slice(start, start + config.batch_size)
         micro_batch = [tensor[rows].to(device, non_blocking=True) for tensor in batch]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.loss(*micro_batch) / config.accumulate     # so that the sum is the mean
+            loss = model.loss(*micro_batch)
+        loss = loss / (targets / count_targets(micro_batch))        # so that the sum is the mean
         loss.backward()
         total += loss.detach()
-    return total
+    return mean_over_ranks(total) / config.context_parallel
+
+
+def count_targets(batch: Sequence[Tensor]) -> Tensor:
+    """Targets that are scored: all but those of -100."""
+    return (batch[1] != -100).sum()
 
 
 def learning_rate(config: FitConfig, step: int) -> float:
@@ -231,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_kv_heads=config.n_kv_heads, vocab_size=tokenizer.vocab_size,
         multiple_of=config.multiple_of, max_seq_len=L, rope=rope)
     check_attention(config.attention, rope.rope_type, device)
+    check_ranks(config, row=L)
     if rank == 0:
         print_header(shape, config, device)
     if config.dry_run:
@@ -241,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ensure_corpus(config.corpus, config.tokenizer, config.corpus_mb)
     wait_for_all_ranks()
 
-    rows_of_step = config.batch_size * config.accumulate * world
+    rows_of_step = config.batch_size * config.accumulate * world // config.context_parallel
     batches = Batches(TokenFile(corpus, "train"), tokenizer, rows_of_step, L, config.passkey_share,
                       seed=config.seed, positions=training_positions(rope, L, L))  # here L' = L
     evaluate = validation(TokenFile(corpus, "val"), tokenizer, config.batch_size, L)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from common.device import describe_device
+from common.distributed import is_sharded, of_first_rank, own_rows
 from common.environment import versions
 from common.errors import UserError
 from common.files import write_json
@@ -119,4 +120,6 @@ class ResultCache:
 def weight_sample(model: torch.nn.Module) -> torch.Tensor:
     """The first four numbers of every tensor: enough to tell one training from another, and quick
     for a model of any size."""
-    return torch.cat([p.detach().flatten()[:4].float().cpu() for p in model.parameters()])
+    parameters = [own_rows(p).detach() for p in model.parameters()]
+    sample = torch.cat([p.flatten()[:4].float().cpu() for p in parameters])
+    return of_first_rank(sample) if is_sharded(model) else sample

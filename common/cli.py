@@ -28,6 +28,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {command} -h lists the flags")
 
 
+OUT_OF_MEMORY = ("out of memory: use a shorter window or --dtype bfloat16; in training also a "
+                 "smaller --batch-size or --recompute")
+LOST_PEER = ("another process ended: its message says why; the same command goes on from the last "
+             "checkpoint")
+
+
 def run_command(main: Callable[[], Any]) -> NoReturn:
     """Call main() as a command.
 
@@ -51,12 +57,20 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
         if error.filename:
             message += f": {error.filename}"
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_lost_peer(error):
+            message = LOST_PEER
+        elif is_out_of_memory(error):
+            message = OUT_OF_MEMORY
+        else:
             raise
-        message = ("out of memory: use a shorter window or --dtype bfloat16; in training also a "
-                   "smaller --batch-size or --recompute")
     print(f"error: {printable_line(message, 1000)}", file=sys.stderr)
     sys.exit(2)
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether several GPUs could not talk to each other, as one of them has ended. PyTorch reports
+    it as a DistError, DistBackendError, ..., and gloo as a RuntimeError."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error).lower()
 
 
 def is_out_of_memory(error: Exception) -> bool:

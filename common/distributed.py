@@ -1,9 +1,32 @@
-"""Several GPUs: torchrun starts a process for each. Every process computes its rows of a step, and
-the gradients are averaged."""
+"""Many GPUs: one process (rank) for each, started by torchrun. Nothing here acts on a single GPU.
+
+    torchrun --nproc-per-node 8 finetune.py --context-parallel 4 ...
+
+The ranks form a grid of data x context, here 2 x 4:
+
+                  context
+                  0  1  2  3      the ranks of a line read the same rows, each a part of their
+        data  0   0  1  2  3      tokens (ContextShard); another line reads other rows
+              1   4  5  6  7
+
+All eight share the weights: each rank holds an eighth of every matrix, of its gradient and of its
+optimiser state, and a block's weights are put together only while it works (shard_weights: FSDP2,
+PyTorch's fully_shard). Gradients are averaged, so every step is that of one GPU with all rows.
+"""
+import functools
+import math
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from common.errors import UserError
+
+# ---- The ranks -----------------------------------------------------------------------------------
 
 
 def join_process_group() -> tuple[int, int]:
@@ -11,9 +34,17 @@ def join_process_group() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not dist.is_initialized():
+        backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if not dist.is_nccl_available():
+                raise UserError("this PyTorch was built without NCCL, by which GPUs talk to each "
+                                "other: install one that has it, or give --device cpu")
+            backend = "cpu:gloo,cuda:nccl"
+            gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if gpu >= gpus:
+                raise UserError(f"more processes than GPUs: give torchrun --nproc-per-node {gpus}")
+            torch.cuda.set_device(gpu)
+        dist.init_process_group(backend)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -23,21 +54,195 @@ def wait_for_all_ranks() -> None:
         dist.barrier()
 
 
-def on_any_rank(flag: bool, device: torch.device) -> bool:
+def on_any_rank(flag: bool) -> bool:
     """Whether `flag` is true in any process. Ranks have to stop after the same step: one that went
     on alone would wait for the others for ever."""
-    number = torch.tensor(float(flag), device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return bool(number)
+    return bool(mean_over_ranks(torch.tensor(float(flag))))
 
 
-def average_over_ranks(model: torch.nn.Module, loss: torch.Tensor, world: int) -> None:
-    """Average gradients and loss over the processes, in place: every rank then takes the same step
-    as one process with all rows would."""
+def mean_over_ranks(number: Tensor) -> Tensor:
+    world = join_process_group()[1]
     if world == 1:
+        return number
+    total = number.clone()
+    dist.all_reduce(total)
+    return total / world
+
+
+def of_first_rank(value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank has."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def require_same(settings: dict[str, Any]) -> None:
+    """A UserError, on every rank, if one was started with other settings."""
+    if join_process_group()[1] == 1:
         return
-    # A trained RoPE method has no gradient where it changes nothing (CLEX at t = 1): on all ranks.
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    for tensor in [*gradients, loss]:
-        dist.all_reduce(tensor)
-        tensor /= world
+    of_ranks = of_all_ranks(settings)
+    for other, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs.get(name) != value:
+                raise UserError(f"process {other} was started with {name} {theirs.get(name)}, "
+                                f"process 0 with {value}: start all with the same command")
+
+
+# ---- A text shared by several GPUs ---------------------------------------------------------------
+
+
+class ContextShard:
+    """The part of every text that this rank reads. (Llama 3, arXiv 2407.21783, section 3.3.2)
+
+    A text of T tokens is cut into 2 C chunks for C ranks, and rank r has two of them, r and
+    2C-1-r: late queries see more keys, and so every rank has as many pairs to compute as any other.
+    With C = 2:
+
+        chunk   0  1  2  3
+        rank    0  1  1  0
+
+    A rank computes everything for its own tokens alone, but for attention, which has to know the
+    keys and values of all: they are gathered in each layer.
+    """
+
+    def __init__(self, rank: int, size: int, group: Any):
+        self.rank, self.size, self.group = rank, size, group
+        self.chunks = (rank, 2 * size - 1 - rank)
+
+    def own(self, T: int) -> Tensor:
+        """The places of this rank's tokens in a text of T, [T/C]."""
+        assert T % (2 * self.size) == 0, "a text is cut into 2 C equal chunks"
+        chunks = torch.arange(T).chunk(2 * self.size)
+        return torch.cat([chunks[c] for c in self.chunks])
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """Keys or values of this rank's tokens -> of all: [B, K, T/C, D] -> [B, K, T, D]."""
+        parts = GatherParts.apply(x, self.group, self.size)                    # [C, B, K, T/C, D]
+        heads, tails = parts.chunk(2, dim=3)
+        return torch.cat([*heads, *reversed(tails.unbind())], dim=2)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks that share a text; its gradient is that of this rank's x."""
+        own = x.detach()
+        total = own.clone()
+        dist.all_reduce(total, group=self.group)
+        return x + (total - own)
+
+
+class GatherParts(torch.autograd.Function):
+    """Every rank's x: [...] -> [C, ...]. Each rank used x, and so the gradients of all add up."""
+
+    @staticmethod
+    def forward(ctx, x, group, size):
+        ctx.group, ctx.shape = group, x.shape
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.stack(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dparts):
+        dx = torch.empty(ctx.shape, dtype=torch.float32, device=dparts.device)
+        dist.reduce_scatter(dx, list(dparts.float().unbind()), group=ctx.group)
+        return dx.type_as(dparts), None, None
+
+
+@functools.cache
+def context_shard(size: int) -> ContextShard | None:
+    """This rank's part of a text that `size` ranks share; None if none is shared."""
+    rank, world = join_process_group()
+    if size == 1:
+        return None
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
+    return ContextShard(rank % size, size, groups[rank // size])
+
+
+# ---- Weights shared by all GPUs ------------------------------------------------------------------
+
+
+def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype,
+                  offload: bool = False) -> None:
+    """Each rank keeps its rows of every weight: of N ranks, rank r has the r-th of N equal pieces.
+
+    A block's weights are gathered for its forward pass, thrown away, and gathered again for its
+    backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
+    other. dtype: what a block's weights are gathered in. Gradients are means over the ranks, made
+    in float32.
+    offload: the pieces lie in the host's memory.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard, register_fsdp_forward_method)
+    world = join_process_group()[1]
+    shared = {"mesh": init_device_mesh(device.type, (world,)),
+              "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        fully_shard(block, mp_policy=in_blocks, **shared)
+    fully_shard(model, mp_policy=float32, **shared)
+    register_fsdp_forward_method(model, "loss")      # which fit() calls, in place of forward()
+
+
+def own_rows(tensor: Tensor) -> Tensor:
+    """What this rank has of a weight: all, if it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all ranks, on each of them."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return hasattr(model, "unshard")
+
+
+def own_part(weight: Tensor, place: tuple[slice, ...], stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a stored tensor goes, and what of it: it belongs in [place] of a weight, of which this
+    rank may have some rows only."""
+    own, rows = own_rows(weight), len(weight)
+    if own is weight:
+        return weight[place], stored
+    rank, world = join_process_group()
+    first = min(rank * math.ceil(rows / world), rows)           # of this rank
+    given = place[0] if place else slice(0, rows)
+    start = max(given.start or 0, first)
+    stop = min(rows if given.stop is None else given.stop, first + len(own))
+    if start >= stop:
+        return own[:0], stored[:0]
+    part = own[(slice(start - first, stop - first), *place[1:])]
+    offset = given.start or 0
+    return part, stored[start - offset:stop - offset]
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def save_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write weights and optimiser into a new folder, each rank what it holds."""
+    import torch.distributed.checkpoint as checkpoint
+    checkpoint.save(shards(model, optimizer), checkpoint_id=folder)
+
+
+def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read what save_shards wrote, with any number of ranks, one included."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+    state = shards(model, optimizer)
+    checkpoint.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
+
+
+def shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}

@@ -39,6 +39,14 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     sync_folder(path.parent)
 
 
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def ordinary_permissions() -> int:
     """Permissions of a new file. mkstemp makes private ones; a result is an ordinary file."""
     umask = os.umask(0)

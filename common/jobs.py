@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from common.cache import ResultCache
+from common.distributed import join_process_group, of_all_ranks, of_first_rank
 
 CPU_BYTES_PER_PASS = 2**26       # enough rows to keep a core busy
 CPU_BYTES_OF_ALL_PASSES = 2**31  # of the passes that run side by side
@@ -45,8 +46,12 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
 
     On a CPU each core takes a job of its own, as many as 2 GiB hold (job_bytes: the largest job).
     One job on all cores would be slower: after every operation they wait for the slowest. On a GPU
-    a second thread queues the next pass while the first one fetches its result.
+    a second thread queues the next pass while the first one fetches its result. Several ranks share
+    the jobs.
     """
+    if join_process_group()[1] > 1:
+        yield from shared_map(function, jobs, cache)
+        return
     threads = torch.get_num_threads()
     workers = 2
     if model.device.type == "cpu":
@@ -67,6 +72,19 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def shared_map(function: Callable, jobs: Mapping[Any, tuple], cache: ResultCache) -> Iterator[Any]:
+    """The same by all ranks together, each its share, one job after another. Every rank has to
+    come here, and gets all values; what is known already is in rank 0's cache."""
+    rank, world = join_process_group()
+    known = of_first_rank({key: cache.get(key, lambda: None) for key in jobs if key in cache})
+    missing = [key for key in jobs if key not in known]
+    computed = {key: function(*jobs[key]) for key in missing[rank::world]}
+    for of_rank in of_all_ranks(computed):
+        known |= of_rank
+    for key in jobs:
+        yield cache.get(key, lambda key=key: known[key])
 
 
 class Window(NamedTuple):

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.distributed import ContextShard
 from common.key_range import KeyRange
 from common.kv_cache import KVCache
 from methods.baselines import alibi_bias, xpos_scale
@@ -17,11 +18,12 @@ from rope import cos_sin
 
 
 class PositionInputs(NamedTuple):
-    """For the last T tokens of a text of S."""
+    """For T tokens of a text of S: the last, or those that this GPU has of it."""
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
     k_rope: tuple[Tensor, Tensor]   # cos and sin of the keys, the same but for xPos
     attn_bias: Tensor | None        # added to the scores, [H, 1, S] or [B, H, 1, S]: ALiBi only
     bands: list[BandInputs] | None = None    # of a distance map: rotations that take their place
+    context: ContextShard | None = None      # where several GPUs share the text
 
     def last(self, n: int) -> "PositionInputs":
         """For the last n queries alone."""
@@ -39,28 +41,27 @@ def last_rows(rope: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
 
 
 def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencies: Tensor,
-                     attention_factor: float, text_positions: Tensor, tokens: int
-                     ) -> list[PositionInputs]:
+                     attention_factor: float, text_positions: Tensor, positions: Tensor,
+                     context: ContextShard | None = None) -> list[PositionInputs]:
     """One for each layer: the same for all, but that every n-th may be unrotated (interleaved
     NoPE). A temperature then acts in the unrotated layers only, and rotated ones have the method's
     own. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)"""
     every = config.no_rope_layer_interval
     if every is None:
         inputs = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
-                                 tokens, config.temperature)
-        return [inputs] * n_layers
+                                 positions, config.temperature)
+        return [inputs._replace(context=context)] * n_layers
     rotated = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
-                              tokens, temperature=None)
-    unrotated = unrotated_inputs(config, frequencies, text_positions[..., -tokens:])
+                              positions, temperature=None)._replace(context=context)
+    unrotated = unrotated_inputs(config, frequencies, positions)._replace(context=context)
     return [rotated if (layer + 1) % every else unrotated for layer in range(n_layers)]
 
 
 def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, attention_factor: float,
-                    text_positions: Tensor, tokens: int, temperature: str | None = None
+                    text_positions: Tensor, positions: Tensor, temperature: str | None = None
                     ) -> PositionInputs:
-    """For the last T = `tokens` of a text at text_positions [S] or [B, S]. frequencies,
-    attention_factor: what inv_freq returned. temperature: that of these layers."""
-    positions = text_positions[..., -tokens:]
+    """For the tokens at `positions` [T] or [B, T] of a text at text_positions [S] or [B, S].
+    frequencies, attention_factor: what inv_freq returned. temperature: that of these layers."""
     method = METHODS[config.rope_type]
     cos, sin = cos_sin(frequencies, positions, attention_factor)
     scale = query_scale(temperature, positions, config.original_max_position_embeddings)
@@ -77,7 +78,7 @@ def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, atten
 
 def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor, positions: Tensor,
                 scale: Tensor | None) -> list[BandInputs]:
-    """The bands of a distance map. Keys at text_positions, queries at the last of them."""
+    """The bands of a distance map. Keys at text_positions, queries at `positions`."""
     assert (text_positions.diff(dim=-1) > 0).all(), "a distance map needs ascending positions"
     distance_map = METHODS[config.rope_type].distance_map
     bands = distance_map(positions, text_positions, config.original_max_position_embeddings,

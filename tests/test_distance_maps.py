@@ -49,7 +49,8 @@ def rope_dict(name, settings):
 def bands_of(name, settings, positions, T, D=8, **more):
     config = RopeConfig.from_dict(rope_dict(name, settings) | more)
     theta, factor = inv_freq(config, D)
-    return position_inputs(config, 4, theta, factor, positions, T).bands, theta.double().numpy()
+    return (position_inputs(config, 4, theta, factor, positions, positions[..., -T:]).bands,
+            theta.double().numpy())
 
 
 def draw(T, S, H=4, K=2, D=8, B=2, seed=0):
@@ -307,7 +308,7 @@ def test_golden_temperatures():
     theta, _ = inv_freq(config_with(), 16)
 
     def scale(name):
-        inputs = position_inputs(config_with(), 1, theta, 1.0, positions, 7, name)
+        inputs = position_inputs(config_with(), 1, theta, 1.0, positions, positions[-7:], name)
         assert torch.equal(inputs.k_rope[0], cos_sin(theta, positions)[0])
         q_length = (inputs.q_rope[0] ** 2 + inputs.q_rope[1] ** 2).sqrt()[:, 0]
         return (q_length / (inputs.k_rope[0] ** 2 + inputs.k_rope[1] ** 2).sqrt()[:, 0]).tolist()

@@ -101,7 +101,7 @@ def test_golden_xpos():
 def test_xpos_rotates_and_scales_as_the_oracle(factor):
     config, positions = RopeConfig("xpos", factor), torch.tensor([[0, 3, 200], [7, 900, 901]])
     theta, _ = inv_freq(config, 16)
-    inputs = position_inputs(config, 2, theta, 1.0, positions, 3)
+    inputs = position_inputs(config, 2, theta, 1.0, positions, positions[..., -3:])
     assert inputs.attn_bias is None
     angles = reference.frequencies({"rope_type": "xpos", "factor": factor}, 16)
     for x, turn, sign in ((draw(2, 2, 3, 16), inputs.q_rope, 1),
@@ -117,7 +117,7 @@ def test_xpos_scores_depend_on_the_distance_only_and_decay_with_it():
     q, k = draw(2, 1, 1, 1, 32)
 
     def at(position):
-        return position_inputs(config, 1, theta, 1.0, torch.tensor([position]), 1)
+        return position_inputs(config, 1, theta, 1.0, *[torch.tensor([position])] * 2)
 
     def score(m, n):
         turned_q = apply_rope(q, *at(m).q_rope).double()
@@ -130,7 +130,8 @@ def test_xpos_scores_depend_on_the_distance_only_and_decay_with_it():
 
     # without the angles only the decay is left
     same = torch.ones(1, 1, 1, 32)
-    still = position_inputs(config, 1, torch.zeros(16), 1.0, torch.arange(0, 5000, 50), 100)
+    positions = torch.arange(0, 5000, 50)
+    still = position_inputs(config, 1, torch.zeros(16), 1.0, positions, positions)
     key_cos, key_sin = still.k_rope
     queries = apply_rope(same.expand(1, 1, 100, 32), *still.q_rope)
     decay = (queries * apply_rope(same, key_cos[:1], key_sin[:1])).sum(-1)[0, 0]
@@ -140,7 +141,7 @@ def test_xpos_scores_depend_on_the_distance_only_and_decay_with_it():
 def test_xpos_says_where_its_powers_end():
     def at(config, *positions):
         theta, _ = inv_freq(config, 64)
-        return position_inputs(config, 1, theta, 1.0, torch.tensor(positions), len(positions))
+        return position_inputs(config, 1, theta, 1.0, *[torch.tensor(positions)] * 2)
     config = RopeConfig("xpos")
     for position in (10_000, 30_000):
         inputs = at(config, position)
@@ -159,7 +160,7 @@ def test_queries_and_keys_turn_alike_but_for_xpos_and_only_alibi_adds_a_bias(nam
     config = config_of(name)
     theta, factor = inv_freq(config, 16, 200)
     positions = torch.arange(180, 200)
-    inputs = position_inputs(config, 4, theta, factor, torch.arange(200), 20)
+    inputs = position_inputs(config, 4, theta, factor, torch.arange(200), positions)
     assert (inputs.attn_bias is not None) == (name == "alibi")
     same_cos = torch.equal(inputs.q_rope[0], inputs.k_rope[0])
     same_sin = torch.equal(inputs.q_rope[1], inputs.k_rope[1])
@@ -178,8 +179,8 @@ def test_the_last_tokens_of_a_text_have_the_last_positions(name, tokens):
     theta, factor = inv_freq(config, 16)
     text = torch.stack([torch.arange(12), torch.arange(12) * 3 + 40])
     for positions in (text[0], text):
-        whole = position_inputs(config, 4, theta, factor, positions, 12)
-        part = position_inputs(config, 4, theta, factor, positions, tokens)
+        whole = position_inputs(config, 4, theta, factor, positions, positions)
+        part = position_inputs(config, 4, theta, factor, positions, positions[..., -tokens:])
         for side, part_side in ((whole.q_rope, part.q_rope), (whole.k_rope, part.k_rope)):
             for x, part_x in zip(side, part_side):
                 assert part_x.shape == (*positions.shape[:-1], tokens, 8)

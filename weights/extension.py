@@ -1,6 +1,7 @@
 """Behind finetune.py: its flags completed and checked, what it will take, its corpus and batches,
 and a model loaded with other positions."""
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.device import choose_device
-from common.distributed import wait_for_all_ranks
+from common.device import choose_device, choose_dtype
+from common.distributed import join_process_group, shard_weights, wait_for_all_ranks
 from common.errors import UserError
 from data.batches import Batches
 from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
@@ -21,7 +22,7 @@ from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_model, with_rope
 from weights.size import evaluation_flops, flops_per_token, parameter_count
-from weights.training_run import validate_settings
+from weights.training_run import check_ranks, validate_settings
 
 DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
@@ -65,6 +66,7 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
                             f"most L = {base.original_window}")
         if config.positions == "own" and own_way == "target" and config.row_length < window:
             config = dataclasses.replace(config, positions="pose")
+    check_ranks(config, row_length(config, rope, base.original_window, window))
     check_evaluation(config)
     warn_if_shorter(base, window)
     return config, rope, direct_out
@@ -117,10 +119,16 @@ def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
 
 
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
-                  attention: str) -> LLaMA:
-    """A pretrained model with other positions and the window that it is to have."""
+                  attention: str, training: Any = None) -> LLaMA:
+    """A pretrained model with other positions and the window that it is to have. training: a
+    FitConfig, if it is to be trained; several GPUs then share the weights."""
+    shard = None
+    if training and join_process_group()[1] > 1:
+        dtype = choose_dtype(training.dtype, device)
+        shard = functools.partial(shard_weights, device=device, dtype=dtype,
+                                  offload=training.offload)
     model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
-                       attention=attention)
+                       attention=attention, shard=shard)
     model.config.max_seq_len = window
     # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
     model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)

@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from common.device import choose_device
+from common.distributed import own_part
 from common.errors import UserError
 from methods import RopeConfig, build_clex
 from methods.checks import check_attention
@@ -27,12 +28,13 @@ from weights.save import SAVED, find_file
 @torch.no_grad()
 def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
                device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32,
-               attention: str = "auto") -> LLaMA:
+               attention: str = "auto", shard: Callable[[LLaMA], None] | None = None) -> LLaMA:
     """The model of a folder or .gguf file: model(tokens [B, T]) -> logits [B, T, V].
 
     rope: None keeps the model's own; a RopeConfig or a dict replaces it (with_rope).
     device: a name, as for --device, or a torch.device.
     dtype: of all weights; None leaves each as it is stored.
+    shard: shares the weights among GPUs; each then reads its rows only (common/distributed.py).
     Every tensor goes from the memory-mapped file straight to its place, dtype and device. At the
     peak there are the model, one tensor, and a sixteenth of a file. UserErrors name file, tensor
     and remedy.
@@ -44,6 +46,9 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     check_attention(attention, config.rope.rope_type, device)
     with torch.device("meta"), SkipInit():  # shapes without memory
         model = LLaMA(config, attention)
+    if shard is not None:
+        shard(model)
+        model.to_empty(device=device)
 
     tensors = {}
     if config.rope.rope_type != stored_config.rope.rope_type:
@@ -51,11 +56,14 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     shapes = {name: tuple(parameter.shape)
               for name, parameter in model.named_parameters() if name not in tensors}
     for file, name, place, stored in layout.read_tensors(path, shapes):
-        tensor_dtype = dtype or stored.dtype
-        check_tensor_values(file, name, stored, tensor_dtype)
-        if name not in tensors:
-            tensors[name] = torch.empty(shapes[name], dtype=tensor_dtype, device=device)
-        tensors[name][place].copy_(stored)
+        if name not in tensors and shard is not None:
+            tensors[name] = model.get_parameter(name)
+        elif name not in tensors:
+            tensors[name] = torch.empty(shapes[name], dtype=dtype or stored.dtype, device=device)
+        part, stored = own_part(tensors[name], place, stored)
+        if len(stored) > 0:
+            check_tensor_values(file, name, stored, part.dtype)
+            part.copy_(stored)
     model.load_state_dict(tensors, assign=True)
     model.path = str(path)  # results name their model by it
     return model

@@ -1,14 +1,19 @@
 """Write a model as a folder in Meta's layout. A save may be killed at any moment."""
 import filecmp
 import math
+import mmap
 import os
 import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from common.checks import meta_ffn_dim
+from common.distributed import is_sharded, whole
 from common.files import whole_file, write_json
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
@@ -38,7 +43,7 @@ def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = N
     process that loads the model meanwhile is then not disturbed.
     """
     folder = Path(folder)
-    tensors = {name: compact_tensor(tensor, dtype) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
     assert "norm.weight" in tensors, "give the LLaMA itself, not its compiled or parallel wrapper"
     finish_save(folder)
     saving = folder / SAVING
@@ -50,7 +55,11 @@ def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = N
             with whole_file(saving / name) as file:
                 file.write(data)
         only_weights_are_new = replaces_one_checkpoint(saving, folder)
-        save_tensors(saving / CHECKPOINT, tensors)
+        if is_sharded(model):
+            save_one_by_one(saving / CHECKPOINT, tensors)
+        else:
+            save_tensors(saving / CHECKPOINT,
+                         {name: compact_tensor(tensor, dtype) for name, tensor in tensors.items()})
         if only_weights_are_new:
             os.replace(saving / CHECKPOINT, folder / CHECKPOINT)
             shutil.rmtree(saving)
@@ -154,3 +163,49 @@ def save_tensors(path: Path, value: Any) -> None:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
+
+
+def save_one_by_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """torch.save of sharded tensors, in a folder that is renamed afterwards. The file is made with
+    room for all; then they are put together from all ranks, one at a time, and written into it. The
+    other ranks call give_shards meanwhile."""
+    # Memory that nobody writes to takes no place: neither this nor skip_data touches a page of it.
+    room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    with torch.serialization.skip_data():
+        torch.save(room, path)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        written = torch.load(path, mmap=True, weights_only=True)
+    for name, tensor in tensors.items():
+        written[name].copy_(whole(tensor))
+    del written
+    with open(path, "rb+") as file:
+        correct_checksums(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def correct_checksums(file: IO[bytes]) -> None:
+    """Of a .pth file, a zip archive, whose records were written after their checksums. They stand
+    in the header of a record, at byte 14, and in its entry in the directory, at byte 16."""
+    with zipfile.ZipFile(file) as archive:
+        entry, records = archive.start_dir, archive.infolist()
+    for record in records:
+        file.seek(record.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+        file.seek(record.header_offset + 30 + name + extra)
+        checksum, left = 0, record.file_size
+        while left > 0:
+            data = file.read(min(left, 2**24))
+            checksum = zlib.crc32(data, checksum)
+            left -= len(data)
+        for place in (record.header_offset + 14, entry + 16):
+            file.seek(place)
+            file.write(struct.pack("<I", checksum))
+        file.seek(entry + 28)
+        entry += 46 + sum(struct.unpack("<HHH", file.read(6)))      # name, extra field, comment
+
+
+def give_shards(model: LLaMA) -> None:
+    """What the ranks do whose weights rank 0 writes."""
+    for tensor in model.state_dict().values():
+        whole(tensor)

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from common.cache import weight_sample
 from common.device import choose_dtype, describe_device, dtype_name, matmul_precision
-from common.distributed import join_process_group, on_any_rank, wait_for_all_ranks
+from common.distributed import (join_process_group, on_any_rank, own_rows, require_same,
+                                wait_for_all_ranks)
 from common.environment import command_line, versions
 from common.errors import Stopped, UserError
-from common.files import whole_file, write_json
+from common.files import remove, whole_file, write_json
 from model import LLaMA, ModelConfig
 from weights.flags import describe_attention
 from weights.size import flops_per_token, parameter_count, training_bytes
@@ -42,7 +43,7 @@ class TrainingRun:
         self.rank, self.world = join_process_group()
         settings = resumable_settings(config)
         if self.world > 1:
-            settings["ranks"] = self.world
+            settings["ranks"] = self.world // config.context_parallel   # that read different rows
         self.origin = {"settings": settings, "start": weight_sample(model)}
         self.step, self.seconds = resume_run(model, optimizer, config, self.origin)
         self.finite = torch.ones((), dtype=torch.bool, device=model.device)
@@ -75,7 +76,7 @@ class TrainingRun:
     def open_log(self) -> None:
         self.log = MetricsLog(self.out / "metrics.jsonl", self.step)
         for leftover in self.out.glob(".*.tmp"):  # of a save that was killed
-            leftover.unlink()
+            remove(leftover)
         write_json(self.out / "run.json", {
             "command": command_line(), "settings": dataclasses.asdict(self.config),
             "seed": self.config.seed, "parameters": parameter_count(self.model.config),
@@ -96,8 +97,8 @@ class TrainingRun:
         stops = self.stop_requested(logs)
         saves = is_last or stops or self.step % c.save_every == 0
         if saves:  # the loss was computed before this step: look at the new weights too
-            finite = [p.isfinite().all() for p in self.model.parameters()]
-            self.finite &= torch.stack(finite).all()
+            finite = torch.stack([own_rows(p).isfinite().all() for p in self.model.parameters()])
+            self.finite &= not on_any_rank(not finite.all())
         if logs or stops:  # so before every save too: raises if something is not finite
             self.write_log(loss, grad_norm, lr, tokens)
         self.bar.update()
@@ -105,9 +106,8 @@ class TrainingRun:
             self.validate()
         if saves:
             self.seconds = time.perf_counter() - self.started
-            if self.rank == 0:
-                state = {**self.origin, "step": self.step, "seconds": self.seconds}
-                save_run(self.model, self.optimizer, self.out, state, self.tokenizer)
+            state = {**self.origin, "step": self.step, "seconds": self.seconds}
+            save_run(self.model, self.optimizer, self.out, state, self.tokenizer)
         if stops and not is_last:
             fresh = ", without --fresh," if c.fresh else ""
             raise Stopped(f"stopped at step {self.step} of {c.steps} and saved in {self.out}: the "
@@ -117,7 +117,7 @@ class TrainingRun:
         """Ctrl-C or SIGTERM. Several ranks agree on it at the steps that are logged."""
         if self.world == 1:
             return self.signals.pending
-        return logs and on_any_rank(self.signals.pending, self.model.device)
+        return logs and on_any_rank(self.signals.pending)
 
     def write_log(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
         """A line of metrics.jsonl. The host waits for the device only at steps that are logged."""
@@ -219,12 +219,27 @@ def validate_settings(config: Any) -> None:
         raise UserError(f"--min-lr {config.min_lr}: has to be between 0 and 1")
 
 
+def check_ranks(config: Any, row: int) -> None:
+    """A UserError, on every process, if the processes cannot share rows of so many tokens."""
+    C, world = config.context_parallel, join_process_group()[1]
+    require_same(dataclasses.asdict(config))
+    if C < 1 or world % C:
+        raise UserError(f"--context-parallel {C}: has to divide the number of processes, {world}: "
+                        "start more with torchrun --nproc-per-node, or give another number")
+    if row % (2 * C) and C > 1:
+        raise UserError(f"--context-parallel {C}: a row of {row} tokens cannot be cut into {2 * C} "
+                        "equal chunks, two for each process: give another number")
+    if config.offload and world == 1:
+        raise UserError("--offload: a process alone keeps its weights on its device; start several "
+                        "with torchrun --nproc-per-node")
+
+
 def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int | None = None
                  ) -> None:
     """What a training will be and take. row: tokens of a row, if not the window."""
     dtype, world = choose_dtype(config.dtype, device), join_process_group()[1]
     row = row or shape.max_seq_len
-    rows = config.batch_size * config.accumulate * world
+    rows = config.batch_size * config.accumulate * world // config.context_parallel
     attention = describe_attention(config.attention, shape.rope, device)
     compiled = ", compiled" if config.compile else ""
     memory = training_bytes(shape, config.batch_size, row, dtype, config.recompute,

@@ -2,44 +2,83 @@
 the random generator, step and seconds so far; and what tells one run from another, `settings`
 (resumable_settings) and `start` (common.cache.weight_sample of the weights it began with)."""
 import dataclasses
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.distributed import (is_sharded, join_process_group, load_shards, save_shards,
+                                wait_for_all_ranks)
 from common.errors import UserError
 from model import LLaMA
-from weights.save import save_model, save_tensors
+from weights.save import give_shards, save_model, save_tensors
 
 
 def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: dict[str, Any],
              tokenizer: Any = None) -> None:
-    """Write the model's folder, then state.pt with `state` in it, each whole or not at all.
+    """Write the model's folder, then its training state with `state` in it, each whole or not at
+    all.
 
     In this order the model is never older than the state. A run that dies between the two repeats
     some steps, and a run whose state says that it is finished has its model.
     """
+    if is_sharded(model):
+        save_sharded_run(model, optimizer, out, state, tokenizer)
+        return
     save_model(model, out, tokenizer)
     state = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "rng": torch.get_rng_state()}
     save_tensors(out / "state.pt", state)
 
 
+def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
+                     state: dict[str, Any], tokenizer: Any) -> None:
+    """The same by all ranks. The state is a folder, state.N, and the greatest N counts."""
+    rank, _ = join_process_group()
+    if rank == 0:
+        save_model(model, out, tokenizer)
+    else:
+        give_shards(model)
+    before = saved_states(out)
+    number = 1 + max(before, default=0)
+    saving, folder = out / f".state.{number}.tmp", out / f"state.{number}"
+    save_shards(saving, model, optimizer)
+    if rank == 0:
+        save_tensors(saving / "state.pt", {**state, "rng": torch.get_rng_state()})
+        os.replace(saving, folder)
+        for older in before.values():
+            shutil.rmtree(older)
+    wait_for_all_ranks()
+
+
+def saved_states(out: Path) -> dict[int, Path]:
+    """{N: folder} of the states of sharded runs in a folder."""
+    return {int(folder.suffix[1:]): folder for folder in out.glob("state.*")
+            if folder.suffix[1:].isdecimal()}
+
+
 def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
                origin: dict[str, Any]) -> tuple[int, float]:
-    """Load state.pt of config.out into model and optimizer.
+    """Load the training state in config.out into model and optimizer.
 
     config: a train.FitConfig. origin: `settings` and `start` of the run that is asked for; a run
     with others is a UserError. Returns the step to go on from and the seconds so far, zeros if
     there is no run or config.fresh replaces it.
     """
-    path = Path(config.out) / "state.pt"
+    sharded = saved_states(Path(config.out))
+    folder = sharded[max(sharded)] if sharded else Path(config.out)
+    path = folder / "state.pt"
     if not path.exists() or config.fresh:
         return 0, 0.0
     remedy = "choose another --out, or replace it with --fresh"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         here, there = origin["settings"], state["settings"]
+        if "ranks" in here | there:
+            here, there = rows_together(here), rows_together(there)
         differences = [f"{name} {there.get(name)} there, {here.get(name)} here"
                        for name in sorted(here | there) if here.get(name) != there.get(name)]
         same_start = torch.equal(state["start"], origin["start"])
@@ -55,10 +94,23 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     if not same_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
                         f"no longer there: {remedy}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    if sharded:
+        load_shards(folder, model, optimizer)
+    elif is_sharded(model):
+        raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
+                        f"{remedy}")
+    else:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["step"], state["seconds"]
+
+
+def rows_together(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the rows of a step in place of how the GPUs share them, which may change."""
+    settings = {"ranks": 1} | settings
+    shares = [settings.pop(name) for name in ("ranks", "batch_size", "accumulate")]
+    return settings | {"rows of a step": math.prod(shares)}
 
 
 def resumable_settings(config: Any) -> dict[str, Any]:

@@ -1,0 +1,446 @@
+"""A training shared by several processes is the run of one: its losses, its weights, its files.
+
+As a script this file is those processes: `python tests/test_distributed.py FOLDER ACTION ...`. They
+are forked from one that has imported everything, and use gloo.
+"""
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common.distributed as ranks
+from common.cache import ResultCache
+from common.cli import run_command
+from common.errors import UserError
+from common.jobs import parallel_map
+from methods import RopeConfig, training_positions
+from model import LLaMA, ModelConfig
+from test_kills import exit_status, forked
+from toy_training import read_metrics, settings
+from train import fit
+from weights import load_model
+from weights.export import export
+from weights.save import save_model
+from weights.training_run import check_ranks
+from weights.training_state import saved_states
+
+pytestmark = pytest.mark.slow
+V, T, L, ROWS = 13, 16, 8, 8
+ACTIONS = {}
+
+
+def action(function):
+    ACTIONS[function.__name__] = function
+    return function
+
+
+@pytest.fixture(scope="module")
+def finish(tmp_path_factory):
+    """finish(action): the folder in which it worked, and what it printed. All of them run side by
+    side."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-u", __file__, folder, *ACTIONS], encoding="utf-8",
+                          capture_output=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+
+    def result(name):
+        printed = (folder / f"{name}.txt").read_text(encoding="utf-8")
+        assert f"{name}: 0\n" in done.stdout, printed
+        return folder / name, printed
+    return result
+
+
+# ---- The processes -------------------------------------------------------------------------------
+
+
+def start(world, work):
+    """Call work(rank) in `world` processes of one group; returns their pids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def one(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.join_process_group()
+        work(rank)
+    return [forked(lambda rank=rank: one(rank)) for rank in range(world)]
+
+
+def together(world, work):
+    """The same, and wait for all."""
+    statuses = [exit_status(pid) for pid in start(world, work)]
+    assert statuses == [0] * world, statuses
+
+
+def rows_of(case):
+    """The rows of a step, as data.batches.Batches gives them."""
+    rope = {"original_max_position_embeddings": L} | case.get("rope", {})
+    skips = case.get("pose")
+
+    def batches(step, first=0, last=ROWS):
+        tokens = []
+        for row in range(first, last):
+            start, stride = step * 5 + row * 3, 1 + (step + row) % 4
+            tokens.append([(start + stride * t) % V for t in range(T + 1)])
+        tokens = torch.tensor(tokens)
+        targets = tokens[:, 1:].clone()
+        if case.get("unscored"):  # another number of targets in every row
+            for row in range(first, last):
+                targets[row - first, :row] = -100
+        if not skips:
+            return tokens[:, :-1], targets
+        draw = training_positions(RopeConfig.from_dict(rope), L, 4 * T, "pose")
+        positions = [draw(np.random.default_rng((step, 1)), np.random.default_rng((step, row)), T)
+                     for row in range(first, last)]
+        return tokens[:, :-1], targets, torch.from_numpy(np.stack(positions))
+    return batches
+
+
+def train(out, case, batches=None, world=1, **changes):
+    """Twenty steps of eight rows of sixteen tokens, whatever the number of processes."""
+    torch.manual_seed(0)
+    rope = {"original_max_position_embeddings": L} | case.get("rope", {"rope_type": "default"})
+    model = LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V,
+                              max_seq_len=T, rope=RopeConfig.from_dict(rope),
+                              tied=case.get("tied", False)))
+    micro_batches = case.get("settings", {}).get("accumulate", 1)
+    C = changes.get("context_parallel", 1)
+    config = settings(out, **{"batch_size": ROWS * C // world // micro_batches, "lr": 0.01,
+                              "save_every": 20, **case.get("settings", {}), **changes})
+    fit(model, config, batches or rows_of(case), progress=False)
+
+
+REROPE = {"rope_type": "rerope", "factor": 2.0, "temperature": "log_n"}
+ROPES = {"linear": {"rope_type": "linear", "factor": 2.0}, "dynamic": {"rope_type": "dynamic"},
+         "yarn": {"rope_type": "yarn", "factor": 2.0}, "alibi": {"rope_type": "alibi"},
+         "rerope": REROPE}
+MODES = {"sdpa": {"attention": "sdpa"}, "tiled": {"attention": "tiled"},
+         "recompute": {"recompute": True}}
+# Each method and each mode; all their products were tried once, and take minutes.
+MAIN_CASES = {f"{rope}-{mode}": {"rope": ROPES[rope], "settings": MODES[mode]}
+              for rope, mode in zip(ROPES, ["sdpa", "tiled", "recompute", "sdpa", "tiled"])}
+CASES = MAIN_CASES | {
+    "tied-accumulate": {"tied": True, "settings": {"accumulate": 2}},
+    "unscored": {"unscored": True},
+    "pose": {"rope": ROPES["yarn"], "pose": True},
+    "clex": {"rope": {"rope_type": "clex"}},
+    "no-rope-layers": {"rope": {"rope_type": "default", "no_rope_layer_interval": 2}},
+    "naive": {"rope": REROPE, "settings": {"attention": "naive"}},
+}
+SPLITS = [(4, 1), (4, 2), (4, 4), (2, 1), (2, 2)]  # processes, and how many share a row
+RUNS = [(name, *split) for name in CASES for split in SPLITS if name in MAIN_CASES or split[0] == 2]
+
+
+# ---- The same run --------------------------------------------------------------------------------
+
+
+def all_cases(folder, world):
+    def work(rank):
+        for name, processes, C in RUNS:
+            if processes == world:
+                train(folder / f"{name}-{C}", CASES[name], world=world, context_parallel=C)
+    together(world, work)
+
+
+@action
+def four(folder):
+    all_cases(folder, 4)
+
+
+@action
+def two(folder):
+    all_cases(folder, 2)
+
+
+@action
+def one(folder):
+    for name, case in CASES.items():
+        train(folder / name, case)
+
+
+@pytest.mark.parametrize("name, world, C", RUNS)
+def test_every_split_is_one_run(finish, name, world, C):
+    alone, _ = finish("one")
+    shared, _ = finish({4: "four", 2: "two"}[world])
+    alone, shared = alone / name, shared / f"{name}-{C}"
+    expected, found = read_metrics(alone), read_metrics(shared)
+    assert [line["step"] for line in found] == list(range(1, 21))
+    for there, here in zip(expected, found):
+        assert here["loss"] == pytest.approx(there["loss"], abs=1e-5)
+        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
+    weights = dict(load_model(alone).named_parameters())
+    for n, p in load_model(shared).named_parameters():
+        assert torch.linalg.vector_norm(p - weights[n]) <= 1e-4 * torch.linalg.vector_norm(p), n
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+@action
+def resume(folder):
+    """Ten steps by four processes, and ten more by four, by two, and by one."""
+    case = {"settings": {"schedule": "constant", "save_every": 10}}
+    split = {4: {"context_parallel": 2}, 2: {"context_parallel": 1}, 1: {}}
+    together(4, lambda rank: train(folder / "whole", case, world=4, context_parallel=2))
+    for world, changes in split.items():
+        out = folder / str(world)
+        together(4, lambda rank, out=out: train(out, case, world=4, steps=10, context_parallel=2))
+        if world == 1:
+            train(out, case)
+        else:
+            together(world, lambda rank, out=out, world=world, changes=changes: train(
+                out, case, world=world, **changes))
+
+
+def test_resumed_bit_for_bit_or_by_another_number(finish):
+    folder, _ = finish("resume")
+    whole = dict(load_model(folder / "whole").named_parameters())
+    for world in (4, 2, 1):
+        assert [line["step"] for line in read_metrics(folder / str(world))] == list(range(1, 21))
+        for name, p in load_model(folder / str(world)).named_parameters():
+            if world == 4:
+                assert torch.equal(p, whole[name])
+            assert torch.allclose(p, whole[name], atol=1e-6), (world, name)
+        for a, b in zip(read_metrics(folder / "whole"), read_metrics(folder / str(world))):
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-6)
+    assert list(saved_states(folder / "4")) == [2], "one state is kept, the newest"
+
+
+@action
+def stop(folder):
+    """Rank 1 alone gets Ctrl-C: all stop after the same step, with all steps saved."""
+    def work(rank):
+        def batches(step, *share):
+            if rank == 1 and step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return rows_of({})(step, *share)
+        try:
+            train(folder, {}, batches, world=2, log_every=3)
+        except KeyboardInterrupt as stopped:
+            print(rank, stopped, flush=True)
+    together(2, work)
+
+
+def test_ctrl_c_in_one_process_stops_all(finish):
+    folder, printed = finish("stop")
+    assert printed.count("stopped at step 9 of 20 and saved") == 2
+    (state,) = saved_states(folder).values()
+    assert torch.load(state / "state.pt", weights_only=True)["step"] == 9
+
+
+@action
+def kills(folder):
+    """Twenty SIGKILLs at random moments, of one process or of all. What remains ends with a line,
+    and the same command goes on."""
+    chance = random.Random(0)
+    changes = dict(steps=60, save_every=5)
+    together(2, lambda rank: train(folder / "whole", {}, world=2, **changes))
+    whole, killed = dict(load_model(folder / "whole").named_parameters()), 0
+
+    def part(rank):
+        try:
+            run_command(lambda: train(out, {}, world=2, **changes))
+        except SystemExit as end:
+            os._exit(end.code)
+    for n in range(100):
+        out, statuses = folder / f"killed{n}", []
+        while statuses != [0, 0]:
+            pids = start(2, part)
+            time.sleep(chance.uniform(0.3, 1.0))
+            if killed < 20:
+                for pid in pids if chance.random() < 0.3 else [chance.choice(pids)]:
+                    os.kill(pid, signal.SIGKILL)
+            started = time.monotonic()
+            statuses = [exit_status(pid) for pid in pids]
+            assert time.monotonic() - started < 60, "the survivor hangs"
+            assert set(statuses) <= {0, 2, -signal.SIGKILL}, statuses
+            killed += -signal.SIGKILL in statuses
+            if (out / "consolidated.00.pth").exists():
+                load_model(out)
+        for name, p in load_model(out).named_parameters():
+            assert torch.equal(p, whole[name]), name
+        assert [line["step"] for line in read_metrics(out)] == list(range(1, 61)), "each once"
+        left = [file.name for file in out.iterdir() if file.name.startswith(".")]
+        assert not left, f"{left}: leftovers of killed saves"
+        if killed == 20:
+            break
+    print(f"{killed} kills")
+
+
+def test_twenty_kills(finish):
+    _, printed = finish("kills")
+    assert "20 kills" in printed
+    survivors = printed.count("error: another process ended")
+    assert survivors > 5 and "Traceback" not in printed
+
+
+@action
+def load(folder):
+    """Sharded weights are those of load_model, from every layout; and the file that is written of
+    them is a whole archive."""
+    torch.manual_seed(0)
+    model = LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=14))
+    save_model(model, folder / "meta")
+    export(folder / "meta", "hf", folder / "hf")
+    export(folder / "meta", "gguf", folder / "model.gguf")
+    write_meta_parts(model, folder / "parts")
+
+    def work(rank):
+        for name in ("meta", "hf", "model.gguf", "parts"):
+            sharded = load_model(folder / name, shard=lambda m: ranks.shard_weights(
+                m, torch.device("cpu"), torch.float32))
+            assert ranks.is_sharded(sharded)
+            held = sum(ranks.own_rows(p).numel() for p in sharded.parameters())
+            assert held < 0.5 * sum(p.numel() for p in sharded.parameters())
+            for n, p in load_model(folder / name).named_parameters():
+                assert torch.equal(ranks.whole(sharded.get_parameter(n)), p), (name, n)
+    together(3, work)
+
+
+def write_meta_parts(model, folder):
+    """As two GPUs of Meta's training would have saved it (weights/meta.py)."""
+    folder.mkdir()
+    save_model(model, folder)
+    whole = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    for n in range(2):
+        part = {}
+        for name, tensor in whole.items():
+            columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+            cut = tensor.chunk(2, dim=1 if columns else 0)[n] if tensor.dim() > 1 else tensor
+            part[name] = cut.clone()
+        torch.save(part, folder / f"consolidated.{n:02d}.pth")
+
+
+def test_sharded_weights_come_from_every_layout(finish):
+    finish("load")
+
+
+def test_the_file_of_a_sharded_run_is_a_whole_archive(finish):
+    folder, _ = finish("two")
+    with zipfile.ZipFile(folder / "linear-sdpa-1" / "consolidated.00.pth") as archive:
+        assert archive.testzip() is None, "checksums"
+
+
+# ---- Work shared otherwise -----------------------------------------------------------------------
+
+
+@action
+def measure(folder):
+    """Jobs of an evaluation: each rank computes its share, all get all values, and what rank 0's
+    cache holds is not computed again."""
+    def work(rank):
+        computed = []
+
+        def square(x):
+            computed.append(x)
+            return x * x
+        cache = ResultCache(folder / "out.json" if rank == 0 else "")
+        jobs = {("job", x): (x,) for x in range(7)}
+        if rank == 0:
+            cache.get(("job", 3), lambda: 9)
+        found = list(parallel_map(square, jobs, None, cache, 1))
+        assert found == [x * x for x in range(7)]
+        assert computed == ([0, 2, 5] if rank == 0 else [1, 4, 6]), computed
+        if rank == 0:
+            assert len(cache.values) == 7
+    together(2, work)
+
+
+def test_measurements_are_shared(finish):
+    finish("measure")
+
+
+@action
+def wrong(folder):
+    """Each mistake is a line on every process."""
+    def refused(rank, config, row, message):
+        try:
+            check_ranks(config, row)
+        except UserError as error:
+            assert message in str(error), error
+            print(f"refused {rank}: {error}", flush=True)
+            return
+        raise AssertionError(f"not refused: {message}")
+
+    def work(rank):
+        config = settings(folder)
+        for changes, row, message in (
+                ({"context_parallel": 3}, 12, "has to divide the number of processes, 2"),
+                ({"context_parallel": 0}, 12, "has to divide"),
+                ({"context_parallel": 2}, 14, "cannot be cut into 4 equal chunks"),
+                ({"context_parallel": 2}, 2, "cannot be cut into 4 equal chunks")):
+            refused(rank, settings(folder, **changes), row, message)
+        config = settings(folder, lr=0.1 if rank == 1 else 0.2)
+        refused(rank, config, 12, "process 1 was started with lr 0.1, process 0 with 0.2")
+    together(2, work)
+
+
+def test_wrong_set_ups_are_a_line_on_every_process(finish):
+    _, printed = finish("wrong")
+    assert printed.count("refused 0:") == printed.count("refused 1:") == 5
+
+
+def test_wrong_set_ups_of_one_process(tmp_path):
+    with pytest.raises(UserError, match="--context-parallel 2: has to divide .* processes, 1"):
+        check_ranks(settings(tmp_path, context_parallel=2), 12)
+    with pytest.raises(UserError, match="--offload: a process alone"):
+        check_ranks(settings(tmp_path, offload=True), 12)
+
+
+def test_more_processes_than_gpus_and_no_nccl(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    with pytest.raises(UserError, match="more processes than GPUs: .*--nproc-per-node 1"):
+        ranks.join_process_group()
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="built without NCCL"):
+        ranks.join_process_group()
+
+
+# ---- Chunks of a text, without processes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1, 2, 4])
+def test_the_ranks_have_all_tokens_once_and_as_many_pairs(C):
+    shards = [ranks.ContextShard(r, C, None) for r in range(C)]
+    own = [shard.own(16) for shard in shards]
+    assert torch.cat(own).sort().values.tolist() == list(range(16))
+    pairs = {int((places + 1).sum()) for places in own}  # a query at place m sees m + 1 keys
+    assert len(pairs) == 1, "every rank has the same work"
+
+
+def act(name, folder):
+    """An action in a process of its own, which prints into a file."""
+    with open(folder / f"{name}.txt", "w", encoding="utf-8") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    (folder / name).mkdir()
+    ACTIONS[name](folder / name)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.fsync = lambda file: None  # it is for power failures: files of a killed process stay written
+    out, *actions = sys.argv[1:]
+    out = Path(out)
+    # What the first step, the first sharding and the first save import takes seconds: once here.
+    import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp  # noqa: E401, F401
+    train(out / "first", {}, steps=1)
+    children = {name: forked(lambda name=name: act(name, out)) for name in actions}
+    for name, child in children.items():
+        print(f"{name}: {exit_status(child)}")
