@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOT_FILES = {"rope", "model", "train", "finetune", "eval", "theory", "plot", "bench"}
 FOLDERS = ["common", "methods", "data", "weights", "extras"]
-LIMITS = {"rope.py": 300, "model.py": 450, "train.py": 320, "finetune.py": 190, "eval.py": 330}
+LIMITS = {"rope.py": 300, "model.py": 450, "train.py": 320, "finetune.py": 200, "eval.py": 330}
 LAYERS = {  # what each room may import
     "common": set(),
     "rope": set(),
@@ -158,8 +158,8 @@ def lines_of_code(file):
 def test_the_product_does_not_grow_unnoticed():
     """Code alone, without docstrings, comments and blank lines. The bound was 8,000 when the house
     was built, and 8,790 when models went to llama.cpp and a real one was fine-tuned. Then came
-    distance maps, LongRoPE's search, LongPPL and ranking."""
-    assert sum(map(lines_of_code, product_files())) <= 10100
+    distance maps, LongRoPE's search, LongPPL and ranking; then LoRA and its adapters, 400."""
+    assert sum(map(lines_of_code, product_files())) <= 10500
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from methods.lora import lora_of
 from model import LLaMA
+from weights.adapter import save_adapter, trained_tensors
 from weights.save import save_model, save_tensors
 
 
@@ -17,10 +19,16 @@ def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: d
     """Write the model's folder, then state.pt with `state` in it, each whole or not at all.
 
     In this order the model is never older than the state. A run that dies between the two repeats
-    some steps, and a run whose state says that it is finished has its model.
+    some steps, and a run whose state says that it is finished has its model. With LoRA both hold
+    what is trained, and nothing of the frozen base.
     """
-    save_model(model, out, tokenizer)
-    state = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+    weights = model.state_dict()
+    if lora_of(model) is None:
+        save_model(model, out, tokenizer)
+    else:
+        save_adapter(model, out, tokenizer)
+        weights = trained_tensors(model)
+    state = {**state, "model": weights, "optimizer": optimizer.state_dict(),
              "rng": torch.get_rng_state()}
     save_tensors(out / "state.pt", state)
 
@@ -55,7 +63,7 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     if not same_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
                         f"no longer there: {remedy}")
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state["model"], strict=lora_of(model) is None)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["step"], state["seconds"]
@@ -67,8 +75,19 @@ def resumable_settings(config: Any) -> dict[str, Any]:
     The others (where, how fast, how often it is looked at) may change. At a constant learning rate
     so may the number of steps, as no step depends on it: a finished run is then taken further.
     """
-    may_change = set(config.may_change_on_resume)
+    settings = dataclasses.asdict(config)
+    may_change = set(config.may_change_on_resume) | settings_that_are_off(settings)
     if config.schedule == "constant":
         may_change.add("steps")
-    settings = dataclasses.asdict(config)
     return {name: value for name, value in settings.items() if name not in may_change}
+
+
+def settings_that_are_off(settings: dict[str, Any]) -> set[str]:
+    """Settings that decide nothing as the others are: those of LoRA in a training without it. So
+    runs from before there were such settings are still taken up."""
+    off = set()
+    if settings.get("optimizer") == "adamw":
+        off.add("optimizer")
+    if not settings.get("lora_rank"):
+        off |= {name for name in settings if name.startswith("lora_")} | {"base_dtype"}
+    return off
