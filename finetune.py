@@ -27,6 +27,7 @@ from common.tables import format_table
 from data.batches import Batches
 from data.corpus import TokenFile, evaluation_documents
 from eval import CONVENTIONS, four_lengths, measure_lengths
+from methods.lora import ATTENTION_MATRICES, BASE_DTYPES
 from model import ModelConfig
 from plot import plot_finetune
 from train import FitConfig, fit, validation
@@ -63,6 +64,13 @@ class FinetuneConfig(FitConfig):
                            choices=["own", "contiguous", "pose"])
     row_length: int | None = field(None, "tokens of a training row [L', or L with pose]. Shorter "
                                    "rows than L' take pose")
+    lora_rank: int = field(0, "train A and B of LoRA with this rank r; 0 trains everything "
+                           "(LongLoRA has 8)")
+    lora_alpha: float = field(16.0, "W x + (alpha / r) B A x")
+    lora_matrices: list[str] = field([*ATTENTION_MATRICES], "of every block, that get A and B; "
+                                     "w1 w2 w3 may, too")
+    lora_full: bool = field(True, "with LoRA, train embedding, output and norms in full")
+    base_dtype: str = field("bfloat16", "of LoRA's frozen matrices", choices=[*BASE_DTYPES])
     text: list[str] = field([], "files and folders to train on; the end of the longest is held out")
     corpus: str = field("data/corpora/python", "token folder; the default one is made if missing")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus")

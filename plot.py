@@ -376,8 +376,9 @@ def plot_sweep(result: dict, path: Path) -> Path:
 def plot_real_model(result: dict, path: Path) -> Path:
     """extras/real_model.py: for each kind of text, perplexity by position, untrained and after the
     last step, and perplexity in the last quarter of L' against the steps of fine-tuning."""
-    rows, window = result["rows"], result["window"]
-    kinds = list(rows[0]["nll_by_position"])
+    rows = [r | {"method": f"{sweep_label(r['method'])}, LoRA r = {r['lora_rank']}"}
+            if r.get("lora_rank") else r for r in result["rows"]]
+    window, kinds = result["window"], list(rows[0]["nll_by_position"])
     methods = list(dict.fromkeys(r["method"] for r in rows))
     last = {method: max(r["steps"] for r in rows if r["method"] == method) for method in methods}
     figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 3.7 * len(kinds) + 0.6), squeeze=False)

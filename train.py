@@ -43,6 +43,8 @@ class FitConfig:
     min_lr: float = field(0.0, "where cosine and linear end, as a share of the peak")
     warmup: int = field(100, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.1, "AdamW weight decay, on matrices only")
+    optimizer: str = field("adamw", "adamw8bit keeps AdamW's moments in 8 bits, 4 bytes a "
+                           "parameter less (torchao)", choices=["adamw", "adamw8bit"])
     beta2: float = field(0.95, "AdamW's second beta (the first is 0.9)")
     clip: float = field(1.0, "gradients of a larger norm are scaled down to it; 0 never clips")
     seed: int = field(0, "of initialisation and batches")
@@ -127,8 +129,7 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
         # step: run.step, ..., config.steps - 1; batch: this rank's rows of that step
         for step, batch in prefetch(batches, run.step, config.steps, first_row, rows):
             lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             loss = add_gradients(model, batch, config)  # forward and backward: fills p.grad
             largest_norm = config.clip or math.inf      # clip = 0: the norm is only measured
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest_norm)
@@ -181,13 +182,34 @@ def learning_rate(config: FitConfig, step: int) -> float:
     return config.lr * (config.min_lr + (1 - config.min_lr) * share)
 
 
-def make_optimizer(model: LLaMA, config: FitConfig) -> torch.optim.AdamW:
-    """AdamW (0.9, beta2). Matrices are decayed, norm gains are not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao compiles a step that reads it
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def make_optimizer(model: LLaMA, config: FitConfig) -> torch.optim.Optimizer:
+    """AdamW (0.9, beta2) for what is trained. Matrices are decayed, norm gains are not.
+
+    adamw8bit: both moments of a tensor of 4,096 numbers or more in 8 bits, with a scale for each
+    256 (Dettmers et al. 2021, arXiv 2110.02861). Its first step takes a minute: it is compiled.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    gains = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    groups = [group for group in groups if group["params"]]  # LoRA alone trains no gains
+    settings = {"lr": config.lr, "betas": (0.9, config.beta2)}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--optimizer adamw8bit needs a package: pip install torchao") from None
+    return AdamW8bit(groups, **settings)
 
 
 def validation(corpus: TokenFile, tokenizer: Tokenizer, rows: int, seq_len: int, steps: int = 8,

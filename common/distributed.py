@@ -235,14 +235,16 @@ def save_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
 def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Read what save_shards wrote, with any number of ranks, one included."""
     import torch.distributed.checkpoint as checkpoint
-    from torch.distributed.checkpoint.state_dict import set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
     state = shards(model, optimizer)
     checkpoint.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"])
+                   optim_state_dict=state["optimizer"],
+                   options=StateDictOptions(strict=False))       # frozen weights are not there
 
 
 def shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    weights, state = get_state_dict(model, optimizer)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    weights, state = get_state_dict(model, optimizer,
+                                    options=StateDictOptions(ignore_frozen_params=True))
     return {"model": weights, "optimizer": state}

@@ -12,6 +12,10 @@ skip (PoSE) and so reach 16,384: that is what makes a step cheap. Each model rea
 tokens of texts that it was not fine-tuned on as one window, and its loss is averaged by position:
 inside the old window, and beyond it.
 
+LoRA beside full fine-tuning, at equal tokens:
+
+    python extras/real_model.py --methods linear --lora-rank 0 8
+
 Every training saves itself and every measurement is kept: after an interruption the same command
 goes on. It goes on, too, with more --steps, --methods or --seeds than before. Rows that --out holds
 already are not measured again, so that the work may be done in pieces. A training takes some 2 GB
@@ -19,6 +23,7 @@ of disk for SmolLM2.
 """
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import time
@@ -69,6 +74,8 @@ class RealModelConfig:
     seeds: list[int] = field([0], "of the order of the training rows, and of the keys")
     batch_size: int = field(4, "rows of a step")
     row_length: int = field(1024, "tokens of a row")
+    lora_rank: list[int] = field([0], "train by LoRA with each of these ranks; 0 is full "
+                                 "fine-tuning")
     lr: float = field(1e-4, "learning rate, constant after the warm-up")
     warmup: int = field(5, "steps of linear warm-up")
     corpus: str = field("data/corpora/python", "token folder to train on; the default one, Python "
@@ -90,14 +97,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     c.methods = list(dict.fromkeys(ALIASES.get(method, method) for method in c.methods))
     c.untrained = list(dict.fromkeys(ALIASES.get(method, method) for method in c.untrained))
     c.steps, c.seeds = sorted(set(c.steps)), list(dict.fromkeys(c.seeds))
+    c.lora_rank = list(dict.fromkeys(c.lora_rank))
     check_request(c)
     device, base = choose_device(c.device), load_config(c.model)
     L, window = base.original_window, round(base.original_window * c.factor)
     tokenizer = load_tokenizer_once(c.model)
     c.corpus = str(ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb))
-    for seed in c.seeds:
-        for method in c.methods:  # another training in a folder is refused now, not after hours
-            is_past(settings_of_run(c, method, seed, c.steps[-1]), c.steps[-1])
+    for run in itertools.product(c.methods, c.seeds, c.lora_rank):
+        # Another training in a folder is refused now, not after hours.
+        is_past(settings_of_run(c, *run, c.steps[-1]), c.steps[-1])
     documents = documents_to_measure(c, tokenizer, window)
     tokens = c.batch_size * c.row_length
     print(f"device     {describe_device(device)}\n"
@@ -116,11 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     known = known_rows(c)
     rows: list[dict[str, Any]] = []
-    runs = [(method, c.seeds[0], [0]) for method in c.untrained if method not in c.methods]
-    runs += [(method, seed, [0, *c.steps] if seed == c.seeds[0] else c.steps)
-             for seed in c.seeds for method in c.methods]
-    for method, seed, steps in runs:
-        rows += run_method(c, method, seed, steps, documents, tokenizer, device, known)
+    runs = [(method, c.seeds[0], 0, [0]) for method in c.untrained if method not in c.methods]
+    for seed, rank, method in itertools.product(c.seeds, c.lora_rank, c.methods):
+        is_first = (seed, rank) == (c.seeds[0], c.lora_rank[0])
+        runs.append((method, seed, rank, [0, *c.steps] if is_first else c.steps))
+    for method, seed, rank, steps in runs:
+        rows += run_method(c, method, seed, rank, steps, documents, tokenizer, device, known)
         seconds = time.perf_counter() - started
         made = {row["conditions"] for row in rows}
         others = [row for name, row in known.items() if name not in made]
@@ -137,8 +146,8 @@ def check_request(c: RealModelConfig) -> None:
     if not (1 < c.factor and math.isfinite(c.factor)):
         raise UserError(f"--factor {c.factor}: give a number above 1")
     window = round(load_config(c.model).original_window * c.factor)
-    if min(c.steps) < 1 or c.keys < 0 or min(c.seeds) < 0:
-        raise UserError("--steps have to be at least 1, --keys and --seeds at least 0")
+    if min(c.steps) < 1 or min(c.keys, *c.seeds, *c.lora_rank) < 0:
+        raise UserError("--steps have to be at least 1, --keys, --seeds and --lora-rank at least 0")
     if c.batch_size < 1 or not (c.lr > 0 and math.isfinite(c.lr)):
         raise UserError("--batch-size has to be at least 1, --lr above 0")
     if not 1 <= c.row_length <= window:
@@ -180,7 +189,7 @@ def language_reference() -> str:
 # ---- One method ----------------------------------------------------------------------------------
 
 
-MAY_GROW = {"methods", "untrained", "steps", "seeds", "keys", "folder", "out"}  # piece by piece
+MAY_GROW = {"methods", "untrained", "steps", "seeds", "lora_rank", "keys", "folder", "out"}
 
 
 def known_rows(c: RealModelConfig) -> dict[str, dict[str, Any]]:
@@ -195,16 +204,16 @@ def known_rows(c: RealModelConfig) -> dict[str, dict[str, Any]]:
     return {row["conditions"]: row for row in report["rows"] if "conditions" in row}
 
 
-def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: list[int],
+def run_method(c: RealModelConfig, method: str, seed: int, rank: int, numbers_of_steps: list[int],
                documents: dict[str, np.ndarray], tokenizer: Tokenizer, device: torch.device,
                known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measure a method after every number of steps, 0 among them for the first seed: untrained it
-    is the same for all. A row each."""
-    cache = ResultCache(f"{training_folder(c, method, seed)}.json", quiet=True)
+    """Measure a method after every number of steps, 0 among them for the first seed and rank:
+    untrained it is the same for all. A row each; with LoRA it says the rank."""
+    cache = ResultCache(f"{training_folder(c, method, seed, rank)}.json", quiet=True)
     rows = []
     for steps in numbers_of_steps:
         keys = c.keys if steps in (0, c.steps[-1]) else 0
-        settings = settings_of_run(c, method, seed, max(steps, 1))
+        settings = settings_of_run(c, method, seed, rank if steps else 0, max(steps, 1))
         conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps, keys,
                       read_json(Path(c.corpus) / "meta.json")["splits"], device.type,
                       {kind: ids.tolist() for kind, ids in documents.items()}, versions()]
@@ -212,6 +221,7 @@ def run_method(c: RealModelConfig, method: str, seed: int, numbers_of_steps: lis
         measure = functools.partial(train_and_measure, settings, steps, documents, keys, tokenizer,
                                     device, cache)
         row = {"method": method, "seed": seed, "steps": steps,
+               **({"lora_rank": rank} if rank and steps else {}),
                "tokens_seen": steps * c.batch_size * c.row_length,
                "conditions": cache.hashed(conditions)}
         row = (known.get(row["conditions"]) or cache.get(conditions, measure)) | row
@@ -229,16 +239,19 @@ def train_and_measure(settings: FinetuneConfig, steps: int, documents: dict[str,
     return row | measure_model(model, tokenizer, documents, keys, settings.seed, cache)
 
 
-def training_folder(c: RealModelConfig, method: str, seed: int) -> Path:
-    return Path(c.folder) / Run(method, c.factor, seed, tuple(c.steps)).name
+def training_folder(c: RealModelConfig, method: str, seed: int, rank: int) -> Path:
+    name = Run(method, c.factor, seed, tuple(c.steps)).name
+    return Path(c.folder) / (f"{name}-lora{rank}" if rank else name)
 
 
-def settings_of_run(c: RealModelConfig, method: str, seed: int, steps: int) -> FinetuneConfig:
+def settings_of_run(c: RealModelConfig, method: str, seed: int, rank: int, steps: int
+                    ) -> FinetuneConfig:
     return FinetuneConfig(
-        model=c.model, rope=method, factor=c.factor, out=str(training_folder(c, method, seed)),
-        steps=steps, batch_size=c.batch_size, row_length=c.row_length, positions="pose", lr=c.lr,
-        schedule="constant", warmup=c.warmup, passkey_share=0.0, seed=seed, corpus=c.corpus,
-        device=c.device, dtype=c.dtype, save_every=5, eval_every=10**6, log_every=1)
+        model=c.model, rope=method, factor=c.factor, lora_rank=rank,
+        out=str(training_folder(c, method, seed, rank)), steps=steps, batch_size=c.batch_size,
+        row_length=c.row_length, positions="pose", lr=c.lr, schedule="constant", warmup=c.warmup,
+        passkey_share=0.0, seed=seed, corpus=c.corpus, device=c.device, dtype=c.dtype,
+        save_every=5, eval_every=10**6, log_every=1)
 
 
 def model_after(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, device: torch.device
@@ -250,7 +263,8 @@ def model_after(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, devi
     rope = {"factor": settings.factor} | parse_rope_flag(settings.rope)
     if rope["rope_type"] == "default":
         rope["factor"] = 1.0
-    model = load_extended(settings.model, rope, L, window, device, "auto")
+    training = settings if steps else None
+    model = load_extended(settings.model, rope, L, window, device, "auto", training)
     if steps == 0:
         return model, 0.0
     if is_past(settings, steps):
@@ -290,7 +304,7 @@ def row_summary(row: dict[str, Any]) -> str:
     texts = [f"{kind} " + " ".join(f"{value:.1f}" for value in by_band(row, kind))
              for kind in row["perplexity"]]
     found = " ".join(f"{n}: {count}" for n, count in row["passkeys_found"].items())
-    return (f"{method_label(row['method'])}, seed {row['seed']}, {row['steps']} steps: "
+    return (f"{row_label(row)}, seed {row['seed']}, {row['steps']} steps: "
             f"{'; '.join(texts)}" + (f"; passkeys found {found}" if found else ""))
 
 
@@ -298,7 +312,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     """For every kind of text a table of perplexity by position, and one of the passkeys found."""
     groups: dict[tuple[str, int], list[dict]] = {}  # rows that differ in the seed
     for row in report["rows"]:
-        groups.setdefault((row["method"], row["steps"]), []).append(row)
+        groups.setdefault((row_label(row), row["steps"]), []).append(row)
     kinds = report["rows"][0]["perplexity"]
     found = [perplexity_table(groups, kind, report["window"]) for kind in kinds]
     if report["settings"]["keys"]:
@@ -306,9 +320,14 @@ def tables(report: dict[str, Any]) -> list[Table]:
     return found
 
 
+def row_label(row: dict[str, Any]) -> str:
+    rank = row.get("lora_rank")
+    return method_label(row["method"]) + (f", LoRA r = {rank}" if rank else "")
+
+
 def first_cells(group: list[dict]) -> list[str]:
     row = group[0]
-    return [method_label(row["method"]), str(row["steps"]), f"{row['tokens_seen']:,}"]
+    return [row_label(row), str(row["steps"]), f"{row['tokens_seen']:,}"]
 
 
 def perplexity_table(groups: dict[tuple, list[dict]], kind: str, window: int) -> Table:

@@ -103,6 +103,30 @@ def test_rows_of_a_result_that_is_there_are_not_measured_again(command, monkeypa
     assert len(measured) == 3 + 3, "other settings are another work"
 
 
+def test_lora_beside_full_fine_tuning(command, monkeypatch, tmp_path):
+    """Its rows say so and have a folder of their own. Those that are there stay, hash and all."""
+    full = command("--methods", "linear")["rows"]
+    measured = []
+    measure = real_model.measure_model
+    monkeypatch.setattr(real_model, "measure_model",
+                        lambda *given: measured.append(1) or measure(*given))
+    result = command("--methods", "linear", "--lora-rank", "0", "2", figure=True)
+    rows = result["rows"]
+    assert rows[:3] == full
+    assert not any("lora_rank" in row for row in full)
+    assert [(row["lora_rank"], row["steps"], row["tokens_seen"]) for row in rows[3:]] == [
+        (2, 1, 64), (2, 3, 192)]
+    assert len(measured) == 2, "untrained it is the same model"
+    assert len({row["conditions"] for row in rows}) == 5
+    assert len({row["perplexity"]["prose"] for row in rows}) == 5
+    table = tables(result)[0][2]
+    assert [row[0] for row in table] == ["PI"] * 3 + ["PI, LoRA r = 2"] * 2
+    assert (tmp_path / "runs" / "linear-x2-seed0-lora2" / "adapter_config.json").exists()
+    alone = command("--methods", "linear", "--lora-rank", "2")["rows"]
+    assert sorted(row["conditions"] for row in alone) == sorted(row["conditions"] for row in rows)
+    assert len(measured) == 2
+
+
 def test_two_seeds_share_the_untrained_rows(command):
     result = command("--methods", "linear", "--seeds", "0", "1", "--steps", "2", "--keys", "1")
     assert [(row["seed"], row["steps"]) for row in result["rows"]] == [(0, 0), (0, 2), (1, 2)]
@@ -135,6 +159,7 @@ def test_bands_are_means_of_losses():
     (["--row-length", "513"], "--row-length 513: has to be from 1"),
     (["--methods", "linear", "nosuch"], "nosuch"),
     (["--methods", '{"rope_type": "yarn", "factor": 4}'], "its own factor contradicts --factor 2"),
+    (["--lora-rank", "-1"], "--lora-rank at least 0"),
     (["--factor", "1"], "--factor 1.0: give a number above 1"),
     (["--text", "missing.txt"], "missing.txt: no such file")])
 def test_wrong_input(command, flags, words):

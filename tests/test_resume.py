@@ -255,7 +255,13 @@ def test_settings_that_tell_runs_apart(config, names):
     assert set(resumable_settings(config())) == names
     everything = {f.name for f in dataclasses.fields(config)}
     assert set(resumable_settings(config(schedule="constant"))) == names - {"steps"}
-    assert config.may_change_on_resume | names == everything
+    off = everything & {"optimizer", "lora_rank", "lora_alpha", "lora_matrices", "lora_full",
+                        "base_dtype"}
+    assert config.may_change_on_resume | names | off == everything
+    assert set(resumable_settings(config(optimizer="adamw8bit"))) == names | {"optimizer"}
+    if "lora_rank" in off:
+        on = resumable_settings(config(lora_rank=8))
+        assert set(on) == names | off - {"optimizer"}
 
 
 def test_a_state_written_by_hand_is_taken_up(tmp_path, uninterrupted):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.cli import Parser, run_command
 from common.device import DTYPES
+from weights.adapter import base_of, is_adapter, read_lora
 from weights.export import export
 from weights.export_gguf import Q8_0
 from weights.flags import ModelFlags, rope_from_flags
@@ -41,6 +42,9 @@ def print_info(path: str) -> None:
           f"window      {config.max_seq_len} tokens, original {config.original_window}\n"
           f"rope        {json.dumps(config.rope.to_dict())}\n"
           f"tokenizer   {tokenizer}")
+    if is_adapter(path):
+        lora, _ = read_lora(path)
+        print(f"adapter     LoRA of rank {lora.rank}, to be merged into {base_of(path)}")
     if not Path(path).exists():
         print(f"weights     none, a name to plan with: {how_to_get_weights(path)}")
 

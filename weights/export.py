@@ -15,20 +15,16 @@ from data.sentencepiece_json import sentencepiece_as_json
 from data.tokenizer import IDS, Tokenizer, companion_files, json_of_file
 from methods import RopeConfig
 from model import LLaMA, ModelConfig
-from weights.checks import check_tensor_values
 from weights.export_gguf import Q8_0, export_gguf, require_gguf_name, rope_words
-from weights.hugging_face import ARCHITECTURES, SHAPE, hugging_face_name, reorder_rows
+from weights.hugging_face import ARCHITECTURES, SHAPE, hugging_face_name
 from weights.load import load_config, load_model, with_rope
 from weights.rope_dialects import (BETA, LLAMA4_BETA, MINISTRAL3, ORIGINAL, SMOLLM3,
                                    class_and_rope, refuse_what_transformers_lacks, rotated_layers,
                                    rope_to_hugging_face)
-from weights.save import compact_tensor, save_model
+from weights.safetensors_file import NamedTensors, write_safetensors
+from weights.save import save_model
 from weights.size import parameter_count
 from weights.tokenizer import has_tokenizer, load_tokenizer
-
-SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-               torch.float64: "F64"}
-NamedTensors = list[tuple[str, torch.Tensor]]  # with Meta's names
 
 
 def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | str | None = None,
@@ -214,33 +210,3 @@ def split_by_size(tensors: NamedTensors, dtype: torch.dtype | None, most: int
         parts[-1].append((name, tensor))
         size += nbytes
     return parts
-
-
-def write_safetensors(path: Path, config: ModelConfig, tensors: NamedTensors,
-                      dtype: torch.dtype | None) -> int:
-    """Write tensors, one at a time, as a safetensors file. Returns the bytes of the tensors.
-
-    The format: the length of the header, 8 bytes, little-endian; the header, JSON
-    {name: {dtype, shape, data_offsets}}, padded with spaces to a multiple of 8; the tensors.
-    """
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors:
-        kind = dtype or tensor.dtype
-        start = end
-        end += tensor.numel() * kind.itemsize
-        header[hugging_face_name(name)] = {"dtype": SAFETENSORS[kind],
-                                           "shape": list(tensor.shape),
-                                           "data_offsets": [start, end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    try:
-        with whole_file(path) as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name, tensor in tensors:
-                check_tensor_values(path, name, tensor, dtype or tensor.dtype)
-                tensor = reorder_rows(config, name, tensor.cpu(), inverse=True)
-                file.write(compact_tensor(tensor, dtype).flatten().view(torch.uint8).numpy())
-    except OSError as error:  # a full disk: say at which file
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    return end

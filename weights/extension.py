@@ -18,6 +18,7 @@ from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag, training_positions
 from methods.checks import check_attention
+from methods.lora import MATRICES, add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_model, with_rope
@@ -41,6 +42,7 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     if config.positions != "own":
         label += f"-{config.positions}"
     rows = f"-rows{config.row_length}" if config.row_length else ""
+    rows += f"-lora{config.lora_rank}" if config.lora_rank else ""
     label += rows
     results = "out/finetune.json" if label == "pi" else f"out/finetune-{label}.json"
     direct_out = f"{config.out}-direct" if config.out else f"out/direct{rows}-x{config.factor:g}"
@@ -52,6 +54,7 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
         raise UserError(f"--out {config.out}: the pretrained model would be written over: choose "
                         "another folder")
     validate_settings(config)
+    check_lora(config, rope["rope_type"])
     check_attention(config.attention, rope["rope_type"], choose_device(config.device))
     window = round(base.original_window * config.factor)
     if window <= base.original_window:
@@ -70,6 +73,32 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     check_evaluation(config)
     warn_if_shorter(base, window)
     return config, rope, direct_out
+
+
+def check_lora(config: Any, rope_type: str) -> None:
+    """A UserError for settings of LoRA that cannot work, or that do nothing."""
+    rank, matrices = config.lora_rank, config.lora_matrices
+    if rank == 0:
+        for f in dataclasses.fields(config):
+            changes_lora = f.name.startswith("lora_") or f.name == "base_dtype"
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            if changes_lora and getattr(config, f.name) != default:
+                raise UserError(f"--{f.name.replace('_', '-')} is for LoRA: give --lora-rank, too "
+                                "(LongLoRA has 8)")
+        return
+    if rank < 0:
+        raise UserError(f"--lora-rank {rank}: has to be at least 1; 0 is no LoRA")
+    if not (config.lora_alpha > 0 and math.isfinite(config.lora_alpha)):
+        raise UserError(f"--lora-alpha {config.lora_alpha}: has to be a positive number")
+    if not set(matrices) <= set(MATRICES) or len(set(matrices)) < len(matrices):
+        raise UserError(f"--lora-matrices {' '.join(matrices)}: give some of {' '.join(MATRICES)}, "
+                        "each once")
+    if config.base_dtype == "int8" and join_process_group()[1] > 1:
+        raise UserError("--base-dtype int8: several GPUs gather the weights in the dtype of the "
+                        "products; give bfloat16")
+    if METHODS[rope_type].mechanism == "network":
+        raise UserError(f"--lora-rank with --rope {rope_type}: an adapter has no place for the "
+                        "network that this method trains: choose another method, or no LoRA")
 
 
 def check_evaluation(config: Any) -> None:
@@ -120,15 +149,20 @@ def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
 
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
                   attention: str, training: Any = None) -> LLaMA:
-    """A pretrained model with other positions and the window that it is to have. training: a
-    FitConfig, if it is to be trained; several GPUs then share the weights."""
+    """A pretrained model with other positions and the window that it is to have. training: the
+    FinetuneConfig, if it is to be trained: by LoRA if that asks for it; several GPUs then share the
+    weights as they are read, those of LoRA afterwards (fit)."""
+    lora = lora_of_flags(training)
     shard = None
-    if training and join_process_group()[1] > 1:
+    if training and not lora and join_process_group()[1] > 1:
         dtype = choose_dtype(training.dtype, device)
         shard = functools.partial(shard_weights, device=device, dtype=dtype,
                                   offload=training.offload)
+    # LoRA freezes in a dtype of its own: each matrix goes there from the one that it is stored in.
     model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
-                       attention=attention, shard=shard)
+                       dtype=None if lora else torch.float32, attention=attention, shard=shard)
+    if lora:
+        add_lora(model, lora, training.seed)
     model.config.max_seq_len = window
     # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
     model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)

@@ -55,6 +55,8 @@ NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output":
          "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
          "feed_forward.w3": "mlp.up_proj",
          "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+ROTATED_ROWS = ("attention.wq.weight", "attention.wk.weight",
+                "attention.wq.lora_b", "attention.wk.lora_b")
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 
@@ -75,8 +77,8 @@ def head_order(head_dim: int) -> torch.Tensor:
 def reorder_rows(config: ModelConfig, name: str, tensor: torch.Tensor,
                  inverse: bool = False) -> torch.Tensor:
     """The rows of wq or wk, Hugging Face's in Meta's order; inverse: Meta's in Hugging Face's.
-    Every other tensor is returned as it is. name: Meta's."""
-    if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
+    LoRA's B [out, r] has the same rows. Every other tensor is returned as it is. name: Meta's."""
+    if not name.endswith(ROTATED_ROWS):
         return tensor
     order = head_order(config.head_dim)
     if inverse:

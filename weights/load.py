@@ -20,6 +20,7 @@ from methods import RopeConfig, build_clex
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights import gguf, hugging_face, meta
+from weights.adapter import adapted_config, base_of, is_adapter, merge_adapter
 from weights.checks import check_tensor_values
 from weights.presets import how_to_get_weights, preset_config
 from weights.save import SAVED, find_file
@@ -40,6 +41,8 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     and remedy.
     """
     device = choose_device(str(device))
+    if is_adapter(path):
+        return load_adapted(path, rope, device, dtype, attention)
     layout = model_format(path)
     stored_config = layout.read_config(path)
     config = with_rope(stored_config, rope)
@@ -53,6 +56,10 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     tensors = {}
     if config.rope.rope_type != stored_config.rope.rope_type:
         tensors = untrained_clex(config, dtype or torch.float32, device)
+    for name in tensors if shard is not None else []:
+        part, stored = own_part(model.get_parameter(name), (), tensors[name])
+        part.copy_(stored)
+        tensors[name] = model.get_parameter(name)
     shapes = {name: tuple(parameter.shape)
               for name, parameter in model.named_parameters() if name not in tensors}
     for file, name, place, stored in layout.read_tensors(path, shapes):
@@ -66,6 +73,16 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
             part.copy_(stored)
     model.load_state_dict(tensors, assign=True)
     model.path = str(path)  # results name their model by it
+    return model
+
+
+def load_adapted(folder: str | Path, rope: RopeConfig | dict | None, device: torch.device,
+                 dtype: torch.dtype | None, attention: str) -> LLaMA:
+    """load_model for what LoRA left: its base, with the adapter merged into it."""
+    config = with_rope(load_config(folder), rope)
+    model = load_model(base_of(folder), config.rope, device, dtype=None, attention=attention)
+    merge_adapter(model, folder, dtype)
+    model.config, model.path = config, str(folder)
     return model
 
 
@@ -99,6 +116,8 @@ def load_config(path: str | Path) -> ModelConfig:
     preset = preset_config(str(path))
     if preset is not None and not Path(path).exists():
         return preset
+    if is_adapter(path):
+        return adapted_config(path, load_config(base_of(path)))
     return model_format(path).read_config(path)
 
 

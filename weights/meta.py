@@ -41,7 +41,7 @@ SHAPE_KEYS = {"dim": int, "n_layers": int, "n_heads": int, "n_kv_heads": int, "v
               "max_seq_len": int, "head_dim": int, "ffn_dim": int}  # fields of ModelConfig
 ROPE_KEYS = {"rope_theta": float, "use_scaled_rope": bool, "rope_scaling_factor": float,
              "rope_high_freq_factor": float, "rope": dict}
-KEYS = SHAPE_KEYS | ROPE_KEYS
+KEYS = SHAPE_KEYS | ROPE_KEYS | {"lora": dict}  # the last in an adapter's folder (adapter.py)
 KIND_WORDS = {int: "a positive whole number", float: "a positive number", bool: "true or false",
               dict: 'an object, {"rope_type": ...}'}
 

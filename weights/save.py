@@ -7,6 +7,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,16 +20,35 @@ from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
 
 CHECKPOINT = "consolidated.00.pth"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of adapter.py
 SAVING = ".saving"  # in the model's folder: the files of a save at work
 SAVED = ".saved"    # in the model's folder: the files of a finished save, not yet at their places
 
 
 def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = None,
                dtype: torch.dtype | None = None) -> None:
-    """Write a folder that load_model reads back bit for bit. Other files in it are left alone.
+    """Write a folder that load_model reads back bit for bit, by save_folder.
 
     tokenizer: its files are copied; None leaves the folder's.
     dtype: of the saved weights; None is the model's own (bfloat16 halves the file).
+    """
+    tensors = model.state_dict()
+    assert "norm.weight" in tensors, "give the LLaMA itself, not its compiled or parallel wrapper"
+
+    def write(path: Path) -> None:
+        if is_sharded(model):
+            save_one_by_one(path, tensors)
+        else:
+            save_tensors(path, {name: compact_tensor(tensor, dtype)
+                                for name, tensor in tensors.items()})
+    save_folder(folder, {"params.json": params_json(model.config)}, tokenizer, CHECKPOINT, write)
+
+
+def save_folder(folder: str | Path, json_files: dict[str, Any], tokenizer: Tokenizer | None,
+                weights: str, write_weights: Callable[[Path], Any]) -> None:
+    """Write a model's folder: {name: content} of its JSON files, the tokenizer's files, and the
+    file of its weights by write_weights(path). Other files in it are left alone, but for the
+    weights of the model before.
 
     Killed at any moment, a save leaves one model that loads, the one before or this one, and never
     a mixture:
@@ -37,31 +57,26 @@ def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = N
            Killed here, the folder is as it was.
         2. Rename .saving to .saved. At this moment the new model replaces the old one.
         3. Move the files to their places.
-           Killed here, load_model looks into .saved first, and the next save_model ends the move.
+           Killed here, load_model looks into .saved first, and the next save ends the move.
 
     Where only the weights are new, as in the saves of one run, steps 2 and 3 are one rename. A
     process that loads the model meanwhile is then not disturbed.
     """
     folder = Path(folder)
-    tensors = model.state_dict()
-    assert "norm.weight" in tensors, "give the LLaMA itself, not its compiled or parallel wrapper"
     finish_save(folder)
     saving = folder / SAVING
     shutil.rmtree(saving, ignore_errors=True)
     try:
-        write_json(saving / "params.json", params_json(model.config))
+        for name, content in json_files.items():
+            write_json(saving / name, content)
         tokenizer_files = tokenizer.files() if tokenizer is not None else {}
         for name, data in tokenizer_files.items():
             with whole_file(saving / name) as file:
                 file.write(data)
-        only_weights_are_new = replaces_one_checkpoint(saving, folder)
-        if is_sharded(model):
-            save_one_by_one(saving / CHECKPOINT, tensors)
-        else:
-            save_tensors(saving / CHECKPOINT,
-                         {name: compact_tensor(tensor, dtype) for name, tensor in tensors.items()})
+        only_weights_are_new = replaces_weights(saving, folder, weights)
+        write_weights(saving / weights)
         if only_weights_are_new:
-            os.replace(saving / CHECKPOINT, folder / CHECKPOINT)
+            os.replace(saving / weights, folder / weights)
             shutil.rmtree(saving)
         else:
             os.replace(saving, folder / SAVED)
@@ -71,12 +86,17 @@ def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = N
     finish_save(folder)
 
 
-def replaces_one_checkpoint(saving: Path, folder: Path) -> bool:
-    """Whether `folder` holds a model in one file, and all files of `saving` just as they are."""
+def replaces_weights(saving: Path, folder: Path, weights: str) -> bool:
+    """Whether `folder` holds a model whose weights are this one file, and all files of `saving`
+    just as they are."""
     names = [file.name for file in saving.iterdir()]
     _, different, missing = filecmp.cmpfiles(saving, folder, names, shallow=False)
-    parts = [part.name for part in folder.glob("consolidated.*.pth")]
-    return not different and not missing and parts == [CHECKPOINT]
+    return not different and not missing and [f.name for f in weight_files(folder)] == [weights]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights of a model, or of an adapter."""
+    return sorted([*folder.glob("consolidated.*.pth"), *folder.glob(ADAPTER)])
 
 
 def finish_save(folder: Path) -> None:
@@ -84,11 +104,13 @@ def finish_save(folder: Path) -> None:
     saved = folder / SAVED
     if not saved.is_dir():
         return
-    # The checkpoint is the first to move. Further parts of the model before must be gone by then.
-    if (saved / CHECKPOINT).exists():
-        for part in sorted(folder.glob("consolidated.*.pth")):
-            if part.name != CHECKPOINT:
-                part.unlink()
+    # The weights are the first to move. What is left of another model must be gone by then: parts
+    # of its checkpoint, or the adapter that it was.
+    for weights in weight_files(saved):
+        for file in [*weight_files(folder), folder / ADAPTER_CONFIG]:
+            if file.exists() and not (saved / file.name).exists():
+                file.unlink()
+        os.replace(weights, folder / weights.name)
     for file in sorted(saved.iterdir()):
         os.replace(file, folder / file.name)
     saved.rmdir()
@@ -205,7 +227,7 @@ def correct_checksums(file: IO[bytes]) -> None:
         entry += 46 + sum(struct.unpack("<HHH", file.read(6)))      # name, extra field, comment
 
 
-def give_shards(model: LLaMA) -> None:
-    """What the ranks do whose weights rank 0 writes."""
-    for tensor in model.state_dict().values():
+def give_shards(tensors: Iterable[torch.Tensor]) -> None:
+    """What the other ranks do meanwhile: rank 0 puts each of these together."""
+    for tensor in tensors:
         whole(tensor)

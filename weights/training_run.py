@@ -22,6 +22,7 @@ from common.distributed import (join_process_group, on_any_rank, own_rows, requi
 from common.environment import command_line, versions
 from common.errors import Stopped, UserError
 from common.files import remove, whole_file, write_json
+from methods.lora import LoRA, lora_of_flags, trainable_and_frozen
 from model import LLaMA, ModelConfig
 from weights.flags import describe_attention
 from weights.size import flops_per_token, parameter_count, training_bytes
@@ -244,16 +245,34 @@ def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int
     compiled = ", compiled" if config.compile else ""
     memory = training_bytes(shape, config.batch_size, row, dtype, config.recompute,
                             config.attention)
+    lora = lora_of_flags(config)
     print(f"device     {describe_device(device)}, {dtype_name(dtype)}, attention {attention}"
           f"{compiled}")
     print(f"model      {parameter_count(shape):,} parameters, window {shape.original_window} -> "
           f"{shape.max_seq_len}, rope {shape.rope.to_dict()}")
+    if lora:
+        memory -= bytes_that_lora_saves(shape, lora)
+        print(f"lora       {describe_lora(shape, lora)}")
     print(f"step       {rows} rows x {row} = {rows * row:,} tokens, {config.steps} steps, "
           f"{config.steps * rows * row / 1e6:.1f}M tokens, "
           f"{flops_per_token(shape, row) / 1e6:.1f} MFLOP a token")
     print(f"memory     about {memory / 2**20:,.0f} MiB a process")
     if config.dry_run:
         print_costs(shape, config, config.steps * rows, row)
+
+
+def describe_lora(shape: ModelConfig, lora: LoRA) -> str:
+    trained, frozen = trainable_and_frozen(shape, lora)
+    beside = ", embedding, output and norms in full" if lora.full else ""
+    return (f"rank {lora.rank}, alpha {lora.alpha:g} on {' '.join(lora.matrices)}{beside}: "
+            f"{trained:,} parameters trained, {frozen:,} frozen in {lora.base_dtype}")
+
+
+def bytes_that_lora_saves(shape: ModelConfig, lora: LoRA) -> int:
+    """Of a full training's 16 bytes a parameter: a frozen one takes 1, 2 or 4."""
+    trained, frozen = trainable_and_frozen(shape, lora)
+    frozen_bytes = {"int8": 1, "bfloat16": 2, "float32": 4}[lora.base_dtype]
+    return 16 * parameter_count(shape) - (16 * trained + frozen_bytes * frozen)
 
 
 def print_costs(shape: ModelConfig, config: Any, rows: int, row: int) -> None:

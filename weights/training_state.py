@@ -13,7 +13,9 @@ import torch
 from common.distributed import (is_sharded, join_process_group, load_shards, save_shards,
                                 wait_for_all_ranks)
 from common.errors import UserError
+from methods.lora import lora_of
 from model import LLaMA
+from weights.adapter import adapter_tensors, save_adapter, trained_tensors
 from weights.save import give_shards, save_model, save_tensors
 
 
@@ -23,15 +25,30 @@ def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: d
     all.
 
     In this order the model is never older than the state. A run that dies between the two repeats
-    some steps, and a run whose state says that it is finished has its model.
+    some steps, and a run whose state says that it is finished has its model. With LoRA both hold
+    what is trained, and nothing of the frozen base.
     """
     if is_sharded(model):
         save_sharded_run(model, optimizer, out, state, tokenizer)
         return
-    save_model(model, out, tokenizer)
-    state = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+    save_weights(model, out, tokenizer)
+    weights = model.state_dict() if lora_of(model) is None else trained_tensors(model)
+    state = {**state, "model": weights, "optimizer": optimizer.state_dict(),
              "rng": torch.get_rng_state()}
     save_tensors(out / "state.pt", state)
+
+
+def save_weights(model: LLaMA, out: Path, tokenizer: Any) -> None:
+    """Write the model's folder, or with LoRA the adapter's."""
+    save = save_model if lora_of(model) is None else save_adapter
+    save(model, out, tokenizer)
+
+
+def tensors_in_folder(model: LLaMA) -> list[torch.Tensor]:
+    """What is in the file of its weights, in order."""
+    if lora_of(model) is None:
+        return list(model.state_dict().values())
+    return [tensor for _, tensor in adapter_tensors(model)]
 
 
 def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
@@ -39,9 +56,9 @@ def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
     """The same by all ranks. The state is a folder, state.N, and the greatest N counts."""
     rank, _ = join_process_group()
     if rank == 0:
-        save_model(model, out, tokenizer)
+        save_weights(model, out, tokenizer)
     else:
-        give_shards(model)
+        give_shards(tensors_in_folder(model))
     before = saved_states(out)
     number = 1 + max(before, default=0)
     saving, folder = out / f".state.{number}.tmp", out / f"state.{number}"
@@ -100,7 +117,7 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
         raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
                         f"{remedy}")
     else:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=lora_of(model) is None)
         optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["step"], state["seconds"]
@@ -119,8 +136,19 @@ def resumable_settings(config: Any) -> dict[str, Any]:
     The others (where, how fast, how often it is looked at) may change. At a constant learning rate
     so may the number of steps, as no step depends on it: a finished run is then taken further.
     """
-    may_change = set(config.may_change_on_resume)
+    settings = dataclasses.asdict(config)
+    may_change = set(config.may_change_on_resume) | settings_that_are_off(settings)
     if config.schedule == "constant":
         may_change.add("steps")
-    settings = dataclasses.asdict(config)
     return {name: value for name, value in settings.items() if name not in may_change}
+
+
+def settings_that_are_off(settings: dict[str, Any]) -> set[str]:
+    """Settings that decide nothing as the others are: those of LoRA in a training without it. So
+    runs from before there were such settings are still taken up."""
+    off = set()
+    if settings.get("optimizer") == "adamw":
+        off.add("optimizer")
+    if not settings.get("lora_rank"):
+        off |= {name for name in settings if name.startswith("lora_")} | {"base_dtype"}
+    return off
