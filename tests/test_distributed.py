@@ -24,6 +24,7 @@ from common.cli import run_command
 from common.errors import UserError
 from common.jobs import parallel_map
 from methods import RopeConfig, training_positions
+from methods.lora import LoRA, add_lora
 from model import LLaMA, ModelConfig
 from test_kills import exit_status, forked
 from toy_training import read_metrics, settings
@@ -108,13 +109,20 @@ def rows_of(case):
     return batches
 
 
-def train(out, case, batches=None, world=1, **changes):
-    """Twenty steps of eight rows of sixteen tokens, whatever the number of processes."""
+def new_model(case):
     torch.manual_seed(0)
     rope = {"original_max_position_embeddings": L} | case.get("rope", {"rope_type": "default"})
-    model = LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V,
-                              max_seq_len=T, rope=RopeConfig.from_dict(rope),
-                              tied=case.get("tied", False)))
+    return LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V,
+                             max_seq_len=T, rope=RopeConfig.from_dict(rope),
+                             tied=case.get("tied", False)))
+
+
+def train(out, case, batches=None, world=1, **changes):
+    """Twenty steps of eight rows of sixteen tokens, whatever the number of processes."""
+    model = new_model(case)
+    if "lora" in case:
+        model.path = str(out.parent.parent / "tied")  # of the base
+        add_lora(model, case["lora"])
     micro_batches = case.get("settings", {}).get("accumulate", 1)
     C = changes.get("context_parallel", 1)
     config = settings(out, **{"batch_size": ROWS * C // world // micro_batches, "lr": 0.01,
@@ -137,6 +145,7 @@ CASES = MAIN_CASES | {
     "pose": {"rope": ROPES["yarn"], "pose": True},
     "clex": {"rope": {"rope_type": "clex"}},
     "no-rope-layers": {"rope": {"rope_type": "default", "no_rope_layer_interval": 2}},
+    "lora": {"lora": LoRA(rank=4, base_dtype="float32"), "tied": True},
     "naive": {"rope": REROPE, "settings": {"attention": "naive"}},
 }
 SPLITS = [(4, 1), (4, 2), (4, 4), (2, 1), (2, 2)]  # processes, and how many share a row
@@ -191,11 +200,16 @@ def test_every_split_is_one_run(finish, name, world, C):
 @action
 def resume(folder):
     """Ten steps by four processes, and ten more by four, by two, and by one."""
-    case = {"settings": {"schedule": "constant", "save_every": 10}}
+    for kind in ({}, {"lora": LoRA(rank=4, base_dtype="float32"), "tied": True}):
+        resume_case(folder, "lora" if kind else "full", kind)
+
+
+def resume_case(folder, kind, case):
+    case = case | {"settings": {"schedule": "constant", "save_every": 10}}
     split = {4: {"context_parallel": 2}, 2: {"context_parallel": 1}, 1: {}}
-    together(4, lambda rank: train(folder / "whole", case, world=4, context_parallel=2))
+    together(4, lambda rank: train(folder / f"{kind}-whole", case, world=4, context_parallel=2))
     for world, changes in split.items():
-        out = folder / str(world)
+        out = folder / f"{kind}-{world}"
         together(4, lambda rank, out=out: train(out, case, world=4, steps=10, context_parallel=2))
         if world == 1:
             train(out, case)
@@ -204,18 +218,20 @@ def resume(folder):
                 out, case, world=world, **changes))
 
 
-def test_resumed_bit_for_bit_or_by_another_number(finish):
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_resumed_bit_for_bit_or_by_another_number(finish, kind):
     folder, _ = finish("resume")
-    whole = dict(load_model(folder / "whole").named_parameters())
+    folder = folder / f"{kind}-"
+    whole = dict(load_model(f"{folder}whole").named_parameters())
     for world in (4, 2, 1):
-        assert [line["step"] for line in read_metrics(folder / str(world))] == list(range(1, 21))
-        for name, p in load_model(folder / str(world)).named_parameters():
+        assert [line["step"] for line in read_metrics(f"{folder}{world}")] == list(range(1, 21))
+        for name, p in load_model(f"{folder}{world}").named_parameters():
             if world == 4:
                 assert torch.equal(p, whole[name])
             assert torch.allclose(p, whole[name], atol=1e-6), (world, name)
-        for a, b in zip(read_metrics(folder / "whole"), read_metrics(folder / str(world))):
+        for a, b in zip(read_metrics(f"{folder}whole"), read_metrics(f"{folder}{world}")):
             assert b["loss"] == pytest.approx(a["loss"], abs=1e-6)
-    assert list(saved_states(folder / "4")) == [2], "one state is kept, the newest"
+    assert list(saved_states(Path(f"{folder}4"))) == [2], "one state is kept, the newest"
 
 
 @action
@@ -441,6 +457,7 @@ if __name__ == "__main__":
     # What the first step, the first sharding and the first save import takes seconds: once here.
     import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp  # noqa: E401, F401
     train(out / "first", {}, steps=1)
+    save_model(new_model({"tied": True}), out / "tied")
     children = {name: forked(lambda name=name: act(name, out)) for name in actions}
     for name, child in children.items():
         print(f"{name}: {exit_status(child)}")
