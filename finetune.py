@@ -36,7 +36,7 @@ from weights.extension import (baseline_rope, changes_positions, complete_flags,
                                has_short_rows, load_extended, phases, prepare_corpus,
                                print_phases, rope_flag, row_length, training_batches)
 from weights.size import parameter_count
-from weights.training_run import print_header
+from weights.training_run import planned_gpus, print_header
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Experiment:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(FinetuneConfig, __doc__, argv)
-    rank, world = join_process_group()      # of several GPUs
+    rank = join_process_group()[0]      # of several GPUs
     device, base = choose_device(config.device), load_config(config.model)
     # config.rope is the text of the flag, rope the dict that it means.
     config, rope, direct_out = complete_flags(config, base)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = sorted(set(config.lengths or [*four_lengths(base), window]))
     experiments = [e for e in list_experiments(config, rope, direct_out, base)
                    if e.training or config.eval]
-    ranks = world // config.context_parallel    # that read different rows
+    ranks = planned_gpus(config) // config.context_parallel    # that read different rows
     work = phases(config, experiments, target, lengths, ranks)
     if rank == 0:
         print_header(target, config, device, row_length(config, rope, L, window))

@@ -62,10 +62,12 @@ class FitConfig:
     offload: bool = field(False, "several GPUs: weights and optimiser wait in the host's memory")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
+    gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
+                             "torchrun]")
     # A run may be resumed with other values of these; all other settings have to be the same.
     may_change_on_resume: ClassVar[set[str]] = {
         "out", "log_every", "eval_every", "save_every", "device", "attention", "compile",
-        "recompute", "context_parallel", "offload", "fresh", "dry_run"}
+        "recompute", "context_parallel", "offload", "fresh", "dry_run", "gpus"}
 
 
 @dataclass

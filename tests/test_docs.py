@@ -74,7 +74,7 @@ def manual(script):
 
 def flags_of(script):
     """The flags of its usage, which ends at the first empty line."""
-    return set(re.findall(r"--[a-z][a-z-]*", manual(tuple(script)).split("\n\n")[0])) | {"-h"}
+    return set(re.findall(r"--[a-z][a-z0-9-]*", manual(tuple(script)).split("\n\n")[0])) | {"-h"}
 
 
 @pytest.mark.parametrize("name, words", [
@@ -108,6 +108,27 @@ def test_flags_that_do_not_exist_are_noticed():
     assert {"--rope", "--factors"} <= flags_of(["extras/compare.py"]), "its own, and ModelFlags"
     assert "--no-baseline" in flags_of(["finetune.py"])
     assert "--mirror" in flags_of(["data/prepare.py"])
+
+
+def planned_commands():
+    """(command, what it prints) of every --dry-run in scale.md."""
+    blocks = re.findall(r"```bash\n(python finetune.py --dry-run .*?)```\n\n```\n(.*?)```",
+                        TEXT["scale.md"], re.S)
+    return [(shlex.split(command.replace("\\\n", " "))[2:], output) for command, output in blocks]
+
+
+@pytest.mark.parametrize("arguments, output", [
+    pytest.param(*plan, id=" ".join(plan[0][1:])[:60]) for plan in planned_commands()])
+def test_dry_runs_print_what_scale_says(arguments, output, capsys):
+    """All but the first line, which names the reader's own device."""
+    importlib.import_module("finetune").main(arguments)
+    device, printed = capsys.readouterr().out.split("\n", 1)
+    assert device.startswith("device ")
+    assert printed == output
+
+
+def test_no_dry_run_of_scale_is_left_out():
+    assert len(planned_commands()) == TEXT["scale.md"].count("finetune.py --dry-run") > 10
 
 
 # ---- Names ---------------------------------------------------------------------------------------

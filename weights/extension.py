@@ -23,7 +23,7 @@ from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_model, with_rope
 from weights.size import evaluation_flops, flops_per_token, parameter_count
-from weights.training_run import check_ranks, validate_settings
+from weights.training_run import check_ranks, planned_gpus, validate_settings
 
 DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
@@ -93,7 +93,7 @@ def check_lora(config: Any, rope_type: str) -> None:
     if not set(matrices) <= set(MATRICES) or len(set(matrices)) < len(matrices):
         raise UserError(f"--lora-matrices {' '.join(matrices)}: give some of {' '.join(MATRICES)}, "
                         "each once")
-    if config.base_dtype == "int8" and join_process_group()[1] > 1:
+    if config.base_dtype == "int8" and planned_gpus(config) > 1:
         raise UserError("--base-dtype int8: several GPUs gather the weights in the dtype of the "
                         "products; give bfloat16")
     if METHODS[rope_type].mechanism == "network":
@@ -190,7 +190,7 @@ class Phase(NamedTuple):
 
 def phases(config: Any, experiments: Sequence[Any], shape: ModelConfig, lengths: Sequence[int],
            ranks: int) -> list[Phase]:
-    """Everything that finetune.py will do, in order."""
+    """Everything that finetune.py will do, in order. ranks: that read different rows."""
     found = []
     rows = config.steps * config.batch_size * config.accumulate * ranks
     longest = max(lengths)

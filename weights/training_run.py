@@ -25,8 +25,11 @@ from common.files import remove, whole_file, write_json
 from methods.lora import LoRA, lora_of_flags, trainable_and_frozen
 from model import LLaMA, ModelConfig
 from weights.flags import describe_attention
-from weights.size import flops_per_token, parameter_count, training_bytes
+from weights.memory import Plan, describe_fit, memory_table, training_memory
+from weights.size import flops_per_token, parameter_count
 from weights.training_state import resumable_settings, resume_run, save_run
+
+ASSUMED_THROUGHPUT = 4e14  # operations a second of a GPU, to plan with: see print_costs
 
 
 class TrainingRun:
@@ -218,47 +221,75 @@ def validate_settings(config: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: has to be {wanted}")
     if not 0 <= config.min_lr <= 1:
         raise UserError(f"--min-lr {config.min_lr}: has to be between 0 and 1")
+    if config.gpus is not None and not config.dry_run:
+        raise UserError(f"--gpus {config.gpus}: plans with --dry-run only; a training takes "
+                        f"torchrun --nproc-per-node {config.gpus}")
+    if config.gpus is not None and config.gpus < 1:
+        raise UserError(f"--gpus {config.gpus}: has to be at least 1")
+
+
+def planned_gpus(config: Any) -> int:
+    """Those of --gpus, or of torchrun."""
+    return config.gpus or join_process_group()[1]
 
 
 def check_ranks(config: Any, row: int) -> None:
     """A UserError, on every process, if the processes cannot share rows of so many tokens."""
-    C, world = config.context_parallel, join_process_group()[1]
+    C, gpus = config.context_parallel, planned_gpus(config)
     require_same(dataclasses.asdict(config))
-    if C < 1 or world % C:
-        raise UserError(f"--context-parallel {C}: has to divide the number of processes, {world}: "
+    if C < 1 or gpus % C:
+        raise UserError(f"--context-parallel {C}: has to divide the number of processes, {gpus}: "
                         "start more with torchrun --nproc-per-node, or give another number")
     if row % (2 * C) and C > 1:
         raise UserError(f"--context-parallel {C}: a row of {row} tokens cannot be cut into {2 * C} "
                         "equal chunks, two for each process: give another number")
-    if config.offload and world == 1:
+    if config.offload and gpus == 1:
         raise UserError("--offload: a process alone keeps its weights on its device; start several "
                         "with torchrun --nproc-per-node")
+
+
+def plan_of(shape: ModelConfig, config: Any, dtype: torch.dtype, row: int) -> Plan:
+    """The Plan of a train.FitConfig, for the GPUs of torchrun or of --gpus. row: its tokens."""
+    plan = Plan(config.batch_size, row, dtype, config.attention, config.accumulate,
+                planned_gpus(config), config.context_parallel, config.recompute, config.offload,
+                moment_bytes=2 if config.optimizer == "adamw8bit" else 8)
+    lora = lora_of_flags(config)
+    if lora is None:
+        return plan
+    trained, frozen = trainable_and_frozen(shape, lora)
+    outside = 0
+    if not lora.full:
+        outside = frozen - trainable_and_frozen(shape, dataclasses.replace(lora, full=True))[1]
+    frozen_bytes = {"int8": 1, "bfloat16": 2, "float32": 4}[lora.base_dtype]
+    return dataclasses.replace(plan, trainable=trained, frozen=frozen - outside,
+                               frozen_bytes=frozen_bytes, frozen_outside=outside)
 
 
 def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int | None = None
                  ) -> None:
     """What a training will be and take. row: tokens of a row, if not the window."""
-    dtype, world = choose_dtype(config.dtype, device), join_process_group()[1]
+    dtype = choose_dtype(config.dtype, device)
     row = row or shape.max_seq_len
-    rows = config.batch_size * config.accumulate * world // config.context_parallel
+    plan = plan_of(shape, config, dtype, row)
+    rows = config.batch_size * config.accumulate * (plan.gpus // plan.context_shards)
     attention = describe_attention(config.attention, shape.rope, device)
     compiled = ", compiled" if config.compile else ""
-    memory = training_bytes(shape, config.batch_size, row, dtype, config.recompute,
-                            config.attention)
+    memory = training_memory(shape, plan)
     lora = lora_of_flags(config)
     print(f"device     {describe_device(device)}, {dtype_name(dtype)}, attention {attention}"
           f"{compiled}")
     print(f"model      {parameter_count(shape):,} parameters, window {shape.original_window} -> "
           f"{shape.max_seq_len}, rope {shape.rope.to_dict()}")
     if lora:
-        memory -= bytes_that_lora_saves(shape, lora)
         print(f"lora       {describe_lora(shape, lora)}")
     print(f"step       {rows} rows x {row} = {rows * row:,} tokens, {config.steps} steps, "
           f"{config.steps * rows * row / 1e6:.1f}M tokens, "
           f"{flops_per_token(shape, row) / 1e6:.1f} MFLOP a token")
-    print(f"memory     about {memory / 2**20:,.0f} MiB a process")
+    print(f"memory     about {memory.peak / 2**20:,.0f} MiB a process")
     if config.dry_run:
-        print_costs(shape, config, config.steps * rows, row)
+        print(memory_table(memory))
+        print(describe_fit(shape, plan))
+        print_costs(shape, plan, config.steps * rows)
 
 
 def describe_lora(shape: ModelConfig, lora: LoRA) -> str:
@@ -268,23 +299,25 @@ def describe_lora(shape: ModelConfig, lora: LoRA) -> str:
             f"{trained:,} parameters trained, {frozen:,} frozen in {lora.base_dtype}")
 
 
-def bytes_that_lora_saves(shape: ModelConfig, lora: LoRA) -> int:
-    """Of a full training's 16 bytes a parameter: a frozen one takes 1, 2 or 4."""
-    trained, frozen = trainable_and_frozen(shape, lora)
-    frozen_bytes = {"int8": 1, "bfloat16": 2, "float32": 4}[lora.base_dtype]
-    return 16 * parameter_count(shape) - (16 * trained + frozen_bytes * frozen)
+def print_costs(shape: ModelConfig, plan: Plan, rows: int) -> None:
+    """--dry-run: the work of the whole training, and what it then takes to read L' tokens.
 
+        hours = operations / (GPUs * 4e14) / 3600
 
-def print_costs(shape: ModelConfig, config: Any, rows: int, row: int) -> None:
-    """--dry-run: the work of the whole training, and what it then takes to read L' tokens."""
-    flops = rows * row * flops_per_token(shape, row)
-    if config.recompute:
+    4e14 operations a second are 40 % of the 989e12 that an H100 does at most (bfloat16, dense). The
+    share is an assumption. With recomputed operations counted it is called HFU, without them MFU =
+    tokens a second * flops_per_token / peak. (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)
+    """
+    flops = rows * plan.seq_len * flops_per_token(shape, plan.seq_len)
+    if plan.recompute:
         flops *= 4 / 3
+    hours = flops / (plan.gpus * ASSUMED_THROUGHPUT) / 3600
     window = shape.max_seq_len
     weights = 2 * parameter_count(shape)
     cache = 2 * 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * window
     reading = flops_per_token(shape, window, training=False) * window
-    print(f"training   {flops:.2e} floating-point operations, {flops / 1e14 / 3600:,.3g} hours at "
-          "100 TFLOP/s")
+    print(f"training   {flops:.2e} floating-point operations, {hours:,.3g} hours on {plan.gpus} "
+          f"GPU{'s' if plan.gpus > 1 else ''} at {ASSUMED_THROUGHPUT / 1e12:.0f} TFLOP/s each "
+          "(assumed: 40 % of an H100's 989)")
     print(f"then       to read {window} tokens in bfloat16: weights {weights / 2**20:,.0f} MiB, "
           f"keys and values {cache / 2**20:,.0f} MiB, {reading:.2e} operations")

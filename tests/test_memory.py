@@ -1,0 +1,286 @@
+"""What a training step takes is known beforehand: by hand for a small shape, by a meter on a CPU,
+and in the words of --dry-run."""
+import dataclasses
+
+import pytest
+import torch
+
+import finetune
+import train
+from common.errors import UserError
+from extras.memory import main as bench_memory
+from meter import Meter
+from model import LLaMA, ModelConfig
+from weights.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table, training_memory,
+                            would_fit)
+from weights.presets import preset_config
+from weights.size import parameter_count
+from weights.training_run import plan_of
+
+F32, BF16 = torch.float32, torch.bfloat16
+# C = 8, 3 layers, H = 2, K = 1, D = 4, F = 24, V = 10
+SHAPE = ModelConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, vocab_size=10, ffn_dim=24)
+BLOCK = 2 * 8 * 2 * 4 + 2 * 8 * 4 + 3 * 8 * 24 + 2 * 8          # wq wo, wk wv, w1 w2 w3, norms
+ROOT = 2 * 10 * 8 + 8                                            # embedding, output, norm
+P = 3 * BLOCK + ROOT
+
+
+def parts(**changes):
+    return training_memory(SHAPE, dataclasses.replace(Plan(2, 16, accumulate=2), **changes))
+
+
+# ---- By hand -------------------------------------------------------------------------------------
+
+
+def test_parts_of_one_gpu_are_those_computed_by_hand():
+    m = parts()
+    assert parameter_count(SHAPE) == P
+    assert (m.weights, m.gradients, m.optimiser) == (4 * P, 4 * P, 8 * P)
+    assert (m.gathered, m.keys, m.host) == (0, 0, 0)
+    layer = 4 * (9 * 8 + 2 * 4 + 4 * 24)
+    assert m.activations == 2 * 16 * 3 * layer
+    assert m.logits == 3 * 4 * 2 * 16 * 10
+    assert m.block == 0
+    assert m.peak == 16 * P + m.activations + m.logits
+    once = parts(accumulate=1)
+    assert once.peak == 12 * P + max(4 * P, m.activations) + m.logits
+    naive, scores = parts(attention="naive"), 2 * 16 * 2 * 16      # of all rows and heads
+    assert naive.activations == m.activations + 3 * 4 * scores
+    assert naive.block == 2 * 4 * scores
+    assert naive.peak == 16 * P + naive.activations + max(m.logits, naive.block)
+
+
+def test_parts_of_four_gpus_that_share_rows_by_two():
+    m = parts(gpus=4, context_shards=2, dtype=BF16)
+    assert (m.weights, m.gradients, m.optimiser) == (P, P, 2 * P)
+    assert m.gathered == 4 * ROOT + 4 * 80 + 2 * 80 + 2 * 2 * BLOCK
+    assert m.block == (2 + 4) * BLOCK
+    layer = 4 * 4 * 8 + 2 * (8 * 8 + 2 * 4 + 4 * 24)
+    assert m.activations == 2 * 8 * 3 * layer
+    assert m.keys == 2 * 16 * 2 * 4 * (3 * 2 + 2 + 4)
+    assert m.logits == 3 * 4 * 2 * 8 * 10
+    recomputed = parts(gpus=4, context_shards=2, dtype=BF16, recompute=True)
+    assert recomputed.activations == 2 * 8 * 3 * 4 * 8
+    assert recomputed.block == (2 + 4) * BLOCK + 2 * 8 * layer
+    assert recomputed.keys == 2 * 16 * 2 * 4 * (2 + 2 + 4)
+    assert m.peak == sum(dataclasses.astuple(m)[:6]) + max(m.logits, m.block)
+
+
+def test_autocast_copies_the_matrices_of_one_gpu():
+    matrices = P - 10 * 8 - 7 * 8          # without the table that is looked up, and the norms
+    layer = 4 * 4 * 8 + 2 * (8 * 8 + 2 * 4 + 4 * 24)
+    assert parts(dtype=BF16).activations == 2 * 16 * 3 * layer + 2 * matrices
+    frozen = 3 * (BLOCK - 16)
+    assert parts(dtype=BF16, trainable=P - frozen, frozen=frozen).activations == (
+        2 * 16 * 3 * layer + 2 * (matrices - frozen))
+    recomputed = parts(dtype=BF16, recompute=True)
+    assert recomputed.activations == 2 * 16 * 3 * 4 * 8 + 2 * matrices
+    assert recomputed.block == 2 * 16 * layer - 2 * matrices > 0
+
+
+def test_frozen_weights_have_no_gradient_and_no_moments():
+    adapters, frozen = 100, 3 * (BLOCK - 16)
+    m = parts(trainable=adapters, frozen=frozen, gpus=2)
+    assert m.weights == (4 * adapters + 2 * frozen) // 2
+    assert (m.gradients, m.optimiser) == (2 * adapters, 4 * adapters)
+    all_learn = parts(gpus=2)
+    assert all_learn.block - m.block == (4 + 4) * (BLOCK - 16)
+
+
+def test_moments_of_eight_bits_and_the_hosts_memory():
+    assert parts(moment_bytes=2).optimiser == 2 * P
+    m = parts(gpus=2, offload=True)
+    assert (m.weights, m.gradients, m.optimiser, m.host) == (0, 0, 0, 8 * P)
+    assert m.gathered == parts(gpus=2).gathered > 0
+    assert "host" in memory_table(m) and "host" not in memory_table(parts())
+
+
+# ---- Many GPUs -----------------------------------------------------------------------------------
+
+
+def plan(**changes):
+    return dataclasses.replace(Plan(1, 8192, BF16, accumulate=8), **changes)
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b"])
+@pytest.mark.parametrize("gpus", [2, 8, 64])
+def test_pieces_of_all_gpus_are_the_whole(name, gpus):
+    config = preset_config(name)
+    one, of_each = (training_memory(config, plan(gpus=n)) for n in (1, gpus))
+    for part in ("weights", "gradients", "optimiser"):
+        whole = getattr(one, part)
+        assert whole - gpus < gpus * getattr(of_each, part) <= whole
+    shards = [training_memory(config, plan(gpus=gpus, context_shards=n)) for n in (1, 2, gpus)]
+    assert shards[0].activations == 2 * shards[1].activations == gpus * shards[2].activations
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_more_gpus_and_more_shards_never_take_more(recompute):
+    config = preset_config("llama-2-13b")
+    by_gpus = [training_memory(config, plan(gpus=n, recompute=recompute)).peak
+               for n in (2, 4, 8, 16, 32, 64)]
+    assert by_gpus == sorted(set(by_gpus), reverse=True)
+    by_shards = [training_memory(config, plan(gpus=64, context_shards=n, recompute=recompute)).peak
+                 for n in (2, 4, 8, 16, 32, 64)]
+    assert by_shards == sorted(set(by_shards), reverse=True)
+
+
+def test_what_would_fit_does_fit_and_nothing_cheaper_does():
+    config = preset_config("llama-2-7b")
+    start = plan(gpus=8)
+    found = {size: would_fit(config, start, size) for size in GPU_SIZES}
+    for size, other in found.items():
+        assert fits(training_memory(config, other), size)
+        assert (other.gpus, other.rows, other.seq_len) == (8, 1, 8192)
+    assert found[141] == start
+    assert found[48] == plan(gpus=8, recompute=True)
+    assert found[24] == plan(gpus=8, context_shards=2, recompute=True)
+    assert not fits(training_memory(config, plan(gpus=8, recompute=True)), 24)
+    assert would_fit(config, plan(gpus=1), 48) is None
+    assert would_fit(preset_config("llama-2-70b"), start, 24).offload
+    printed = describe_fit(config, start)
+    assert "24 GB: no, 48 GB: no" in printed and "141 GB: yes" in printed
+    assert "24 GB: --context-parallel 2 --recompute, 48 GB: --recompute" in printed
+
+
+def test_a_gpu_is_full_at_ninety_percent():
+    m = dataclasses.replace(parts(), weights=0, gradients=0, optimiser=0, activations=0, logits=0,
+                            block=0)
+    assert fits(dataclasses.replace(m, gathered=int(21.5 * GIB)), 24)
+    assert not fits(dataclasses.replace(m, gathered=int(21.7 * GIB)), 24)
+
+
+# ---- By a meter ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["tiled", "sdpa", "naive"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_arithmetic_is_near_the_measured_peak(attention, dtype, recompute, accumulate):
+    """Within 15 %; naive attention, which is there to be read, within 25 %."""
+    T = 512
+    config = ModelConfig(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=256,
+                         multiple_of=32)
+    model = LLaMA(config, attention=attention, recompute=recompute)
+    tokens = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0))
+
+    def micro_batch():
+        with torch.autocast("cpu", dtype, enabled=dtype != F32):
+            loss = model.loss(tokens, tokens)
+        loss.backward()
+
+    there_before = 12 * parameter_count(config)          # weights and moments
+    for _ in range(accumulate - 1):
+        micro_batch()
+        there_before += 4 * parameter_count(config)      # gradients
+    with Meter() as meter:
+        micro_batch()
+    measured = meter.peak + there_before
+    estimate = training_memory(config, Plan(1, T, dtype, attention, accumulate,
+                                            recompute=recompute)).peak
+    limit = 1.25 if attention == "naive" else 1.15
+    assert 1 / limit < estimate / measured < limit
+
+
+@pytest.mark.slow
+def test_the_bench_prints_an_error(tmp_path, capsys):
+    """One process, resident memory. The model is too small for the error itself to say much."""
+    bench_memory(["--dim", "256", "--n-layers", "4", "--n-heads", "4", "--vocab-size", "2000",
+                  "--row-length", "128", "--processes", "1", "--device", "cpu",
+                  "--out", str(tmp_path / "memory.json")])
+    printed = capsys.readouterr().out
+    assert "1 process " in printed and "error" in printed
+    found = finetune.read_json(tmp_path / "memory.json")["memory"][0]
+    assert found["error"] == found["estimate"] / found["measured"] - 1
+    assert 0.5 < found["estimate"] / found["measured"] < 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--processes", "0"], "--processes 0"),
+    (["--processes", "4", "--context-parallel", "3"], "--context-parallel 3 does not divide")])
+def test_what_the_bench_cannot_measure_is_one_line(flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        bench_memory([*flags, "--device", "cpu"])
+    assert "\n" not in str(error.value)
+
+
+# ---- The flags -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--gpus", "8"], "--gpus 8: plans with --dry-run only"),
+    (["--gpus", "0", "--dry-run"], "--gpus 0: has to be at least 1"),
+    (["--gpus", "8", "--context-parallel", "3", "--dry-run"],
+     "--context-parallel 3: has to divide the number of processes, 8"),
+    (["--gpus", "8", "--context-parallel", "0", "--dry-run"],
+     "--context-parallel 0: has to divide"),
+    (["--context-parallel", "2", "--dry-run"], "has to divide the number of processes, 1"),
+    (["--gpus", "1", "--offload", "--dry-run"], "--offload: a process alone"),
+], ids=str)
+@pytest.mark.parametrize("main", [train.main, finetune.main])
+def test_gpus_that_cannot_be_are_one_line(main, flags, words):
+    with pytest.raises(UserError, match=words) as error:
+        main([*flags, "--device", "cpu"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_that_cannot_be_cut_is_one_line():
+    with pytest.raises(UserError, match="a row of 100 tokens cannot be cut into 8 equal chunks"):
+        finetune.main(["--row-length", "100", "--dry-run", "--gpus", "4",
+                       "--context-parallel", "4"])
+
+
+def test_a_dry_run_plans_with_the_gpus_that_it_is_given(capsys):
+    flags = ["--dry-run", "--model", "llama-2-7b", "--no-eval", "--no-baseline", "--device", "cpu"]
+    operations = {}
+    for gpus in (1, 8):
+        finetune.main([*flags, "--gpus", str(gpus), "--steps", "10", "--recompute"])
+        printed = capsys.readouterr().out
+        assert f"step       {4 * gpus} rows x 8192" in printed
+        assert f"hours on {gpus} GPU" in printed
+        training, in_all = (line.split()[1 if line.startswith("training") else 4]
+                            for line in printed.splitlines()
+                            if line.startswith(("training ", "in all ")))
+        assert training == in_all
+        operations[gpus] = float(training)
+    assert operations[8] == pytest.approx(8 * operations[1], rel=0.01)
+    finetune.main([*flags, "--gpus", "8", "--context-parallel", "4", "--recompute"])
+    assert "step       8 rows x 8192" in capsys.readouterr().out
+
+
+def test_lora_and_eight_bits_reach_the_plan():
+    config = preset_config("llama-2-7b")
+    flags = {"batch_size": 1, "accumulate": 8, "recompute": True, "dry_run": True}
+
+    def memory(**changes):
+        planned = plan_of(config, finetune.FinetuneConfig(**flags, **changes), BF16, 8192)
+        return training_memory(config, planned)
+
+    embeddings, norms = 2 * 32000 * 4096, 65 * 4096
+    matrices = parameter_count(config) - embeddings - norms
+    adapters = 32 * 4 * 8 * (4096 + 4096)
+    full = memory(lora_rank=8)
+    trained = adapters + embeddings + norms
+    assert full.weights == 2 * matrices + 4 * trained
+    assert (full.gradients, full.optimiser) == (4 * trained, 8 * trained)
+    alone = memory(lora_rank=8, lora_full=False)
+    assert alone.weights == full.weights, "embedding and norms stay float32"
+    assert (alone.gradients, alone.optimiser) == (4 * adapters, 8 * adapters)
+    assert memory(lora_rank=8, base_dtype="int8").weights == full.weights - matrices
+    assert memory(optimizer="adamw8bit").optimiser == 2 * parameter_count(config)
+    shared = memory(lora_rank=8, gpus=8)
+    assert shared.gathered - memory(lora_rank=8, lora_full=False, gpus=8).gathered == (
+        4 * 32000 * 4096), "a frozen output has no gradient"
+
+
+def test_without_a_dry_run_memory_is_one_line(capsys):
+    config, cpu = train.TrainConfig(), torch.device("cpu")
+    train.print_header(SHAPE, config, cpu, row=16)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 4 and "MiB a process" in printed
+    train.print_header(SHAPE, dataclasses.replace(config, dry_run=True), cpu, row=16)
+    printed = capsys.readouterr().out
+    assert "a GPU      weights  gradients  AdamW" in printed
+    assert "fits in    24 GB: yes, 48 GB: yes, 80 GB: yes, 141 GB: yes" in printed
+    assert "400 TFLOP/s each (assumed: 40 % of an H100's 989)" in printed
