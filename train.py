@@ -1,7 +1,7 @@
 """Pre-training from scratch, and fit(), the training loop that finetune.py uses too.
 
     python train.py                             # a tiny LLaMA with a window of 256 -> out/base
-    torchrun --nproc-per-node 8 train.py        # the same steps shared by 8 GPUs
+    torchrun --nproc-per-node 8 train.py        # 8 GPUs: steps of 8 times the rows
 
 A run leaves in its folder the model (Meta's layout), metrics.jsonl, run.json (settings, command,
 versions) and state.pt (optimiser, step). The same command, given again, resumes an interrupted run;
@@ -43,7 +43,7 @@ class FitConfig:
     min_lr: float = field(0.0, "where cosine and linear end, as a share of the peak")
     warmup: int = field(100, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.1, "AdamW weight decay, on matrices only")
-    optimizer: str = field("adamw", "adamw8bit keeps AdamW's moments in 8 bits, 4 bytes a "
+    optimizer: str = field("adamw", "adamw8bit keeps AdamW's moments in 8 bits, 6 bytes a "
                            "parameter less (torchao)", choices=["adamw", "adamw8bit"])
     beta2: float = field(0.95, "AdamW's second beta (the first is 0.9)")
     clip: float = field(1.0, "gradients of a larger norm are scaled down to it; 0 never clips")
@@ -59,7 +59,8 @@ class FitConfig:
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")
-    offload: bool = field(False, "several GPUs: weights and optimiser wait in the host's memory")
+    offload: bool = field(False, "plan with weights and optimiser in the host's memory, with "
+                          "--dry-run only")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
@@ -117,7 +118,7 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     model.attention, model.recompute = config.attention, config.recompute
     model.context = context_shard(config.context_parallel)  # None if a row belongs to one GPU
     if world > 1 and not is_sharded(model):
-        shard_weights(model, model.device, choose_dtype(config.dtype, model.device), config.offload)
+        shard_weights(model, model.device, choose_dtype(config.dtype, model.device))
     optimizer = make_optimizer(model, config)
     run = TrainingRun(model, optimizer, config, evaluate, tokenizer, progress)
     if run.finished:
@@ -152,7 +153,10 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
     device = model.device
     dtype = choose_dtype(config.dtype, device)
     total = torch.zeros((), device=device)
-    targets = mean_over_ranks(count_targets(batch)) / config.context_parallel   # for each GPU
+    # Gradients are averaged over W GPUs, so each divides its sum by 1/W of the step's targets. The
+    # GPUs that share a row all count its targets.
+    targets = mean_over_ranks(count_targets(batch)) / config.context_parallel
+    targets = targets.clamp(min=1e-30)      # a step without targets has a loss of 0
     for start in range(0, len(batch[0]), config.batch_size):
         rows = slice(start, start + config.batch_size)
         micro_batch = [tensor[rows].to(device, non_blocking=True) for tensor in batch]

@@ -129,7 +129,8 @@ class ContextShard:
         return torch.cat([*heads, *reversed(tails.unbind())], dim=2)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks that share a text; its gradient is that of this rank's x."""
+        """The sum of x over the ranks that share a text. Each goes backward through its own x
+        alone: FSDP puts the gradients together."""
         own = x.detach()
         total = own.clone()
         dist.all_reduce(total, group=self.group)
@@ -156,7 +157,8 @@ class GatherParts(torch.autograd.Function):
 
 @functools.cache
 def context_shard(size: int) -> ContextShard | None:
-    """This rank's part of a text that `size` ranks share; None if none is shared."""
+    """This rank's part of a text that `size` ranks share; None if none is shared. Every rank has to
+    make every group, in the same order, and once only."""
     rank, world = join_process_group()
     if size == 1:
         return None
@@ -167,27 +169,25 @@ def context_shard(size: int) -> ContextShard | None:
 # ---- Weights shared by all GPUs ------------------------------------------------------------------
 
 
-def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype,
-                  offload: bool = False) -> None:
+def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Each rank keeps its rows of every weight: of N ranks, rank r has the r-th of N equal pieces.
 
     A block's weights are gathered for its forward pass, thrown away, and gathered again for its
     backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
     other. dtype: what a block's weights are gathered in. Gradients are means over the ranks, made
     in float32.
-    offload: the pieces lie in the host's memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
-                                        fully_shard, register_fsdp_forward_method)
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
     world = join_process_group()[1]
-    shared = {"mesh": init_device_mesh(device.type, (world,)),
-              "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
-    float32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world,))  # one line: the grid makes no difference here
+    # States between blocks stay float32, as under autocast: nothing is cast on the way in.
+    outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mp_policy=in_blocks, **shared)
-    fully_shard(model, mp_policy=float32, **shared)
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks)
+    fully_shard(model, mesh=mesh, mp_policy=outside)
     register_fsdp_forward_method(model, "loss")      # which fit() calls, in place of forward()
 
 
@@ -206,8 +206,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def own_part(weight: Tensor, place: tuple[slice, ...], stored: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a stored tensor goes, and what of it: it belongs in [place] of a weight, of which this
-    rank may have some rows only."""
+    """(destination, source): `stored` is weight[place], and this rank may have some rows of the
+    weight only. Of 8 rows, rank 1 of 2 has 4:8; of place 2:6 it copies stored[2:] to own[:2]."""
     own, rows = own_rows(weight), len(weight)
     if own is weight:
         return weight[place], stored

@@ -80,11 +80,13 @@ def shared_map(function: Callable, jobs: Mapping[Any, tuple], cache: ResultCache
     rank, world = join_process_group()
     known = of_first_rank({key: cache.get(key, lambda: None) for key in jobs if key in cache})
     missing = [key for key in jobs if key not in known]
-    computed = {key: function(*jobs[key]) for key in missing[rank::world]}
-    for of_rank in of_all_ranks(computed):
-        known |= of_rank
+    for start in range(0, len(missing), world):  # a job each, so that little is lost by a kill
+        own = missing[start + rank:start + rank + 1]
+        for of_rank in of_all_ranks({key: function(*jobs[key]) for key in own}):
+            for key, value in of_rank.items():
+                known[key] = cache.get(key, lambda value=value: value)
     for key in jobs:
-        yield cache.get(key, lambda key=key: known[key])
+        yield known[key]
 
 
 class Window(NamedTuple):

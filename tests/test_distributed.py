@@ -127,7 +127,13 @@ def train(out, case, batches=None, world=1, **changes):
     C = changes.get("context_parallel", 1)
     config = settings(out, **{"batch_size": ROWS * C // world // micro_batches, "lr": 0.01,
                               "save_every": 20, **case.get("settings", {}), **changes})
-    fit(model, config, batches or rows_of(case), progress=False)
+    fit(model, config, batches or rows_of(case), validation if case.get("validated") else None,
+        progress=False)
+
+
+@torch.no_grad()
+def validation(model):
+    return {"val_loss": model.loss(*rows_of({})(1000)).item()}
 
 
 REROPE = {"rope_type": "rerope", "factor": 2.0, "temperature": "log_n"}
@@ -140,12 +146,18 @@ MODES = {"sdpa": {"attention": "sdpa"}, "tiled": {"attention": "tiled"},
 MAIN_CASES = {f"{rope}-{mode}": {"rope": ROPES[rope], "settings": MODES[mode]}
               for rope, mode in zip(ROPES, ["sdpa", "tiled", "recompute", "sdpa", "tiled"])}
 CASES = MAIN_CASES | {
-    "tied-accumulate": {"tied": True, "settings": {"accumulate": 2}},
+    "tied-accumulate": {"tied": True, "settings": {"accumulate": 2, "eval_every": 7},
+                        "validated": True},
+    "bfloat16": {"settings": {"dtype": "bfloat16", "eval_every": 7}, "validated": True,
+                 "tolerance": 0.03},
+    "lora-bfloat16": {"lora": LoRA(rank=4), "tied": True, "tolerance": 0.03,
+                      "settings": {"dtype": "bfloat16", "eval_every": 7}, "validated": True},
     "unscored": {"unscored": True},
     "pose": {"rope": ROPES["yarn"], "pose": True},
     "clex": {"rope": {"rope_type": "clex"}},
     "no-rope-layers": {"rope": {"rope_type": "default", "no_rope_layer_interval": 2}},
-    "lora": {"lora": LoRA(rank=4, base_dtype="float32"), "tied": True},
+    "lora": {"lora": LoRA(rank=4, base_dtype="float32"), "tied": True, "validated": True,
+             "settings": {"eval_every": 10, "save_every": 10}},
     "naive": {"rope": REROPE, "settings": {"attention": "naive"}},
 }
 SPLITS = [(4, 1), (4, 2), (4, 4), (2, 1), (2, 2)]  # processes, and how many share a row
@@ -185,10 +197,15 @@ def test_every_split_is_one_run(finish, name, world, C):
     shared, _ = finish({4: "four", 2: "two"}[world])
     alone, shared = alone / name, shared / f"{name}-{C}"
     expected, found = read_metrics(alone), read_metrics(shared)
-    assert [line["step"] for line in found] == list(range(1, 21))
-    for there, here in zip(expected, found):
-        assert here["loss"] == pytest.approx(there["loss"], abs=1e-5)
-        assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, 21))
+    tolerance = CASES[name].get("tolerance")  # of bfloat16; its weights are not compared
+    for there, here in zip(expected, found, strict=True):
+        for number in {"loss", "val_loss"} & there.keys():
+            assert here[number] == pytest.approx(there[number], abs=tolerance or 1e-5)
+        if "loss" in there and not tolerance:
+            assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
+    if tolerance:
+        return
     weights = dict(load_model(alone).named_parameters())
     for n, p in load_model(shared).named_parameters():
         assert torch.linalg.vector_norm(p - weights[n]) <= 1e-4 * torch.linalg.vector_norm(p), n
@@ -212,7 +229,9 @@ def resume_case(folder, kind, case):
         out = folder / f"{kind}-{world}"
         together(4, lambda rank, out=out: train(out, case, world=4, steps=10, context_parallel=2))
         if world == 1:
-            train(out, case)
+            train(out, case, steps=15)
+            train(out, case)  # its own state counts now
+            assert not saved_states(out)
         else:
             together(world, lambda rank, out=out, world=world, changes=changes: train(
                 out, case, world=world, **changes))
@@ -243,7 +262,7 @@ def stop(folder):
                 os.kill(os.getpid(), signal.SIGINT)
             return rows_of({})(step, *share)
         try:
-            train(folder, {}, batches, world=2, log_every=3)
+            train(folder, {}, batches, world=2, log_every=20)
         except KeyboardInterrupt as stopped:
             print(rank, stopped, flush=True)
     together(2, work)
@@ -251,9 +270,21 @@ def stop(folder):
 
 def test_ctrl_c_in_one_process_stops_all(finish):
     folder, printed = finish("stop")
-    assert printed.count("stopped at step 9 of 20 and saved") == 2
     (state,) = saved_states(folder).values()
-    assert torch.load(state / "state.pt", weights_only=True)["step"] == 9
+    step = torch.load(state / "state.pt", weights_only=True)["step"]
+    assert 7 <= step <= 9, "soon, at a step that is not logged"
+    assert printed.count(f"stopped at step {step} of 20 and saved") == 2
+
+
+def status_within(seconds, pid):
+    """exit_status of a process that has to end by itself in this time."""
+    for _ in range(100 * seconds):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError("the survivor hangs")
 
 
 @action
@@ -266,6 +297,7 @@ def kills(folder):
     whole, killed = dict(load_model(folder / "whole").named_parameters()), 0
 
     def part(rank):
+        (folder / f"joined{rank}").touch()
         try:
             run_command(lambda: train(out, {}, world=2, **changes))
         except SystemExit as end:
@@ -273,14 +305,17 @@ def kills(folder):
     for n in range(100):
         out, statuses = folder / f"killed{n}", []
         while statuses != [0, 0]:
+            joined = [folder / f"joined{rank}" for rank in range(2)]
+            for marker in joined:
+                marker.unlink(missing_ok=True)
             pids = start(2, part)
-            time.sleep(chance.uniform(0.3, 1.0))
+            while not all(marker.exists() for marker in joined):  # before that, torchrun ends both
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 0.7))
             if killed < 20:
                 for pid in pids if chance.random() < 0.3 else [chance.choice(pids)]:
                     os.kill(pid, signal.SIGKILL)
-            started = time.monotonic()
-            statuses = [exit_status(pid) for pid in pids]
-            assert time.monotonic() - started < 60, "the survivor hangs"
+            statuses = [status_within(60, pid) for pid in pids]
             assert set(statuses) <= {0, 2, -signal.SIGKILL}, statuses
             killed += -signal.SIGKILL in statuses
             if (out / "consolidated.00.pth").exists():
@@ -411,7 +446,7 @@ def test_wrong_set_ups_are_a_line_on_every_process(finish):
 def test_wrong_set_ups_of_one_process(tmp_path):
     with pytest.raises(UserError, match="--context-parallel 2: has to divide .* processes, 1"):
         check_ranks(settings(tmp_path, context_parallel=2), 12)
-    with pytest.raises(UserError, match="--offload: a process alone"):
+    with pytest.raises(UserError, match="--offload: so far --dry-run plans"):
         check_ranks(settings(tmp_path, offload=True), 12)
 
 

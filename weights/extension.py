@@ -156,8 +156,7 @@ def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: 
     shard = None
     if training and not lora and join_process_group()[1] > 1:
         dtype = choose_dtype(training.dtype, device)
-        shard = functools.partial(shard_weights, device=device, dtype=dtype,
-                                  offload=training.offload)
+        shard = functools.partial(shard_weights, device=device, dtype=dtype)
     # LoRA freezes in a dtype of its own: each matrix goes there from the one that it is stored in.
     model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
                        dtype=None if lora else torch.float32, attention=attention, shard=shard)

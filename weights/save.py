@@ -37,6 +37,7 @@ def save_model(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None = N
 
     def write(path: Path) -> None:
         if is_sharded(model):
+            assert dtype is None, "sharded weights are saved as they are"
             save_one_by_one(path, tensors)
         else:
             save_tensors(path, {name: compact_tensor(tensor, dtype)
@@ -188,10 +189,14 @@ def save_tensors(path: Path, value: Any) -> None:
 
 
 def save_one_by_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """torch.save of sharded tensors, in a folder that is renamed afterwards. The file is made with
-    room for all; then they are put together from all ranks, one at a time, and written into it. The
-    other ranks call give_shards meanwhile."""
-    # Memory that nobody writes to takes no place: neither this nor skip_data touches a page of it.
+    """torch.save of sharded tensors, in a folder that is renamed afterwards. Rank 0 never holds
+    more than one of them whole; the other ranks call give_shards meanwhile.
+
+        1. Save empty tensors. skip_data leaves room for their bytes and writes none.
+        2. Map the file: what is copied into its tensors goes to the disk. Gather one after another.
+        3. Correct the archive's checksums.
+    """
+    # torch.empty takes no memory before something is written into it.
     room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
     with torch.serialization.skip_data():
         torch.save(room, path)
@@ -207,8 +212,9 @@ def save_one_by_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def correct_checksums(file: IO[bytes]) -> None:
-    """Of a .pth file, a zip archive, whose records were written after their checksums. They stand
-    in the header of a record, at byte 14, and in its entry in the directory, at byte 16."""
+    """Of a .pth file, a zip archive, whose records were written after their checksums. These stand
+    in the header of a record, at byte 14, in its entry of the directory, at byte 16, and in a
+    descriptor behind its data, at byte 4."""
     with zipfile.ZipFile(file) as archive:
         entry, records = archive.start_dir, archive.infolist()
     for record in records:
@@ -220,7 +226,10 @@ def correct_checksums(file: IO[bytes]) -> None:
             data = file.read(min(left, 2**24))
             checksum = zlib.crc32(data, checksum)
             left -= len(data)
-        for place in (record.header_offset + 14, entry + 16):
+        places = [record.header_offset + 14, entry + 16]
+        if record.flag_bits & 8:                                    # a descriptor behind the data
+            places.append(file.tell() + 4)
+        for place in places:
             file.seek(place)
             file.write(struct.pack("<I", checksum))
         file.seek(entry + 28)
@@ -228,6 +237,7 @@ def correct_checksums(file: IO[bytes]) -> None:
 
 
 def give_shards(tensors: Iterable[torch.Tensor]) -> None:
-    """What the other ranks do meanwhile: rank 0 puts each of these together."""
+    """For the ranks that do not write. Putting a tensor together takes all ranks: each calls
+    whole() on the same tensors in the same order as rank 0, or all would wait for ever."""
     for tensor in tensors:
         whole(tensor)

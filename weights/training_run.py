@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from common.cache import weight_sample
 from common.device import choose_dtype, describe_device, dtype_name, matmul_precision
-from common.distributed import (join_process_group, on_any_rank, own_rows, require_same,
-                                wait_for_all_ranks)
+from common.distributed import (is_sharded, join_process_group, on_any_rank, own_rows,
+                                require_same, wait_for_all_ranks)
 from common.environment import command_line, versions
 from common.errors import Stopped, UserError
 from common.files import remove, whole_file, write_json
@@ -27,7 +27,7 @@ from model import LLaMA, ModelConfig
 from weights.flags import describe_attention
 from weights.memory import Plan, describe_fit, memory_table, training_memory
 from weights.size import flops_per_token, parameter_count
-from weights.training_state import resumable_settings, resume_run, save_run
+from weights.training_state import newest_state, resumable_settings, resume_run, save_run
 
 ASSUMED_THROUGHPUT = 4e14  # operations a second of a GPU, to plan with: see print_costs
 
@@ -45,9 +45,10 @@ class TrainingRun:
         self.evaluate, self.tokenizer, self.progress = evaluate, tokenizer, progress
         self.out = Path(config.out)
         self.rank, self.world = join_process_group()
+        self.readers = self.world // config.context_parallel    # ranks that read different rows
         settings = resumable_settings(config)
         if self.world > 1:
-            settings["ranks"] = self.world // config.context_parallel   # that read different rows
+            settings["ranks"] = self.readers
         self.origin = {"settings": settings, "start": weight_sample(model)}
         self.step, self.seconds = resume_run(model, optimizer, config, self.origin)
         self.finite = torch.ones((), dtype=torch.bool, device=model.device)
@@ -98,7 +99,7 @@ class TrainingRun:
         is_last = self.step == c.steps
         logs = (is_last or self.step == 1
                 or any(self.step % n == 0 for n in (c.log_every, c.eval_every, c.save_every)))
-        stops = self.stop_requested(logs)
+        stops = on_any_rank(self.signals.pending)  # Ctrl-C or SIGTERM, agreed on at every step
         saves = is_last or stops or self.step % c.save_every == 0
         if saves:  # the loss was computed before this step: look at the new weights too
             finite = torch.stack([own_rows(p).isfinite().all() for p in self.model.parameters()])
@@ -117,12 +118,6 @@ class TrainingRun:
             raise Stopped(f"stopped at step {self.step} of {c.steps} and saved in {self.out}: the "
                           f"same command{fresh} goes on from there")
 
-    def stop_requested(self, logs: bool) -> bool:
-        """Ctrl-C or SIGTERM. Several ranks agree on it at the steps that are logged."""
-        if self.world == 1:
-            return self.signals.pending
-        return logs and on_any_rank(self.signals.pending)
-
     def write_log(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
         """A line of metrics.jsonl. The host waits for the device only at steps that are logged."""
         if not self.finite:
@@ -130,7 +125,7 @@ class TrainingRun:
         now = time.perf_counter()
         # Ranks without a log have a hidden bar, too: their speed goes nowhere.
         steps = self.step - self.log.last_step if self.log else 1
-        speed = steps * tokens * self.world / (now - self.last_tick)
+        speed = steps * tokens * self.readers / (now - self.last_tick)
         self.last_tick = now
         if self.log:
             self.log.write(step=self.step, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(),
@@ -140,7 +135,13 @@ class TrainingRun:
 
     def validate(self) -> None:
         self.model.eval()
-        measured = self.evaluate(self.model)
+        dtype = choose_dtype(self.config.dtype, self.model.device)
+        # Several GPUs gather the weights of a block in this dtype; one alone has float32 ones.
+        mixed = is_sharded(self.model) and dtype != torch.float32
+        with torch.autocast(self.model.device.type, dtype, enabled=mixed):
+            measured = self.evaluate(self.model)
+        if is_sharded(self.model):
+            self.model.reshard()  # without a backward pass, weights outside the blocks stay whole
         self.model.train()
         if not all(map(math.isfinite, measured.values())):
             raise self.diverged()
@@ -152,7 +153,7 @@ class TrainingRun:
 
     def diverged(self) -> UserError:
         kept = "nothing had been saved yet"
-        if (self.out / "state.pt").exists():
+        if newest_state(self.out):
             kept = f"{self.out} holds the last good checkpoint"
         return UserError(f"the loss is not finite after step {self.step} ({kept}): lower --lr or "
                          "raise --warmup, and start again in another --out")
@@ -243,9 +244,11 @@ def check_ranks(config: Any, row: int) -> None:
     if row % (2 * C) and C > 1:
         raise UserError(f"--context-parallel {C}: a row of {row} tokens cannot be cut into {2 * C} "
                         "equal chunks, two for each process: give another number")
-    if config.offload and gpus == 1:
-        raise UserError("--offload: a process alone keeps its weights on its device; start several "
-                        "with torchrun --nproc-per-node")
+    if config.offload and not config.dry_run:
+        raise UserError("--offload: so far --dry-run plans with it, and a training keeps its "
+                        "weights on the GPUs: leave it out")
+    if config.optimizer == "adamw8bit" and join_process_group()[1] > 1:
+        raise UserError("--optimizer adamw8bit: for one GPU; several share the moments of adamw")
 
 
 def plan_of(shape: ModelConfig, config: Any, dtype: torch.dtype, row: int) -> Plan:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from common.distributed import (is_sharded, join_process_group, load_shards, save_shards,
-                                wait_for_all_ranks)
+from common.distributed import (is_sharded, join_process_group, load_shards, of_first_rank,
+                                save_shards, wait_for_all_ranks)
 from common.errors import UserError
+from common.files import remove
 from methods.lora import lora_of
 from model import LLaMA
 from weights.adapter import adapter_tensors, save_adapter, trained_tensors
@@ -36,6 +37,8 @@ def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: d
     state = {**state, "model": weights, "optimizer": optimizer.state_dict(),
              "rng": torch.get_rng_state()}
     save_tensors(out / "state.pt", state)
+    for older in saved_states(out).values():
+        shutil.rmtree(older)
 
 
 def save_weights(model: LLaMA, out: Path, tokenizer: Any) -> None:
@@ -60,14 +63,15 @@ def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
     else:
         give_shards(tensors_in_folder(model))
     before = saved_states(out)
-    number = 1 + max(before, default=0)
+    number = of_first_rank(1 + max(before, default=0))
     saving, folder = out / f".state.{number}.tmp", out / f"state.{number}"
     save_shards(saving, model, optimizer)
     if rank == 0:
         save_tensors(saving / "state.pt", {**state, "rng": torch.get_rng_state()})
         os.replace(saving, folder)
-        for older in before.values():
-            shutil.rmtree(older)
+        for older in [*before.values(), out / "state.pt"]:
+            if older.exists():
+                remove(older)
     wait_for_all_ranks()
 
 
@@ -75,6 +79,13 @@ def saved_states(out: Path) -> dict[int, Path]:
     """{N: folder} of the states of sharded runs in a folder."""
     return {int(folder.suffix[1:]): folder for folder in out.glob("state.*")
             if folder.suffix[1:].isdecimal()}
+
+
+def newest_state(out: Path) -> Path | None:
+    """The newest state.pt: of one process, or in the folder of a sharded state."""
+    found = [out / "state.pt", *(folder / "state.pt" for folder in saved_states(out).values())]
+    return max((path for path in found if path.exists()),
+               key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
@@ -85,10 +96,10 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     with others is a UserError. Returns the step to go on from and the seconds so far, zeros if
     there is no run or config.fresh replaces it.
     """
-    sharded = saved_states(Path(config.out))
-    folder = sharded[max(sharded)] if sharded else Path(config.out)
-    path = folder / "state.pt"
-    if not path.exists() or config.fresh:
+    path = newest_state(Path(config.out))
+    if join_process_group()[1] > 1:
+        path = of_first_rank(path)
+    if path is None or config.fresh:
         return 0, 0.0
     remedy = "choose another --out, or replace it with --fresh"
     try:
@@ -111,8 +122,8 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     if not same_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
                         f"no longer there: {remedy}")
-    if sharded:
-        load_shards(folder, model, optimizer)
+    if path.parent != Path(config.out):
+        load_shards(path.parent, model, optimizer)
     elif is_sharded(model):
         raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
                         f"{remedy}")
