@@ -137,7 +137,10 @@ def test_what_would_fit_does_fit_and_nothing_cheaper_does():
     assert found[24] == plan(gpus=8, context_shards=2, recompute=True)
     assert not fits(training_memory(config, plan(gpus=8, recompute=True)), 24)
     assert would_fit(config, plan(gpus=1), 48) is None
-    assert would_fit(preset_config("llama-2-70b"), start, 24).offload
+    large = preset_config("llama-2-70b")
+    assert would_fit(large, start, 24).offload
+    assert would_fit(large, plan(gpus=64, seq_len=131072), 24) == plan(
+        gpus=64, seq_len=131072, context_shards=64, recompute=True, offload=True)
     printed = describe_fit(config, start)
     assert "24 GB: no, 48 GB: no" in printed and "141 GB: yes" in printed
     assert "24 GB: --context-parallel 2 --recompute, 48 GB: --recompute" in printed
