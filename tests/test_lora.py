@@ -349,6 +349,17 @@ def test_the_folder_loads_as_the_trained_model(runs, name):
     assert (logits(untrained) - logits(loaded)).abs().max() > 0.1
 
 
+def test_a_window_that_no_factor_says_travels_too(bases, tmp_path):
+    """Direct fine-tuning: plain RoPE, and a window of 2 L."""
+    plain = {"rope_type": "default", "factor": 1.0}
+    model = load_extended(str(bases["plain"]), plain, L, 2 * L, torch.device("cpu"), "auto",
+                          settings(bases["plain"], ""))
+    save_adapter(model, tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
+    assert (loaded.config.original_window, loaded.config.max_seq_len) == (L, 2 * L)
+    assert loaded.config == load_config(tmp_path / "run") == model.config
+
+
 def test_the_folder_has_no_copy_of_the_base(runs):
     config, model = runs["alone"]
     names = {file.name for file in Path(config.out).iterdir()}
