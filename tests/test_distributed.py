@@ -6,8 +6,6 @@ are forked from one that has imported everything, and use gloo.
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import time
 import zipfile
@@ -26,7 +24,7 @@ from common.jobs import parallel_map
 from methods import RopeConfig, training_positions
 from methods.lora import LoRA, add_lora
 from model import LLaMA, ModelConfig
-from test_kills import exit_status, forked
+from forks import be_the_script, exit_status, forked, free_port, run_script
 from toy_training import read_metrics, settings
 from train import fit
 from weights import load_model
@@ -50,16 +48,8 @@ def finish(tmp_path_factory):
     """finish(action): the folder in which it worked, and what it printed. All of them run side by
     side."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-u", __file__, folder, *ACTIONS], encoding="utf-8",
-                          capture_output=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
-
-    def result(name):
-        printed = (folder / f"{name}.txt").read_text(encoding="utf-8")
-        assert f"{name}: 0\n" in done.stdout, printed
-        return folder / name, printed
-    return result
+    printed = run_script(__file__, folder, ACTIONS)
+    return lambda name: (folder / name, printed(name))
 
 
 # ---- The processes -------------------------------------------------------------------------------
@@ -67,9 +57,7 @@ def finish(tmp_path_factory):
 
 def start(world, work):
     """Call work(rank) in `world` processes of one group; returns their pids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
 
     def one(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
@@ -446,8 +434,6 @@ def test_wrong_set_ups_are_a_line_on_every_process(finish):
 def test_wrong_set_ups_of_one_process(tmp_path):
     with pytest.raises(UserError, match="--context-parallel 2: has to divide .* processes, 1"):
         check_ranks(settings(tmp_path, context_parallel=2), 12)
-    with pytest.raises(UserError, match="--offload: so far --dry-run plans"):
-        check_ranks(settings(tmp_path, offload=True), 12)
 
 
 def test_more_processes_than_gpus_and_no_nccl(monkeypatch):
@@ -475,24 +461,13 @@ def test_the_ranks_have_all_tokens_once_and_as_many_pairs(C):
     assert len(pairs) == 1, "every rank has the same work"
 
 
-def act(name, folder):
-    """An action in a process of its own, which prints into a file."""
-    with open(folder / f"{name}.txt", "w", encoding="utf-8") as printed:
-        os.dup2(printed.fileno(), 1)
-        os.dup2(printed.fileno(), 2)
-    (folder / name).mkdir()
-    ACTIONS[name](folder / name)
+def prepare(folder):
+    import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp  # noqa: E401, F401
+    train(folder / "first", {}, steps=1)
+    save_model(new_model({"tied": True}), folder / "tied")
+    for name in ACTIONS:
+        (folder / name).mkdir()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.fsync = lambda file: None  # it is for power failures: files of a killed process stay written
-    out, *actions = sys.argv[1:]
-    out = Path(out)
-    # What the first step, the first sharding and the first save import takes seconds: once here.
-    import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp  # noqa: E401, F401
-    train(out / "first", {}, steps=1)
-    save_model(new_model({"tied": True}), out / "tied")
-    children = {name: forked(lambda name=name: act(name, out)) for name in actions}
-    for name, child in children.items():
-        print(f"{name}: {exit_status(child)}")
+    be_the_script(ACTIONS, prepare)

@@ -3,18 +3,14 @@
 As a script this file is the processes that die: `python tests/test_kills.py FOLDER crash kills`
 runs these of its ACTIONS side by side.
 """
-import functools
 import io
 import mmap
 import os
 import random
 import signal
-import socket
 import struct
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
@@ -24,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.distributed import whole
 from common.errors import Stopped, UserError
+from forks import be_the_script, exit_status, forked, run_script
 from toy_training import (fingerprint, interrupting, logged_steps, read_metrics, read_state,
                           toy_batches, train_tiny)
 from weights import load_model
@@ -33,24 +30,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finish(tmp_path_factory):
-    """finish(action): what an action printed; it has to end well. All of them run side by side, as
-    children of one process that has imported PyTorch. It sees no GPU: autograd with a GPU cannot be
-    forked, and the two ranks on one machine shall use gloo."""
-    folder = tmp_path_factory.mktemp("kills")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = subprocess.run([sys.executable, "-u", __file__, folder, *ACTIONS], encoding="utf-8",
-                          capture_output=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-
-    def printed(action):
-        out = (folder / f"{action}.txt").read_text(encoding="utf-8")
-        assert f"{action}: 0\n" in done.stdout, out
-        return out
-    return printed
+    """finish(action): what an action printed. All of them run side by side."""
+    return run_script(__file__, tmp_path_factory.mktemp("kills"), ACTIONS)
 
 
 # ---- Kills: each in a process of its own, forked from one that has imported everything -----------
@@ -87,26 +68,6 @@ class Shared:
     @done.setter
     def done(self, value):
         struct.pack_into("q", self.memory, 8, value)
-
-
-def forked(run):
-    """Call run() in a child process; returns its pid. The child ends with 0, or with 1 and a
-    traceback."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        run()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
-
-
-def exit_status(pid):
-    """Of a child that ends, or minus the number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def part_of_a_run(folder, shared, **changes):
@@ -312,25 +273,9 @@ def test_two_processes_are_one_run(finish, tmp_path):
         train_tiny(folder, batch_size=2, log_every=3)
 
 
-ACTIONS = {"crash": crash, "kills": kills, "rank0": functools.partial(rank, 0),
-           "rank1": functools.partial(rank, 1)}
-
-
-def act(action, folder):
-    """An action in a process of its own, which prints into a file."""
-    with open(folder / f"{action}.txt", "w", encoding="utf-8") as printed:
-        os.dup2(printed.fileno(), 1)
-        os.dup2(printed.fileno(), 2)
-    ACTIONS[action](folder / action.rstrip("01"))
-
+ACTIONS = {"crash": crash, "kills": kills,
+           "rank0": lambda folder: rank(0, folder.parent / "rank"),
+           "rank1": lambda folder: rank(1, folder.parent / "rank")}
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    # It is for power failures: files of a killed process stay written, and these tests save often.
-    os.fsync = lambda file: None
-    out, *actions = sys.argv[1:]
-    # The first step of all imports much, for seconds: once here, not in every forked child.
-    train_tiny(Path(out) / "first", steps=1)
-    children = {action: forked(lambda: act(action, Path(out))) for action in actions}
-    for action, child in children.items():
-        print(f"{action}: {exit_status(child)}")
+    be_the_script(ACTIONS, prepare=lambda folder: train_tiny(folder / "first", steps=1))
