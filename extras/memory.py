@@ -55,7 +55,6 @@ class MemoryConfig:
     accumulate: int = field(2, "micro-batches per optimiser step")
     context_parallel: int = field(1, "processes that share the tokens of a row")
     recompute: bool = field(False, "as in training")
-    offload: bool = field(False, "as in training")
     attention: str = field("auto", "as in training", choices=["auto", "naive", "tiled", "sdpa"])
     dtype: str = field("float32", "of the matrix products", choices=["float32", "bfloat16"])
     device: str = field("auto", "auto, cpu or cuda")
@@ -75,8 +74,8 @@ def settings_of(c: MemoryConfig) -> FitConfig:
     """The settings that training and arithmetic share."""
     return FitConfig(steps=2, warmup=0, eval_every=1, batch_size=c.batch_size,
                      accumulate=c.accumulate, context_parallel=c.context_parallel,
-                     recompute=c.recompute, offload=c.offload, attention=c.attention,
-                     dtype=c.dtype, device=c.device)
+                     recompute=c.recompute, attention=c.attention, dtype=c.dtype,
+                     device=c.device)
 
 
 def join_ranks(rank: int, world: int, port: int) -> None:
@@ -183,11 +182,9 @@ def check(c: MemoryConfig, device: torch.device) -> None:
 def compare_with_estimate(c: MemoryConfig, dtype: torch.dtype, world: int) -> dict[str, Any]:
     config = dataclasses.replace(settings_of(c), gpus=world)
     memory = training_memory(shape_of(c), plan_of(shape_of(c), config, dtype, c.row_length))
-    on_cpu = choose_device(c.device).type == "cpu"
-    estimate = memory.peak + (memory.host if on_cpu else 0)  # a CPU's host memory is its own
     peaks = measure_processes(c, world)
-    return {"processes": world, "estimate": estimate, "measured": max(peaks), "peaks": peaks,
-            "error": estimate / max(peaks) - 1, "parts": dataclasses.asdict(memory)}
+    return {"processes": world, "estimate": memory.peak, "measured": max(peaks), "peaks": peaks,
+            "error": memory.peak / max(peaks) - 1, "parts": dataclasses.asdict(memory)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

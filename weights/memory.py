@@ -31,7 +31,6 @@ class Plan:
     gpus: int = 1                             # N
     context_shards: int = 1                   # S
     recompute: bool = False
-    offload: bool = False
     trainable: int | None = None              # parameters that learn, in float32 [all of them]
     frozen: int = 0                           # those of the blocks that do not (LoRA)
     frozen_bytes: int = 2                     # of each of these: bfloat16
@@ -41,7 +40,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. `host` is in the computer's memory instead, for each of its GPUs."""
+    """Bytes on one GPU."""
     weights: int
     gradients: int
     optimiser: int
@@ -50,7 +49,6 @@ class Memory:
     keys: int
     logits: int
     block: int                  # while a block works in the backward pass
-    host: int = 0
     accumulated: bool = False   # gradients of earlier micro-batches lie beside the activations
 
     @property
@@ -77,18 +75,12 @@ def training_memory(config: ModelConfig, plan: Plan) -> Memory:
                       with recompute; b + 4 for their gradients, in one. 0 if no row is shared
         logits        three float32 copies of a chunk
         block         see block_bytes
-
-    With `offload` the first three lie in the host's memory.
     """
     learning = parameter_count(config) if plan.trainable is None else plan.trainable
     float32 = learning + plan.frozen_outside
     weights = (4 * float32 + plan.frozen_bytes * plan.frozen) // plan.gpus
     gradients = 4 * learning // plan.gpus
     optimiser = plan.moment_bytes * learning // plan.gpus
-    host = 0
-    if plan.offload:
-        host = weights + gradients + optimiser
-        weights = gradients = optimiser = 0
     keys = 0
     if plan.context_shards > 1:
         layers = 1 if plan.recompute else config.n_layers
@@ -98,7 +90,7 @@ def training_memory(config: ModelConfig, plan: Plan) -> Memory:
     tokens = plan.rows * plan.seq_len // plan.context_shards
     logits = 3 * 4 * min(LOSS_CHUNK, tokens * config.vocab_size)
     return Memory(weights, gradients, optimiser, gathered_bytes(config, plan),
-                  activation_bytes(config, plan), keys, logits, block_bytes(config, plan), host,
+                  activation_bytes(config, plan), keys, logits, block_bytes(config, plan),
                   plan.accumulate > 1)
 
 
@@ -181,17 +173,15 @@ def fits(memory: Memory, gigabytes: int) -> bool:
 
 
 def would_fit(config: ModelConfig, plan: Plan, gigabytes: int) -> Plan | None:
-    """The first plan for the same GPUs that fits: nothing changed before rows are shared, and
-    offloading, the slowest, last. None if there is no such plan."""
+    """The first plan for the same GPUs that fits: rows are shared by as few as possible, and
+    recomputed only where they have to be. None if there is no such plan."""
     shards = [n for n in range(1, plan.gpus + 1)
               if plan.gpus % n == 0 and plan.seq_len % (2 * n) == 0]
-    for offload in ((False, True) if plan.gpus > 1 else (False,)):
-        for context_shards in [plan.context_shards, *shards]:
-            for recompute in (plan.recompute, True):
-                tried = dataclasses.replace(plan, context_shards=context_shards,
-                                            recompute=recompute, offload=plan.offload or offload)
-                if fits(training_memory(config, tried), gigabytes):
-                    return tried
+    for context_shards in [plan.context_shards, *shards]:
+        for recompute in (plan.recompute, True):
+            tried = dataclasses.replace(plan, context_shards=context_shards, recompute=recompute)
+            if fits(training_memory(config, tried), gigabytes):
+                return tried
     return None
 
 
@@ -202,8 +192,6 @@ def changed_flags(plan: Plan, other: Plan) -> str:
         flags.append(f"--context-parallel {other.context_shards}")
     if other.recompute and not plan.recompute:
         flags.append("--recompute")
-    if other.offload and not plan.offload:
-        flags.append("--offload")
     return " ".join(flags)
 
 
@@ -212,8 +200,6 @@ def memory_table(memory: Memory) -> str:
     parts = {"weights": memory.weights, "gradients": memory.gradients, "AdamW": memory.optimiser,
              "gathered": memory.gathered, "activations": memory.activations, "keys": memory.keys,
              "logits": memory.logits, "block": memory.block, "peak": memory.peak}
-    if memory.host:
-        parts["host"] = memory.host
     names = "  ".join(parts)
     numbers = "  ".join(f"{size / GIB:{len(name)}.1f}" for name, size in parts.items())
     return f"a GPU      {names}\nin GiB     {numbers}"
