@@ -63,6 +63,7 @@ class ModelConfig:
 # Attention is causal, and the T queries are the last T of the S positions: query t sits at position
 # S-T+t and sees keys 0 .. S-T+t. T = S in training; less with a cache or with `last`. Query head
 # h reads key head h // G. `bias` broadcasts to [B, H, T, S], is added to scores, has no gradient.
+# Where several GPUs share a text, the T queries are those of this GPU (attention_in_chunks).
 
 ATTENTION = ("naive", "tiled", "sdpa")
 LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny

@@ -35,7 +35,7 @@ class FitConfig:
     """The settings of fit(). TrainConfig and FinetuneConfig add their own and replace defaults."""
     out: str = field("out/run", "folder of the model and of the run's state")
     steps: int = field(1000, "optimiser steps")
-    batch_size: int = field(16, "rows per micro-batch and device")
+    batch_size: int = field(16, "rows per micro-batch, for each GPU or group that shares rows")
     accumulate: int = field(1, "micro-batches per optimiser step")
     context_parallel: int = field(1, "GPUs that share the tokens of each row")
     lr: float = field(3e-3, "peak learning rate")
@@ -59,8 +59,6 @@ class FitConfig:
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")
-    offload: bool = field(False, "plan with weights and optimiser in the host's memory, with "
-                          "--dry-run only")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
@@ -68,7 +66,7 @@ class FitConfig:
     # A run may be resumed with other values of these; all other settings have to be the same.
     may_change_on_resume: ClassVar[set[str]] = {
         "out", "log_every", "eval_every", "save_every", "device", "attention", "compile",
-        "recompute", "context_parallel", "offload", "fresh", "dry_run", "gpus"}
+        "recompute", "context_parallel", "fresh", "dry_run", "gpus"}
 
 
 @dataclass
@@ -153,24 +151,26 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
     device = model.device
     dtype = choose_dtype(config.dtype, device)
     total = torch.zeros((), device=device)
-    # Gradients are averaged over W GPUs, so each divides its sum by 1/W of the step's targets. The
-    # GPUs that share a row all count its targets.
-    targets = mean_over_ranks(count_targets(batch)) / config.context_parallel
-    targets = targets.clamp(min=1e-30)      # a step without targets has a loss of 0
+    # PyTorch averages the gradients of W GPUs, so each divides its sum of losses by 1/W of all the
+    # step's targets. GPUs that share a row have all counted its targets.
+    targets_per_gpu = mean_over_ranks(count_targets(batch[1])) / config.context_parallel
+    targets_per_gpu = targets_per_gpu.clamp(min=1e-30)      # a step without targets has a loss of 0
     for start in range(0, len(batch[0]), config.batch_size):
         rows = slice(start, start + config.batch_size)
         micro_batch = [tensor[rows].to(device, non_blocking=True) for tensor in batch]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model.loss(*micro_batch)
-        loss = loss / (targets / count_targets(micro_batch))        # so that the sum is the mean
+        # Its mean becomes its part of the step's mean: divided by 1, or by accumulate, if all rows
+        # have as many targets.
+        loss = loss / float(targets_per_gpu / count_targets(batch[1][rows]))
         loss.backward()
         total += loss.detach()
     return mean_over_ranks(total) / config.context_parallel
 
 
-def count_targets(batch: Sequence[Tensor]) -> Tensor:
-    """Targets that are scored: all but those of -100."""
-    return (batch[1] != -100).sum()
+def count_targets(targets: Tensor) -> Tensor:
+    """The targets that are scored: all but those of -100."""
+    return (targets != -100).sum()
 
 
 def learning_rate(config: FitConfig, step: int) -> float:

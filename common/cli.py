@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 OUT_OF_MEMORY = ("out of memory: use a shorter window or --dtype bfloat16; in training also a "
                  "smaller --batch-size or --recompute")
-LOST_PEER = ("another process ended: its message says why; the same command goes on from the last "
-             "checkpoint")
+LOST_PEER = ("another process ended, and its message says why, or the processes cannot reach each "
+             "other; the same command goes on from the last checkpoint, if there is one")
 
 
 def run_command(main: Callable[[], Any]) -> NoReturn:

@@ -87,9 +87,9 @@ def require_same(settings: dict[str, Any]) -> None:
     """A UserError, on every rank, if one was started with other settings."""
     if join_process_group()[1] == 1:
         return
-    of_ranks = of_all_ranks(settings)
-    for other, theirs in enumerate(of_ranks):
-        for name, value in of_ranks[0].items():
+    ours = of_first_rank(settings)
+    for other, theirs in enumerate(of_all_ranks(settings)):
+        for name, value in ours.items():
             if theirs.get(name) != value:
                 raise UserError(f"process {other} was started with {name} {theirs.get(name)}, "
                                 f"process 0 with {value}: start all with the same command")
@@ -101,9 +101,9 @@ def require_same(settings: dict[str, Any]) -> None:
 class ContextShard:
     """The part of every text that this rank reads. (Llama 3, arXiv 2407.21783, section 3.3.2)
 
-    A text of T tokens is cut into 2 C chunks for C ranks, and rank r has two of them, r and
-    2C-1-r: late queries see more keys, and so every rank has as many pairs to compute as any other.
-    With C = 2:
+    A text of T tokens is cut into 2 R chunks for R ranks, and rank r has two of them, r and
+    2R-1-r: late queries see more keys, and so every rank has as many pairs to compute as any other.
+    With R = 2:
 
         chunk   0  1  2  3
         rank    0  1  1  0
@@ -117,14 +117,14 @@ class ContextShard:
         self.chunks = (rank, 2 * size - 1 - rank)
 
     def own(self, T: int) -> Tensor:
-        """The places of this rank's tokens in a text of T, [T/C]."""
-        assert T % (2 * self.size) == 0, "a text is cut into 2 C equal chunks"
+        """The places of this rank's tokens in a text of T, [T/R]."""
+        assert T % (2 * self.size) == 0, "a text is cut into 2 R equal chunks"
         chunks = torch.arange(T).chunk(2 * self.size)
         return torch.cat([chunks[c] for c in self.chunks])
 
     def all_tokens(self, x: Tensor) -> Tensor:
-        """Keys or values of this rank's tokens -> of all: [B, K, T/C, D] -> [B, K, T, D]."""
-        parts = GatherParts.apply(x, self.group, self.size)                    # [C, B, K, T/C, D]
+        """Keys or values of this rank's tokens -> of all: [B, K, T/R, D] -> [B, K, T, D]."""
+        parts = GatherParts.apply(x, self.group, self.size)                    # [R, B, K, T/R, D]
         heads, tails = parts.chunk(2, dim=3)
         return torch.cat([*heads, *reversed(tails.unbind())], dim=2)
 
@@ -138,7 +138,7 @@ class ContextShard:
 
 
 class GatherParts(torch.autograd.Function):
-    """Every rank's x: [...] -> [C, ...]. Each rank used x, and so the gradients of all add up."""
+    """Every rank's x: [...] -> [R, ...]. Each rank used x, and so the gradients of all add up."""
 
     @staticmethod
     def forward(ctx, x, group, size):
@@ -174,14 +174,14 @@ def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dty
 
     A block's weights are gathered for its forward pass, thrown away, and gathered again for its
     backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
-    other. dtype: what a block's weights are gathered in. Gradients are means over the ranks, made
-    in float32.
+    other. dtype: what a block's weights, norm gains too, are gathered in. Gradients are averaged in
+    float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
-    world = join_process_group()[1]
-    mesh = init_device_mesh(device.type, (world,))  # one line: the grid makes no difference here
+    world = join_process_group()[1]     # of the whole grid, which makes no difference here
+    mesh = init_device_mesh(device.type, (world,))
     # States between blocks stay float32, as under autocast: nothing is cast on the way in.
     outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -202,6 +202,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
+    """FSDP gives a model this method."""
     return hasattr(model, "unshard")
 
 
@@ -214,13 +215,12 @@ def own_part(weight: Tensor, place: tuple[slice, ...], stored: Tensor) -> tuple[
     rank, world = join_process_group()
     first = min(rank * math.ceil(rows / world), rows)           # of this rank
     given = place[0] if place else slice(0, rows)
-    start = max(given.start or 0, first)
-    stop = min(rows if given.stop is None else given.stop, first + len(own))
+    place_start, place_stop, _ = given.indices(rows)
+    start, stop = max(place_start, first), min(place_stop, first + len(own))
     if start >= stop:
         return own[:0], stored[:0]
     part = own[(slice(start - first, stop - first), *place[1:])]
-    offset = given.start or 0
-    return part, stored[start - offset:stop - offset]
+    return part, stored[start - place_start:stop - place_start]
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -239,12 +239,11 @@ def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
     state = shards(model, optimizer)
     checkpoint.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"],
-                   options=StateDictOptions(strict=False))       # frozen weights are not there
+                   optim_state_dict=state["optimizer"], options=StateDictOptions(strict=False))
 
 
 def shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    weights, state = get_state_dict(model, optimizer,
-                                    options=StateDictOptions(ignore_frozen_params=True))
+    options = StateDictOptions(ignore_frozen_params=True)       # LoRA's base is no part of the run
+    weights, state = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": state}

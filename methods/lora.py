@@ -36,7 +36,7 @@ class LoRA:
     base_dtype: str = "bfloat16"                    # of the frozen matrices
 
     @property
-    def scale(self) -> float:
+    def scaling(self) -> float:
         """alpha / r, so that another rank needs no other learning rate."""
         return self.alpha / self.rank
 
@@ -51,23 +51,24 @@ def lora_of_flags(config: Any) -> LoRA | None:
 
 # ---- A frozen matrix -----------------------------------------------------------------------------
 
-def freeze(weight: Tensor, base_dtype: str) -> tuple[Tensor, Tensor | None]:
-    """(weight, scale) of a matrix [out, in] that is never trained.
+def stored(weight: Tensor, base_dtype: str) -> tuple[Tensor, Tensor | None]:
+    """A matrix [out, in] as it is kept while others are trained: (weight, row_scale).
 
-    int8: a row is 127 steps up and 127 down, of its own size: scale = max |w| / 127, [out, 1].
+    int8: w is row_scale * q, rounded, with a whole number q from -127 to 127 and one row_scale for
+    each row, max |w| / 127, [out, 1]. Otherwise there is none.
     """
     if base_dtype != "int8":
         return weight.to(DTYPES[base_dtype]), None
     weight = weight.float()
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-    return (weight / scale).round().to(torch.int8), scale
+    row_scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight / row_scale).round().to(torch.int8), row_scale
 
 
-def unfreeze(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The numbers that a frozen matrix stands for, in a dtype to compute with."""
-    if scale is None:
+def restored(weight: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The numbers that a stored matrix stands for, in a dtype to compute with."""
+    if row_scale is None:
         return weight.to(dtype)
-    return (weight.float() * scale).to(dtype)
+    return (weight.float() * row_scale).to(dtype)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -75,14 +76,14 @@ class FrozenProduct(torch.autograd.Function):
     autograd by itself would keep each matrix in the dtype of x as well."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale):
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, unfreeze(weight, scale, x.dtype))
+    def forward(ctx, x, weight, row_scale):
+        ctx.save_for_backward(weight, row_scale)
+        return F.linear(x, restored(weight, row_scale, x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        weight, scale = ctx.saved_tensors
-        return grad @ unfreeze(weight, scale, grad.dtype), None, None
+        weight, row_scale = ctx.saved_tensors
+        return grad @ restored(weight, row_scale, grad.dtype), None, None
 
 
 class FrozenLinear(nn.Module):
@@ -90,18 +91,20 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, weight: Tensor, base_dtype: str):
         super().__init__()
-        weight, scale = freeze(weight.detach(), base_dtype)
+        weight, row_scale = stored(weight.detach(), base_dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        self.row_scale = None
+        if row_scale is not None:
+            self.row_scale = nn.Parameter(row_scale, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return FrozenProduct.apply(x, self.weight, self.scale)
+        return FrozenProduct.apply(x, self.weight, self.row_scale)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 
 class LoRALinear(FrozenLinear):
-    """W x + (alpha / r) B A x. A and B are float32, whatever W is."""
+    """W x + (alpha / r) B A x. A and B are stored in float32, whatever W is."""
 
     def __init__(self, weight: Tensor, lora: LoRA, generator: torch.Generator):
         super().__init__(weight, lora.base_dtype)
@@ -110,11 +113,11 @@ class LoRALinear(FrozenLinear):
         a.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
         self.lora_a = nn.Parameter(a.to(weight.device))                              # [r, in]
         self.lora_b = nn.Parameter(torch.zeros(rows, lora.rank, device=weight.device))  # [out, r]
-        self.factor = lora.scale
+        self.scaling = lora.scaling
 
     def forward(self, x: Tensor) -> Tensor:
         low_rank = F.linear(F.linear(x, self.lora_a), self.lora_b)    # [.., in] -> [.., out]
-        return super().forward(x) + self.factor * low_rank
+        return super().forward(x) + self.scaling * low_rank
 
 
 def add_lora(model: nn.Module, lora: LoRA, seed: int = 0) -> None:
@@ -150,7 +153,7 @@ def lora_of(model: nn.Module) -> LoRA | None:
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, lora: LoRA) -> Tensor:
     """W + (alpha / r) B A in float32, [out, in]: one matrix that computes what the three do."""
-    return weight.float() + lora.scale * (b.float() @ a.float())
+    return weight.float() + lora.scaling * (b.float() @ a.float())
 
 
 # ---- Before there is a model ---------------------------------------------------------------------

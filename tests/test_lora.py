@@ -17,7 +17,7 @@ import finetune
 from common.errors import UserError
 from finetune import FinetuneConfig
 from methods import RopeConfig
-from methods.lora import (LoRA, LoRALinear, add_lora, lora_of, trainable_and_frozen, unfreeze)
+from methods.lora import (LoRA, LoRALinear, add_lora, lora_of, restored, trainable_and_frozen)
 from model import LLaMA, ModelConfig
 from toy_training import V, Died, dying, logged_steps, read_state, toy_batches
 from train import fit, make_optimizer
@@ -107,7 +107,7 @@ def test_y_is_w_x_plus_alpha_over_r_b_a_x(base_dtype, error):
     layer = LoRALinear(weight, LoRA(2, 3.0, base_dtype=base_dtype), torch.Generator())
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(4, 5, requires_grad=True)
-    frozen = unfreeze(layer.weight, layer.scale, torch.float32)
+    frozen = restored(layer.weight, layer.row_scale, torch.float32)
     assert (frozen - weight).abs().max() <= error * weight.abs().max()
 
     W, A, B, X = (t.detach().double().numpy() for t in (frozen, layer.lora_a, layer.lora_b, x))
@@ -171,7 +171,7 @@ def test_only_the_right_parameters_are_trained(bases, shape, changes):
     trained, frozen = trainable_and_frozen(model.config, lora_of(model))
     assert trained == sum(p.numel() for p in optimized)
     assert frozen == sum(p.numel() for name, p in model.named_parameters()
-                         if name not in expected and not name.endswith(".scale"))
+                         if name not in expected and not name.endswith(".row_scale"))
     assert trained + frozen > parameter_count(model.config)
 
 

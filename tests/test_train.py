@@ -113,6 +113,25 @@ def test_accumulation_and_recompute_change_nothing(tmp_path):
             assert torch.allclose(a, b, atol=1e-6), changes
 
 
+def test_a_target_counts_alike_in_every_micro_batch(tmp_path):
+    """Two micro-batches with other numbers of targets are one batch of both; a step without any has
+    a loss of 0 and moves nothing but by AdamW's decay."""
+    def unscored(all_of_them):
+        def batches(step, first=0, last=8):
+            tokens, targets = toy_batches(step, first, last)
+            targets = targets.clone()  # a view of the tokens
+            for row in range(len(targets)):
+                targets[row, :T if all_of_them else row] = -100
+            return tokens, targets
+        return batches
+    whole = train_tiny(tmp_path / "whole", unscored(False), batch_size=8, steps=6)
+    parts = train_tiny(tmp_path / "parts", unscored(False), batch_size=2, accumulate=4, steps=6)
+    for a, b in zip(whole.parameters(), parts.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    train_tiny(tmp_path / "none", unscored(True), batch_size=4, accumulate=2, steps=2)
+    assert [line["loss"] for line in read_metrics(tmp_path / "none")] == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loss_falls(tmp_path, dtype):
     """From ln 13 = 2.56 nats downwards: two tokens decide the next."""

@@ -19,8 +19,8 @@ from common.distributed import own_rows
 from common.errors import UserError
 from common.files import read_json, read_json_object
 from data.tokenizer import Tokenizer
-from methods.lora import (BASE_DTYPES, MATRICES, FrozenLinear, LoRA, freeze, lora_of,
-                          matrix_shapes, merged, unfreeze)
+from methods.lora import (BASE_DTYPES, MATRICES, FrozenLinear, LoRA, lora_of,
+                          matrix_shapes, merged, restored, stored)
 from model import LLaMA, ModelConfig
 from weights.checks import check_tensor_values
 from weights.hugging_face import NAMES, hugging_face_name, open_weights, reorder_rows
@@ -47,7 +47,7 @@ def save_adapter(model: LLaMA, folder: str | Path, tokenizer: Tokenizer | None =
     model.path is the base that it was loaded from."""
     lora = lora_of(model)
     tensors = adapter_tensors(model)
-    sample = sample_of({name: unfreeze(own_rows(module.weight)[:1, :4], first(module.scale),
+    sample = sample_of({name: restored(own_rows(module.weight)[:1, :4], first(module.row_scale),
                                        torch.float32)
                         for name, module in model.named_modules()
                         if isinstance(module, FrozenLinear)})
@@ -90,8 +90,8 @@ def peft_name(name: str) -> str:
     return module + {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}.get(part, part)
 
 
-def first(scale: torch.Tensor | None) -> torch.Tensor | None:
-    return None if scale is None else scale[:1]
+def first(row_scale: torch.Tensor | None) -> torch.Tensor | None:
+    return None if row_scale is None else row_scale[:1]
 
 
 def sample_of(corners: dict[str, torch.Tensor]) -> str:
@@ -179,15 +179,15 @@ def read_adapter(folder: str | Path, config: ModelConfig, lora: LoRA) -> dict[st
     file = find_file(folder, ADAPTER)
     if not file.is_file():
         raise UserError(f"{file}: no such file: copy it beside {ADAPTER_CONFIG}")
-    stored = open_weights(file)
+    in_file = open_weights(file)
     shapes = adapter_shapes(config, lora)
-    for name in {peft_name(name) for name in shapes} ^ set(stored):
-        where = "is missing" if name not in stored else "is none of this adapter"
+    for name in {peft_name(name) for name in shapes} ^ set(in_file):
+        where = "is missing" if name not in in_file else "is none of this adapter"
         raise UserError(f"{file}: {name:.100} {where}: take {ADAPTER_CONFIG} and {ADAPTER} of one "
                         "training")
     tensors = {}
     for name, shape in shapes.items():
-        tensor = stored[peft_name(name)]
+        tensor = in_file[peft_name(name)]
         check_tensor_values(file, name, tensor, torch.float32)
         if tuple(tensor.shape) != shape:
             raise UserError(f"{file}: {peft_name(name)} is {list(tensor.shape)}, and should be "
@@ -230,7 +230,7 @@ def merge_adapter(model: LLaMA, folder: str | Path, dtype: torch.dtype | None = 
         weight = parameter.detach()
         module, kind = name.removesuffix(".weight"), name.split(".")[-2]
         if kind in MATRICES:
-            weight = unfreeze(*freeze(weight, lora.base_dtype), torch.float32)
+            weight = restored(*stored(weight, lora.base_dtype), torch.float32)
             corners[module] = weight[:1, :4]
         if kind in lora.matrices:
             a, b = (tensors[f"{module}.{part}"].to(weight.device) for part in ("lora_a", "lora_b"))

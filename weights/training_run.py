@@ -244,9 +244,6 @@ def check_ranks(config: Any, row: int) -> None:
     if row % (2 * C) and C > 1:
         raise UserError(f"--context-parallel {C}: a row of {row} tokens cannot be cut into {2 * C} "
                         "equal chunks, two for each process: give another number")
-    if config.offload and not config.dry_run:
-        raise UserError("--offload: so far --dry-run plans with it, and a training keeps its "
-                        "weights on the GPUs: leave it out")
     if config.optimizer == "adamw8bit" and join_process_group()[1] > 1:
         raise UserError("--optimizer adamw8bit: for one GPU; several share the moments of adamw")
 
@@ -254,7 +251,7 @@ def check_ranks(config: Any, row: int) -> None:
 def plan_of(shape: ModelConfig, config: Any, dtype: torch.dtype, row: int) -> Plan:
     """The Plan of a train.FitConfig, for the GPUs of torchrun or of --gpus. row: its tokens."""
     plan = Plan(config.batch_size, row, dtype, config.attention, config.accumulate,
-                planned_gpus(config), config.context_parallel, config.recompute, config.offload,
+                planned_gpus(config), config.context_parallel, config.recompute,
                 moment_bytes=2 if config.optimizer == "adamw8bit" else 8)
     lora = lora_of_flags(config)
     if lora is None:

@@ -56,7 +56,8 @@ def tensors_in_folder(model: LLaMA) -> list[torch.Tensor]:
 
 def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
                      state: dict[str, Any], tokenizer: Any) -> None:
-    """The same by all ranks. The state is a folder, state.N, and the greatest N counts."""
+    """The same by all ranks. The state is a folder, state.N, with a state.pt that lacks weights and
+    optimiser, and in PyTorch's files what each rank holds of these."""
     rank, _ = join_process_group()
     if rank == 0:
         save_weights(model, out, tokenizer)
@@ -76,7 +77,8 @@ def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
 
 
 def saved_states(out: Path) -> dict[int, Path]:
-    """{N: folder} of the states of sharded runs in a folder."""
+    """{N: folder} of the states of sharded runs in a folder. A save that was killed before it
+    removed the one before leaves two."""
     return {int(folder.suffix[1:]): folder for folder in out.glob("state.*")
             if folder.suffix[1:].isdecimal()}
 
