@@ -429,7 +429,7 @@ class LLaMA(nn.Module):
             return self.nll(hidden.flatten(0, 1), targets.flatten()).sum() / count
         own = targets[:, self.context.own(targets.shape[1])]
         nll = self.nll(hidden.flatten(0, 1), own.flatten()).sum()
-        return self.context.sum(nll) / count                            # its gradient: this part's
+        return self.context.sum(nll) / count        # of the whole text; backward, of this part
 
 
 # ---- Generation ----------------------------------------------------------------------------------

@@ -336,15 +336,21 @@ def load(folder):
     export(folder / "meta", "gguf", folder / "model.gguf")
     write_meta_parts(model, folder / "parts")
 
+    def shard(model):
+        ranks.shard_weights(model, torch.device("cpu"), torch.float32)
+
     def work(rank):
         for name in ("meta", "hf", "model.gguf", "parts"):
-            sharded = load_model(folder / name, shard=lambda m: ranks.shard_weights(
-                m, torch.device("cpu"), torch.float32))
+            sharded = load_model(folder / name, shard=shard)
             assert ranks.is_sharded(sharded)
             held = sum(ranks.own_rows(p).numel() for p in sharded.parameters())
             assert held < 0.5 * sum(p.numel() for p in sharded.parameters())
             for n, p in load_model(folder / name).named_parameters():
                 assert torch.equal(ranks.whole(sharded.get_parameter(n)), p), (name, n)
+        clex = {"rope_type": "clex"}  # a network that the file has not
+        sharded = load_model(folder / "meta", clex, shard=shard)
+        for n, p in load_model(folder / "meta", clex).named_parameters():
+            assert torch.equal(ranks.whole(sharded.get_parameter(n)), p), n
     together(3, work)
 
 

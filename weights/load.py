@@ -53,19 +53,19 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
         shard(model)
         model.to_empty(device=device)
 
-    tensors = {}
+    untrained = {}
     if config.rope.rope_type != stored_config.rope.rope_type:
-        tensors = untrained_clex(config, dtype or torch.float32, device)
-    for name in tensors if shard is not None else []:
-        part, stored = own_part(model.get_parameter(name), (), tensors[name])
-        part.copy_(stored)
-        tensors[name] = model.get_parameter(name)
+        untrained = untrained_clex(config, dtype or torch.float32, device)
     shapes = {name: tuple(parameter.shape)
-              for name, parameter in model.named_parameters() if name not in tensors}
+              for name, parameter in model.named_parameters() if name not in untrained}
+    tensors = dict(untrained)
+    if shard is not None:       # this rank's rows are there already, and are filled in place
+        tensors = dict(model.named_parameters())
+        for name, tensor in untrained.items():
+            part, own = own_part(tensors[name], (), tensor)
+            part.copy_(own)
     for file, name, place, stored in layout.read_tensors(path, shapes):
-        if name not in tensors and shard is not None:
-            tensors[name] = model.get_parameter(name)
-        elif name not in tensors:
+        if name not in tensors:
             tensors[name] = torch.empty(shapes[name], dtype=dtype or stored.dtype, device=device)
         part, stored = own_part(tensors[name], place, stored)
         if len(stored) > 0:

@@ -200,6 +200,8 @@ def save_one_by_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
     with torch.serialization.skip_data():
         torch.save(room, path)
+    with open(path, "rb+") as file:     # a full disk is an error here, and not a signal later
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         written = torch.load(path, mmap=True, weights_only=True)
     for name, tensor in tensors.items():
