@@ -214,29 +214,41 @@ def run_method(c: RealModelConfig, method: str, seed: int, rank: int, numbers_of
     for steps in numbers_of_steps:
         keys = c.keys if steps in (0, c.steps[-1]) else 0
         settings = settings_of_run(c, method, seed, rank if steps else 0, max(steps, 1))
-        conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps, keys,
+        conditions = ["row", weight_digest(c.model), resumable_settings(settings), steps,
                       read_json(Path(c.corpus) / "meta.json")["splits"], device.type,
                       {kind: ids.tolist() for kind, ids in documents.items()}, versions()]
 
-        measure = functools.partial(train_and_measure, settings, steps, documents, keys, tokenizer,
+        measure = functools.partial(train_and_measure, settings, steps, documents, tokenizer,
                                     device, cache)
+        find = functools.partial(train_and_find_keys, settings, steps, keys, tokenizer, device,
+                                 cache)
         row = {"method": method, "seed": seed, "steps": steps,
                **({"lora_rank": rank} if rank and steps else {}),
                "tokens_seen": steps * c.batch_size * c.row_length,
                "conditions": cache.hashed(conditions)}
         row = (known.get(row["conditions"]) or cache.get(conditions, measure)) | row
+        if keys and row.get("keys") != keys:
+            row |= cache.get([*conditions, keys], find)
         print(row_summary(row), flush=True)
         rows.append(row)
     return rows
 
 
 def train_and_measure(settings: FinetuneConfig, steps: int, documents: dict[str, np.ndarray],
-                      keys: int, tokenizer: Tokenizer, device: torch.device, cache: ResultCache
+                      tokenizer: Tokenizer, device: torch.device, cache: ResultCache
                       ) -> dict[str, Any]:
     """What a row says beside its name: the model after `steps` steps, measured."""
     model, seconds = model_after(settings, steps, tokenizer, device)
     row = {"rope": model.config.rope.to_dict(), "training_seconds": seconds}
-    return row | measure_model(model, tokenizer, documents, keys, settings.seed, cache)
+    return row | losses(model, documents, cache)
+
+
+def train_and_find_keys(settings: FinetuneConfig, steps: int, keys: int, tokenizer: Tokenizer,
+                        device: torch.device, cache: ResultCache) -> dict[str, Any]:
+    """What a row says of passkeys: how many were found after `steps` steps, by length."""
+    model, _ = model_after(settings, steps, tokenizer, device)
+    return {"keys": keys,
+            "passkeys_found": passkeys_found(model, tokenizer, keys, settings.seed, cache)}
 
 
 def training_folder(c: RealModelConfig, method: str, seed: int, rank: int) -> Path:
@@ -274,20 +286,22 @@ def model_after(settings: FinetuneConfig, steps: int, tokenizer: Tokenizer, devi
     return model, fit(model, settings, batches, None, tokenizer)
 
 
-def measure_model(model: LLaMA, tokenizer: Tokenizer, documents: dict[str, np.ndarray], keys: int,
-                  seed: int, cache: ResultCache) -> dict[str, Any]:
-    """The loss by position in each document, read as one window, and the passkeys found."""
+def losses(model: LLaMA, documents: dict[str, np.ndarray], cache: ResultCache
+           ) -> dict[str, dict[str, Any]]:
+    """The loss by position in each document, read as one window."""
     window = model.config.max_seq_len
-    row: dict[str, Any] = {"nll_by_position": {}, "perplexity": {}, "passkeys_found": {}}
-    for kind, document in documents.items():
-        found = perplexity(model, [document], window, window, bins=PARTS, cache=cache)
-        row["nll_by_position"][kind] = found["nll_by_context"]
-        row["perplexity"][kind] = found["perplexity"]
-    for quarter in range(1, 5) if keys else []:
-        n = quarter * window // 4
-        found = passkey(model, tokenizer, [n], keys, 1, seed, cache=cache)
-        row["passkeys_found"][n] = round(found["accuracy"][n] * keys)
-    return row
+    found = {kind: perplexity(model, [document], window, window, bins=PARTS, cache=cache)
+             for kind, document in documents.items()}
+    return {"nll_by_position": {kind: text["nll_by_context"] for kind, text in found.items()},
+            "perplexity": {kind: text["perplexity"] for kind, text in found.items()}}
+
+
+def passkeys_found(model: LLaMA, tokenizer: Tokenizer, keys: int, seed: int, cache: ResultCache
+                   ) -> dict[int, int]:
+    """{length of the prompt: how many of `keys` passkeys were found} at each quarter of L'."""
+    lengths = [quarter * model.config.max_seq_len // 4 for quarter in range(1, 5)]
+    found = {n: passkey(model, tokenizer, [n], keys, 1, seed, cache=cache) for n in lengths}
+    return {n: round(found[n]["accuracy"][n] * keys) for n in lengths}
 
 
 # ---- The report ----------------------------------------------------------------------------------
@@ -303,7 +317,7 @@ def row_summary(row: dict[str, Any]) -> str:
     """A row as a line: perplexity in each band, for each kind of text."""
     texts = [f"{kind} " + " ".join(f"{value:.1f}" for value in by_band(row, kind))
              for kind in row["perplexity"]]
-    found = " ".join(f"{n}: {count}" for n, count in row["passkeys_found"].items())
+    found = " ".join(f"{n}: {count}" for n, count in row.get("passkeys_found", {}).items())
     return (f"{row_label(row)}, seed {row['seed']}, {row['steps']} steps: "
             f"{'; '.join(texts)}" + (f"; passkeys found {found}" if found else ""))
 
@@ -315,8 +329,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
         groups.setdefault((row_label(row), row["steps"]), []).append(row)
     kinds = report["rows"][0]["perplexity"]
     found = [perplexity_table(groups, kind, report["window"]) for kind in kinds]
-    if report["settings"]["keys"]:
-        found.append(passkey_table(groups, report["settings"]["keys"], report["window"]))
+    if any("keys" in row for row in report["rows"]):
+        found.append(passkey_table(groups, report["window"]))
     return found
 
 
@@ -339,15 +353,15 @@ def perplexity_table(groups: dict[tuple, list[dict]], kind: str, window: int) ->
     return f"Perplexity by position: {kind}", [*FIRST_COLUMNS, *bands], body
 
 
-def passkey_table(groups: dict[tuple, list[dict]], keys: int, window: int) -> Table:
+def passkey_table(groups: dict[tuple, list[dict]], window: int) -> Table:
     """Of the untrained and the last models. Each seed has other keys: their counts are added up."""
     lengths = [f"{quarter * window // 4:,}" for quarter in range(1, 5)]
     body = []
     for group in groups.values():
-        if group[0]["passkeys_found"]:
-            by_seed = [row["passkeys_found"].values() for row in group]
+        asked = sum(row.get("keys", 0) for row in group)
+        if asked:
+            by_seed = [row["passkeys_found"].values() for row in group if "keys" in row]
             counts = [sum(seeds) for seeds in zip(*by_seed)]
-            asked = keys * len(group)
             body.append(first_cells(group) + [f"{count} of {asked}" for count in counts])
     return "Passkeys found, by length of the prompt", [*FIRST_COLUMNS, *lengths], body
 

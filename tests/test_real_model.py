@@ -53,7 +53,7 @@ def test_rows_are_what_the_folders_measure(command, base, text, tokenizer, tmp_p
     assert [(row["method"], row["steps"]) for row in rows] == [
         ("default", 0), ("default", 1), ("default", 3), ("linear", 0), ("linear", 1), ("linear", 3)]
     assert [row["tokens_seen"] for row in rows[:3]] == [0, 64, 192]
-    assert [bool(row["passkeys_found"]) for row in rows[:3]] == [True, False, True]
+    assert [row.get("keys", 0) for row in rows[:3]] == [2, 0, 2]
     ids = torch.tensor(tokenizer.encode(text.read_text(), bos=True)[:2 * L + 1]).numpy()
     trained = load_model(tmp_path / "runs" / "linear-x2-seed0")
     for row, model in ((rows[5], trained), (rows[0], load_model(base))):
@@ -90,8 +90,8 @@ def test_rows_of_a_result_that_is_there_are_not_measured_again(command, monkeypa
     before = command("--methods", "linear")["rows"]
     shutil.rmtree(tmp_path / "runs")
     measured = []
-    measure = real_model.measure_model
-    monkeypatch.setattr(real_model, "measure_model",
+    measure = real_model.losses
+    monkeypatch.setattr(real_model, "losses",
                         lambda *given: measured.append(1) or measure(*given))
     both = command("--methods", "linear", "default")["rows"]
     assert both[:3] == before
@@ -103,12 +103,29 @@ def test_rows_of_a_result_that_is_there_are_not_measured_again(command, monkeypa
     assert len(measured) == 3 + 3, "other settings are another work"
 
 
+def test_keys_join_the_rows_that_are_there(command, monkeypatch, tmp_path):
+    """A row has its keys whenever they are asked for, before or after its losses; without --keys
+    it keeps them."""
+    before = command("--methods", "linear")["rows"]
+    monkeypatch.setattr(real_model, "losses", lambda *given: pytest.fail("losses measured again"))
+    rows = command("--methods", "linear", "--keys", "1")["rows"]
+    assert [row.get("keys") for row in rows] == [1, None, 1]
+    assert len(rows) == len(before)
+    for row, earlier in zip(rows, before):
+        assert earlier.items() <= row.items()
+    assert command("--methods", "linear")["rows"] == rows
+    monkeypatch.setattr(real_model, "passkey", lambda *given, **rest: pytest.fail("found again"))
+    assert command("--methods", "linear", "--keys", "1")["rows"] == rows
+    (_, _, found) = tables(json.loads((tmp_path / "r.json").read_text()))[1]
+    assert [row[1] for row in found] == ["0", "3"]
+
+
 def test_lora_beside_full_fine_tuning(command, monkeypatch, tmp_path):
     """Its rows say so and have a folder of their own. Those that are there stay, hash and all."""
     full = command("--methods", "linear")["rows"]
     measured = []
-    measure = real_model.measure_model
-    monkeypatch.setattr(real_model, "measure_model",
+    measure = real_model.losses
+    monkeypatch.setattr(real_model, "losses",
                         lambda *given: measured.append(1) or measure(*given))
     result = command("--methods", "linear", "--lora-rank", "0", "2", figure=True)
     rows = result["rows"]
