@@ -31,10 +31,11 @@ from methods.lora import ATTENTION_MATRICES, BASE_DTYPES
 from model import ModelConfig
 from plot import plot_finetune
 from train import FitConfig, fit, validation
-from weights import load_config, load_model, load_tokenizer, with_rope
+from weights import load_config, load_tokenizer, with_rope
 from weights.extension import (baseline_rope, changes_positions, complete_flags, file_label,
-                               has_short_rows, load_extended, phases, prepare_corpus,
-                               print_phases, rope_flag, row_length, training_batches)
+                               has_short_rows, load_extended, load_saved, phases,
+                               prepare_corpus, print_phases, rope_flag, row_length,
+                               training_batches)
 from weights.size import parameter_count
 from weights.training_run import planned_gpus, print_header
 
@@ -138,9 +139,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if rank == 0:
                 print(f"{config.steps} steps in {seconds:.0f} s -> {e.training.out}")
         if config.eval:
-            if e.training:  # what is measured is what was saved, as anyone will load it
+            if e.training:  # what is measured is what was saved
                 model = None
-                model = load_model(e.training.out, device=device, attention=config.attention)
+                model = load_saved(e.training.out, device, config.attention)
             progress.next()
             measured = measure_lengths(model, tokenizer, texts, lengths, config.depths,
                                        config.trials, cache=cache)

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.cli import field, parse, run_command
 from common.device import choose_device, choose_dtype
 from common.distributed import (context_shard, is_sharded, join_process_group, mean_over_ranks,
-                                shard_weights, wait_for_all_ranks, whole)
+                                shard_weights, share_rows, wait_for_all_ranks, whole)
 from common.errors import UserError
 from data.batches import Batches, prefetch
 from data.corpus import TokenFile, corpus_for, ensure_corpus
@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer, open_tokenizer
 from methods import RopeConfig, parse_rope_flag, training_positions
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
+from weights.load import empty_model
 from weights.training_run import TrainingRun, check_ranks, print_header, validate_settings
 
 
@@ -228,9 +229,11 @@ def validation(corpus: TokenFile, tokenizer: Tokenizer, rows: int, seq_len: int,
 
     @torch.no_grad()
     def evaluate(model: LLaMA) -> dict[str, float]:
+        chunks = 1 if model.context is None else 2 * model.context.size  # that GPUs cut a row into
+        length = seq_len - seq_len % chunks
         total = 0.0
         for step in range(steps):
-            batch = [tensor.to(model.device) for tensor in batches(step)]
+            batch = [tensor[:, :length].to(model.device) for tensor in batches(step)]
             total += model.loss(*batch).item()
         loss = total / steps
         return {"val_loss": loss, "val_perplexity": math.exp(loss) if loss < 700 else math.inf}
@@ -256,6 +259,19 @@ def rope_of_training(config: TrainConfig) -> RopeConfig:
     return RopeConfig.from_dict(rope | given)
 
 
+def new_model(shape: ModelConfig, config: TrainConfig, device: torch.device) -> LLaMA:
+    """A model with random weights. Several GPUs share those that the first one drew."""
+    torch.manual_seed(config.seed)
+    rank, world = join_process_group()
+    if world == 1:
+        return LLaMA(shape).to(device)
+    drawn = LLaMA(shape).state_dict() if rank == 0 else {}
+    model = empty_model(shape)
+    shard_weights(model, device, choose_dtype(config.dtype, device))
+    share_rows(model.to_empty(device=device), drawn)
+    return model
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(TrainConfig, __doc__, argv)
     validate_settings(config)
@@ -276,8 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_header(shape, config, device)
     if config.dry_run:
         return
-    torch.manual_seed(config.seed)
-    model = LLaMA(shape).to(device)
+    model = new_model(shape, config, device)
     if rank == 0:
         ensure_corpus(config.corpus, config.tokenizer, config.corpus_mb)
     wait_for_all_ranks()

@@ -1,5 +1,6 @@
 """The device, its precision, and how both are named in headers and results."""
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +38,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"--dtype {name}: choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def memory_per_rank(device: torch.device) -> int:
+    """Bytes: of the GPU, or of the machine shared by its processes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -28,7 +28,6 @@ from common.errors import UserError
 
 # ---- The ranks -----------------------------------------------------------------------------------
 
-
 def join_process_group() -> tuple[int, int]:
     """(rank, world size). Joins the process group that torchrun's environment describes."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -69,18 +68,16 @@ def mean_over_ranks(number: Tensor) -> Tensor:
     return total / world
 
 
-def of_first_rank(value: Any) -> Any:
-    """What rank 0 has, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
 def of_all_ranks(value: Any) -> list[Any]:
     """What each rank has."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def of_first_rank(value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    return of_all_ranks(value)[0]
 
 
 def require_same(settings: dict[str, Any]) -> None:
@@ -96,7 +93,6 @@ def require_same(settings: dict[str, Any]) -> None:
 
 
 # ---- A text shared by several GPUs ---------------------------------------------------------------
-
 
 class ContextShard:
     """The part of every text that this rank reads. (Llama 3, arXiv 2407.21783, section 3.3.2)
@@ -131,10 +127,9 @@ class ContextShard:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks that share a text. Each goes backward through its own x
         alone: FSDP puts the gradients together."""
-        own = x.detach()
-        total = own.clone()
+        total = x.detach().clone()
         dist.all_reduce(total, group=self.group)
-        return x + (total - own)
+        return x + (total - x.detach())
 
 
 class GatherParts(torch.autograd.Function):
@@ -168,27 +163,26 @@ def context_shard(size: int) -> ContextShard | None:
 
 # ---- Weights shared by all GPUs ------------------------------------------------------------------
 
-
-def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype,
+                  called: str = "loss") -> None:
     """Each rank keeps its rows of every weight: of N ranks, rank r has the r-th of N equal pieces.
 
     A block's weights are gathered for its forward pass, thrown away, and gathered again for its
     backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
-    other. dtype: what a block's weights, norm gains too, are gathered in. Gradients are averaged in
-    float32.
+    other. dtype: of a block's gathered weights; gradients are averaged in float32. called: the
+    method that is used beside forward().
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
-    world = join_process_group()[1]     # of the whole grid, which makes no difference here
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = init_device_mesh(device.type, (join_process_group()[1],))    # data and context alike
     # States between blocks stay float32, as under autocast: nothing is cast on the way in.
     outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
     fully_shard(model, mesh=mesh, mp_policy=outside)
-    register_fsdp_forward_method(model, "loss")      # which fit() calls, in place of forward()
+    register_fsdp_forward_method(model, called)
 
 
 def own_rows(tensor: Tensor) -> Tensor:
@@ -214,8 +208,7 @@ def own_part(weight: Tensor, place: tuple[slice, ...], stored: Tensor) -> tuple[
         return weight[place], stored
     rank, world = join_process_group()
     first = min(rank * math.ceil(rows / world), rows)           # of this rank
-    given = place[0] if place else slice(0, rows)
-    place_start, place_stop, _ = given.indices(rows)
+    place_start, place_stop, _ = (place[0] if place else slice(None)).indices(rows)
     start, stop = max(place_start, first), min(place_stop, first + len(own))
     if start >= stop:
         return own[:0], stored[:0]
@@ -223,8 +216,14 @@ def own_part(weight: Tensor, place: tuple[slice, ...], stored: Tensor) -> tuple[
     return part, stored[start - place_start:stop - place_start]
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+def share_rows(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give each rank its rows of the weights that rank 0 has; those of the others are empty."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True,
+                                                                  broadcast_from_rank0=True))
 
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write weights and optimiser into a new folder, each rank what it holds."""
@@ -244,6 +243,6 @@ def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 def shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    options = StateDictOptions(ignore_frozen_params=True)       # LoRA's base is no part of the run
-    weights, state = get_state_dict(model, optimizer, options=options)
+    without_base = StateDictOptions(ignore_frozen_params=True)      # that of LoRA, which stays
+    weights, state = get_state_dict(model, optimizer, options=without_base)
     return {"model": weights, "optimizer": state}

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from common.cache import ResultCache
-from common.distributed import join_process_group, of_all_ranks, of_first_rank
+from common.distributed import is_sharded, join_process_group, of_all_ranks, of_first_rank
 
 CPU_BYTES_PER_PASS = 2**26       # enough rows to keep a core busy
 CPU_BYTES_OF_ALL_PASSES = 2**31  # of the passes that run side by side
@@ -50,7 +50,7 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
     the jobs.
     """
     if join_process_group()[1] > 1:
-        yield from shared_map(function, jobs, cache)
+        yield from shared_map(function, jobs, model, cache)
         return
     threads = torch.get_num_threads()
     workers = 2
@@ -74,10 +74,14 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
         torch.set_num_threads(threads)
 
 
-def shared_map(function: Callable, jobs: Mapping[Any, tuple], cache: ResultCache) -> Iterator[Any]:
-    """The same by all ranks together, each its share, one job after another. Every rank has to
-    come here, and gets all values; what is known already is in rank 0's cache."""
-    rank, world = join_process_group()
+def shared_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.Module,
+               cache: ResultCache) -> Iterator[Any]:
+    """The same by all ranks together, each its share, one job after another. If the ranks share the
+    weights as well, each pass needs them all, and every rank computes every job.
+
+    Every rank has to come here, and gets all values; what is known already is in rank 0's cache.
+    """
+    rank, world = (0, 1) if is_sharded(model) else join_process_group()
     known = of_first_rank({key: cache.get(key, lambda: None) for key in jobs if key in cache})
     missing = [key for key in jobs if key not in known]
     for start in range(0, len(missing), world):  # a job each, so that little is lost by a kill

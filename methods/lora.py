@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import DTYPES
+from common.distributed import own_part, own_rows
 
 ATTENTION_MATRICES = ("wq", "wk", "wv", "wo")
 MATRICES = (*ATTENTION_MATRICES, "w1", "w2", "w3")  # of a block
@@ -106,13 +107,11 @@ class FrozenLinear(nn.Module):
 class LoRALinear(FrozenLinear):
     """W x + (alpha / r) B A x. A and B are stored in float32, whatever W is."""
 
-    def __init__(self, weight: Tensor, lora: LoRA, generator: torch.Generator):
+    def __init__(self, weight: Tensor, lora: LoRA):
         super().__init__(weight, lora.base_dtype)
         rows, columns = weight.shape
-        a = torch.empty(lora.rank, columns)
-        a.uniform_(-1 / math.sqrt(columns), 1 / math.sqrt(columns), generator=generator)
-        self.lora_a = nn.Parameter(a.to(weight.device))                              # [r, in]
-        self.lora_b = nn.Parameter(torch.zeros(rows, lora.rank, device=weight.device))  # [out, r]
+        self.lora_a = nn.Parameter(torch.empty(lora.rank, columns, device=weight.device))  # [r, in]
+        self.lora_b = nn.Parameter(torch.empty(rows, lora.rank, device=weight.device))  # [out, r]
         self.scaling = lora.scaling
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,22 +120,39 @@ class LoRALinear(FrozenLinear):
 
 
 def add_lora(model: nn.Module, lora: LoRA, seed: int = 0) -> None:
-    """Prepare a loaded LLaMA for LoRA, in place: its matrices are frozen, those that `lora` names
-    get A and B. Without `lora.full` embedding, output and norms are frozen as well, in float32.
+    """Prepare a loaded LLaMA for LoRA, in place. model: of any dtype. seed: of A."""
+    freeze(model, lora)
+    init_lora(model, seed)
 
-    model: of any dtype; matrix by matrix it becomes lora.base_dtype. seed: of A.
-    """
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same A for every device
+
+def freeze(model: nn.Module, lora: LoRA) -> None:
+    """Freeze a LLaMA's matrices, in place; those that `lora` names get A and B, still without
+    values. Matrix by matrix it becomes lora.base_dtype. Without `lora.full` embedding, output and
+    norms are frozen as well, in float32."""
     for block in model.layers:
         for part in (block.attention, block.feed_forward):
             for name, linear in list(part.named_children()):
                 if name in lora.matrices:
-                    setattr(part, name, LoRALinear(linear.weight, lora, generator))
+                    setattr(part, name, LoRALinear(linear.weight, lora))
                 else:
                     setattr(part, name, FrozenLinear(linear.weight, lora.base_dtype))
     for module in beside_the_matrices(model):
         module.float().requires_grad_(lora.full)
     model.lora = lora
+
+
+@torch.no_grad()
+def init_lora(model: nn.Module, seed: int = 0) -> None:
+    """A uniform between -1/sqrt(in) and 1/sqrt(in), B zero. Of several GPUs each has its rows."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same A for every device
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            a = torch.empty(module.lora_a.shape)                                         # [r, in]
+            largest = 1 / math.sqrt(a.shape[1])
+            a.uniform_(-largest, largest, generator=generator)
+            part, own = own_part(module.lora_a, (), a)
+            part.copy_(own)
+            own_rows(module.lora_b).zero_()
 
 
 def beside_the_matrices(model: nn.Module) -> list[nn.Module]:

@@ -21,20 +21,26 @@ from common.cache import ResultCache
 from common.cli import run_command
 from common.errors import UserError
 from common.jobs import parallel_map
+from data.tokenizer import open_tokenizer
+from eval import measure_lengths
+from finetune import FinetuneConfig
 from methods import RopeConfig, training_positions
-from methods.lora import LoRA, add_lora
+from methods.lora import LoRA, add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
 from forks import be_the_script, exit_status, forked, free_port, run_script
 from toy_training import read_metrics, settings
-from train import fit
-from weights import load_model
+from train import TrainConfig, fit
+from train import new_model as new_model_of_training
+from weights import extension, load_model
 from weights.export import export
+from weights.extension import load_extended, load_saved
 from weights.save import save_model
 from weights.training_run import check_ranks
-from weights.training_state import saved_states
+from weights.training_state import save_weights, saved_states
 
 pytestmark = pytest.mark.slow
 V, T, L, ROWS = 13, 16, 8, 8
+TINY = Path(__file__).parent.parent / "data" / "tiny"
 ACTIONS = {}
 
 
@@ -327,8 +333,7 @@ def test_twenty_kills(finish):
 
 @action
 def load(folder):
-    """Sharded weights are those of load_model, from every layout; and the file that is written of
-    them is a whole archive."""
+    """Sharded weights are those of load_model, from every layout."""
     torch.manual_seed(0)
     model = LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=14))
     save_model(model, folder / "meta")
@@ -349,9 +354,62 @@ def load(folder):
                 assert torch.equal(ranks.whole(sharded.get_parameter(n)), p), (name, n)
         clex = {"rope_type": "clex"}  # a network that the file has not
         sharded = load_model(folder / "meta", clex, shard=shard)
-        for n, p in load_model(folder / "meta", clex).named_parameters():
-            assert torch.equal(ranks.whole(sharded.get_parameter(n)), p), n
+        assert_equal_weights(sharded, load_model(folder / "meta", clex))
     together(3, work)
+
+
+def assert_equal_weights(sharded, model):
+    assert ranks.is_sharded(sharded)
+    assert [n for n, _ in sharded.named_parameters()] == [n for n, _ in model.named_parameters()]
+    for n, p in model.named_parameters():
+        assert torch.equal(ranks.whole(sharded.get_parameter(n)), p), n
+        assert sharded.get_parameter(n).dtype == p.dtype
+        assert sharded.get_parameter(n).requires_grad == p.requires_grad
+
+
+@action
+def load_lora(folder):
+    """LoRA's matrices, and an adapter merged into its base, are those of one process."""
+    base, device = folder.parent / "tied", torch.device("cpu")
+    config = FinetuneConfig(lora_rank=4, lora_matrices=["wq", "w2"], seed=3, dtype="float32")
+    rope = {"rope_type": "linear", "factor": 2.0}
+    adapted = load_model(base, dtype=None)
+    add_lora(adapted, lora_of_flags(config), seed=3)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if name.endswith("lora_b"):
+                p.normal_()
+    save_weights(adapted, folder / "adapter", None)
+
+    def work(rank):
+        sharded = load_extended(str(base), rope, L, 2 * L, device, "auto", config)
+        alone = load_model(base, dtype=None)
+        add_lora(alone, lora_of_flags(config), seed=3)
+        assert_equal_weights(sharded, alone)
+        merged = load_model(folder / "adapter", shard=lambda model: ranks.shard_weights(
+            model, device, torch.float32))
+        assert_equal_weights(merged, load_model(folder / "adapter"))
+    together(3, work)
+
+
+def test_lora_is_sharded_as_it_is_read(finish):
+    finish("load_lora")
+
+
+@action
+def draw(folder):
+    """A training from scratch begins with the weights of one process."""
+    shape = new_model({"rope": {"rope_type": "clex"}}).config
+
+    def work(rank):
+        model = new_model_of_training(shape, TrainConfig(seed=5), torch.device("cpu"))
+        torch.manual_seed(5)
+        assert_equal_weights(model, LLaMA(shape))
+    together(2, work)
+
+
+def test_a_training_from_scratch_begins_as_one_process_would(finish):
+    finish("draw")
 
 
 def write_meta_parts(model, folder):
@@ -405,6 +463,36 @@ def measure(folder):
 
 def test_measurements_are_shared(finish):
     finish("measure")
+
+
+@action
+def measure_sharded(folder):
+    """A model too large for one rank is measured by all together, with the same numbers."""
+    tokenizer = open_tokenizer(TINY / "tokenizer.model")
+    torch.manual_seed(0)
+    for rope in ("linear", "dynamic"):      # by one pass, and by generation
+        config = RopeConfig(rope, factor=2.0, original_max_position_embeddings=128)
+        save_model(LLaMA(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=256,
+                                     vocab_size=tokenizer.vocab_size, rope=config)), folder / rope)
+    text = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 600)
+    device = torch.device("cpu")
+
+    def work(rank):
+        for rope in ("linear", "dynamic"):
+            found = []
+            for memory in (2**40, 1):
+                extension.memory_per_rank = lambda device, memory=memory: memory
+                model = load_saved(folder / rope, device, "auto")
+                assert ranks.is_sharded(model) == (memory == 1)
+                cache = ResultCache(folder / f"{rope}-{memory}.json" if rank == 0 else "")
+                found.append(measure_lengths(model, tokenizer, [text], [128, 256], 3, 1,
+                                             cache=cache))
+            assert found[0] == found[1]
+    together(2, work)
+
+
+def test_a_model_too_large_for_one_rank_is_measured_by_all_together(finish):
+    finish("measure_sharded")
 
 
 @action

@@ -158,10 +158,11 @@ def lines_of_code(file):
 def test_the_product_does_not_grow_unnoticed():
     """Code alone, without docstrings, comments and blank lines. The bound was 8,000 when the house
     was built, and 8,790 when models went to llama.cpp and a real one was fine-tuned. Then came
-    distance maps, LongRoPE's search, LongPPL and ranking (10,100), training on many GPUs (300),
-    LoRA and its adapters (400), and the memory of many GPUs: its arithmetic, the plan of --dry-run,
-    and the bench that measures whether it is right (330)."""
-    assert sum(map(lines_of_code, product_files())) <= 11131
+    distance maps, LongRoPE's search, LongPPL and ranking (10,100), training on many GPUs (300, and
+    45 for weights that no GPU ever holds whole), LoRA and its adapters (400), and the memory of
+    many GPUs: its arithmetic, the plan of --dry-run, and the bench that measures whether it is
+    right (330)."""
+    assert sum(map(lines_of_code, product_files())) <= 11175
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)

@@ -104,7 +104,8 @@ def test_y_is_w_x_plus_alpha_over_r_b_a_x(base_dtype, error):
     largest number at most."""
     torch.manual_seed(0)
     weight = torch.randn(6, 5)
-    layer = LoRALinear(weight, LoRA(2, 3.0, base_dtype=base_dtype), torch.Generator())
+    layer = LoRALinear(weight, LoRA(2, 3.0, base_dtype=base_dtype))
+    torch.nn.init.normal_(layer.lora_a)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(4, 5, requires_grad=True)
     frozen = restored(layer.weight, layer.row_scale, torch.float32)

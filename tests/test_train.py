@@ -8,6 +8,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
+from common.distributed import ContextShard
 from data.batches import prefetch
 from data.corpus import TokenFile
 from model import LLaMA
@@ -269,6 +270,18 @@ def test_validation_is_the_mean_loss_of_fixed_rows(corpus_folder, tokenizer):
     assert measured["val_loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.1)
     model.loss = lambda x, y: torch.tensor(1000.0)
     assert evaluate(model) == {"val_loss": 1000.0, "val_perplexity": math.inf}
+
+
+def test_validation_rows_can_be_cut_into_chunks(corpus_folder, tokenizer):
+    """Two GPUs that share rows cut each into four chunks: of 30 tokens 28 are read."""
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=32)
+    evaluate = validation(TokenFile(corpus_folder, "val"), tokenizer, 2, 30)
+    shapes = []
+    model.loss = lambda x, y: shapes.append((x.shape, y.shape)) or torch.tensor(1.0)
+    evaluate(model)
+    model.context = ContextShard(0, 2, None)
+    evaluate(model)
+    assert shapes == 8 * [((2, 30), (2, 30))] + 8 * [((2, 28), (2, 28))]
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common.distributed import own_rows
+from common.distributed import is_sharded, of_first_rank, own_part, own_rows
 from common.errors import UserError
 from common.files import read_json, read_json_object
 from data.tokenizer import Tokenizer
@@ -227,17 +227,23 @@ def merge_adapter(model: LLaMA, folder: str | Path, dtype: torch.dtype | None = 
     tensors = read_adapter(folder, model.config, lora)
     corners = {}
     for name, parameter in model.named_parameters():
-        weight = parameter.detach()
+        weight = own_rows(parameter).detach()   # all, or of several GPUs those that this one has
         module, kind = name.removesuffix(".weight"), name.split(".")[-2]
         if kind in MATRICES:
             weight = restored(*stored(weight, lora.base_dtype), torch.float32)
             corners[module] = weight[:1, :4]
         if kind in lora.matrices:
             a, b = (tensors[f"{module}.{part}"].to(weight.device) for part in ("lora_a", "lora_b"))
-            weight = merged(weight, a, b, lora)
-        weight = tensors.get(name, weight).to(parameter.device, dtype or torch.float32)
+            weight = merged(weight, a, own_part(parameter, (), b)[1], lora)
+        if name in tensors:
+            weight = own_part(parameter, (), tensors[name])[1]
+        weight = weight.to(parameter.device, dtype or torch.float32)
         check_tensor_values(find_file(folder, ADAPTER), name, weight, weight.dtype)
-        parameter.data = weight
-    if sample_of(corners) != sample:
+        if is_sharded(model):
+            own_rows(parameter).copy_(weight)
+        else:
+            parameter.data = weight
+    found = sample_of(corners)
+    if (of_first_rank(found) if is_sharded(model) else found) != sample:
         raise UserError(f"{base_of(folder)}: has other weights than the model that {folder} "
                         "adapts: put that one there, or give its place in adapter_config.json")

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from common.device import choose_device, choose_dtype
+from common.device import choose_device, choose_dtype, memory_per_rank
 from common.distributed import join_process_group, shard_weights, wait_for_all_ranks
 from common.errors import UserError
 from data.batches import Batches
@@ -18,10 +18,10 @@ from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag, training_positions
 from methods.checks import check_attention
-from methods.lora import MATRICES, add_lora, lora_of_flags
+from methods.lora import MATRICES, add_lora, freeze, init_lora, lora_of_flags
 from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
-from weights.load import load_model, with_rope
+from weights.load import load_config, load_model, with_rope
 from weights.size import evaluation_flops, flops_per_token, parameter_count
 from weights.training_run import check_ranks, planned_gpus, validate_settings
 
@@ -150,22 +150,44 @@ def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
                   attention: str, training: Any = None) -> LLaMA:
     """A pretrained model with other positions and the window that it is to have. training: the
-    FinetuneConfig, if it is to be trained: by LoRA if that asks for it; several GPUs then share the
-    weights as they are read, those of LoRA afterwards (fit)."""
+    FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs then share the
+    weights as they are read."""
     lora = lora_of_flags(training)
-    shard = None
-    if training and not lora and join_process_group()[1] > 1:
-        dtype = choose_dtype(training.dtype, device)
-        shard = functools.partial(shard_weights, device=device, dtype=dtype)
+    shard = shard_to_measure(path, device) if training is None else None
+    if training and join_process_group()[1] > 1:
+        def shard(model: LLaMA) -> None:
+            if lora:
+                freeze(model, lora)
+            shard_weights(model, device, choose_dtype(training.dtype, device))
     # LoRA freezes in a dtype of its own: each matrix goes there from the one that it is stored in.
     model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
                        dtype=None if lora else torch.float32, attention=attention, shard=shard)
-    if lora:
+    if lora and shard:
+        init_lora(model, training.seed)
+    elif lora:
         add_lora(model, lora, training.seed)
     model.config.max_seq_len = window
     # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
     model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)
     return model
+
+
+def load_saved(folder: str, device: torch.device, attention: str) -> LLaMA:
+    """A model that was trained here, as anyone will load it."""
+    return load_model(folder, device=device, attention=attention,
+                      shard=shard_to_measure(folder, device))
+
+
+def shard_to_measure(path: str, device: torch.device) -> Callable[[LLaMA], None] | None:
+    """How the GPUs share the weights of a model to be measured that would take more than half of
+    one GPU's memory: all then compute each pass together. None where each has a model of its own,
+    and takes its share of the passes."""
+    if join_process_group()[1] == 1:
+        return None
+    size = 4 * parameter_count(load_config(path))       # bytes, in float32
+    if size <= memory_per_rank(device) / 2:
+        return None
+    return functools.partial(shard_weights, device=device, dtype=torch.float32, called="hidden")
 
 
 def prepare_corpus(config: Any, tokenizer: Tokenizer, held_out: int, rank: int) -> str:

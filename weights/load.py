@@ -35,32 +35,29 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     rope: None keeps the model's own; a RopeConfig or a dict replaces it (with_rope).
     device: a name, as for --device, or a torch.device.
     dtype: of all weights; None leaves each as it is stored.
-    shard: shares the weights among GPUs; each then reads its rows only (common/distributed.py).
+    shard: prepares the model, still empty, to share its weights among GPUs (shard_weights of
+        common/distributed.py); each then reads its rows only, in the dtype that it gave them.
     Every tensor goes from the memory-mapped file straight to its place, dtype and device. At the
     peak there are the model, one tensor, and a sixteenth of a file. UserErrors name file, tensor
     and remedy.
     """
     device = choose_device(str(device))
     if is_adapter(path):
-        return load_adapted(path, rope, device, dtype, attention)
+        return load_adapted(path, rope, device, dtype, attention, shard)
     layout = model_format(path)
     stored_config = layout.read_config(path)
     config = with_rope(stored_config, rope)
     check_attention(attention, config.rope.rope_type, device)
-    with torch.device("meta"), SkipInit():  # shapes without memory
-        model = LLaMA(config, attention)
-    if shard is not None:
-        shard(model)
-        model.to_empty(device=device)
-
+    model = empty_model(config, attention)
     untrained = {}
     if config.rope.rope_type != stored_config.rope.rope_type:
         untrained = untrained_clex(config, dtype or torch.float32, device)
     shapes = {name: tuple(parameter.shape)
               for name, parameter in model.named_parameters() if name not in untrained}
     tensors = dict(untrained)
-    if shard is not None:       # this rank's rows are there already, and are filled in place
-        tensors = dict(model.named_parameters())
+    if shard is not None:       # this rank's rows are made, and are filled in place
+        shard(model)
+        tensors = dict(model.to_empty(device=device).named_parameters())
         for name, tensor in untrained.items():
             part, own = own_part(tensors[name], (), tensor)
             part.copy_(own)
@@ -76,11 +73,18 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
     return model
 
 
+def empty_model(config: ModelConfig, attention: str = "auto") -> LLaMA:
+    """A model of shapes alone, which takes no memory: on PyTorch's device "meta"."""
+    with torch.device("meta"), SkipInit():
+        return LLaMA(config, attention)
+
+
 def load_adapted(folder: str | Path, rope: RopeConfig | dict | None, device: torch.device,
-                 dtype: torch.dtype | None, attention: str) -> LLaMA:
+                 dtype: torch.dtype | None, attention: str,
+                 shard: Callable[[LLaMA], None] | None) -> LLaMA:
     """load_model for what LoRA left: its base, with the adapter merged into it."""
     config = with_rope(load_config(folder), rope)
-    model = load_model(base_of(folder), config.rope, device, dtype=None, attention=attention)
+    model = load_model(base_of(folder), config.rope, device, None, attention, shard)
     merge_adapter(model, folder, dtype)
     model.config, model.path = config, str(folder)
     return model
