@@ -2,6 +2,8 @@
 
     python extras/memory.py                               # 300M parameters; 1, 2 and 4 processes
     python extras/memory.py --dim 256 --n-layers 8 --processes 1 --row-length 1024 --recompute
+    python extras/memory.py --model out/smollm2/smollm2-135m-instruct.gguf --lora-rank 8 \\
+        --processes 1 --batch-size 4 --row-length 1024 --dtype bfloat16
 
 Two steps on random tokens. The second is measured: it has AdamW's moments, and no process holds the
 whole model any more, as before it is shared. On a CPU the resident memory counts (VmHWM, Linux
@@ -33,8 +35,11 @@ from common.distributed import join_process_group, wait_for_all_ranks
 from common.environment import command_line, versions
 from common.errors import UserError
 from common.files import write_json
+from finetune import FinetuneConfig
+from methods.lora import add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
-from train import FitConfig, fit
+from train import fit
+from weights import load_config
 from weights.memory import GIB, training_memory
 from weights.size import parameter_count
 from weights.training_run import plan_of
@@ -45,11 +50,13 @@ PROC_STATUS = Path("/proc/self/status")
 @dataclass
 class MemoryConfig:
     processes: list[int] = field([1, 2, 4], "numbers of processes, one after another")
+    model: str = field("", "take the shape of this model, in place of the five flags that follow")
     dim: int = field(1024, "model width C")
     n_layers: int = field(18, "blocks")
     n_heads: int = field(16, "query heads H")
     n_kv_heads: int | None = field(None, "key/value heads K [n_heads]")
     vocab_size: int = field(32000, "tokens that the model knows")
+    lora_rank: int = field(0, "train by LoRA with this rank; 0 trains everything")
     row_length: int = field(512, "tokens of a row")
     batch_size: int = field(1, "rows per micro-batch and device")
     accumulate: int = field(2, "micro-batches per optimiser step")
@@ -66,16 +73,18 @@ class Measured(Exception):
 
 
 def shape_of(c: MemoryConfig) -> ModelConfig:
+    if c.model:
+        return dataclasses.replace(load_config(c.model), max_seq_len=c.row_length)
     return ModelConfig(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
                        vocab_size=c.vocab_size, max_seq_len=c.row_length)
 
 
-def settings_of(c: MemoryConfig) -> FitConfig:
+def settings_of(c: MemoryConfig) -> FinetuneConfig:
     """The settings that training and arithmetic share."""
-    return FitConfig(steps=2, warmup=0, eval_every=1, batch_size=c.batch_size,
-                     accumulate=c.accumulate, context_parallel=c.context_parallel,
-                     recompute=c.recompute, attention=c.attention, dtype=c.dtype,
-                     device=c.device)
+    return FinetuneConfig(steps=2, lr=1e-4, warmup=0, eval_every=1, batch_size=c.batch_size,
+                          accumulate=c.accumulate, context_parallel=c.context_parallel,
+                          recompute=c.recompute, attention=c.attention, dtype=c.dtype,
+                          device=c.device, lora_rank=c.lora_rank)
 
 
 def join_ranks(rank: int, world: int, port: int) -> None:
@@ -90,8 +99,8 @@ def measure(rank: int, c: MemoryConfig, world: int, port: int, folder: str) -> N
     """Train in one of `world` processes, and write its peak in bytes to FOLDER/peak-RANK."""
     join_ranks(rank, world, port)
     device = choose_device(c.device)
-    tiny = dataclasses.replace(c, dim=64, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=64,
-                               row_length=16 * world)
+    tiny = dataclasses.replace(c, model="", dim=64, n_layers=1, n_heads=1, n_kv_heads=1,
+                               vocab_size=64, row_length=16 * world)
     second_step_peak(tiny, device, folder)     # loads what PyTorch loads at its first use
     before = memory_in_use(device)
     peak = second_step_peak(c, device, folder) - before
@@ -103,9 +112,12 @@ def measure(rank: int, c: MemoryConfig, world: int, port: int, folder: str) -> N
 
 def second_step_peak(c: MemoryConfig, device: torch.device, folder: str) -> int:
     """Bytes that this process holds at most during the second step of a training."""
+    shape = shape_of(c)
+
     def random_rows(step: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 * step + first)
-        tokens = torch.randint(c.vocab_size, (last - first, c.row_length + 1), generator=generator)
+        tokens = torch.randint(shape.vocab_size, (last - first, c.row_length + 1),
+                               generator=generator)
         return tokens[:, :-1], tokens[:, 1:]
 
     peaks = []
@@ -118,8 +130,10 @@ def second_step_peak(c: MemoryConfig, device: torch.device, folder: str) -> int:
         forget_peak(device)
         return {"peak_gib": peaks[0] / GIB}
 
-    model = LLaMA(shape_of(c)).to(device)
-    config = dataclasses.replace(settings_of(c), out=str(Path(folder, f"run-{c.dim}")))
+    model = LLaMA(shape).to(device)
+    config = dataclasses.replace(settings_of(c), out=str(Path(folder, f"run-{shape.dim}")))
+    if c.lora_rank:
+        add_lora(model, lora_of_flags(config))
     with contextlib.suppress(Measured), contextlib.redirect_stdout(io.StringIO()):
         fit(model, config, random_rows, after_step, progress=False)
     return peaks[1]
@@ -168,6 +182,8 @@ def check(c: MemoryConfig, device: torch.device) -> None:
     """A UserError for what cannot be measured here."""
     if device.type == "mps" or device.type == "cpu" and not PROC_STATUS.exists():
         raise UserError("memory is measured on Linux (/proc/self/status) and on CUDA only")
+    if c.lora_rank < 0:
+        raise UserError(f"--lora-rank {c.lora_rank}: has to be at least 1; 0 is no LoRA")
     if min(c.processes) < 1:
         raise UserError(f"--processes {min(c.processes)}: has to be at least 1")
     if device.type == "cuda" and max(c.processes) > torch.cuda.device_count():

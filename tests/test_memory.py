@@ -8,9 +8,11 @@ import torch
 import finetune
 import train
 from common.errors import UserError
+from extras.memory import MemoryConfig, shape_of
 from extras.memory import main as bench_memory
 from meter import Meter
 from model import LLaMA, ModelConfig
+from weights import load_config
 from weights.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table, training_memory,
                             would_fit)
 from weights.presets import preset_config
@@ -189,19 +191,31 @@ def test_the_arithmetic_is_near_the_measured_peak(attention, dtype, recompute, a
 
 @pytest.mark.slow
 def test_the_bench_prints_an_error(tmp_path, capsys):
-    """One process, resident memory. The model is too small for the error itself to say much."""
-    bench_memory(["--dim", "256", "--n-layers", "4", "--n-heads", "4", "--vocab-size", "2000",
-                  "--row-length", "128", "--processes", "1", "--device", "cpu",
-                  "--out", str(tmp_path / "memory.json")])
+    """One process, resident memory. The model is too small for the error itself to say much. LoRA
+    of the same model takes less, by the arithmetic and on the machine."""
+    for rank in (0, 4):
+        bench_memory(["--dim", "256", "--n-layers", "4", "--n-heads", "4", "--vocab-size", "2000",
+                      "--row-length", "128", "--processes", "1", "--device", "cpu", "--lora-rank",
+                      str(rank), "--out", str(tmp_path / f"memory{rank}.json")])
     printed = capsys.readouterr().out
-    assert "1 process " in printed and "error" in printed
-    found = finetune.read_json(tmp_path / "memory.json")["memory"][0]
-    assert found["error"] == found["estimate"] / found["measured"] - 1
-    assert 0.5 < found["estimate"] / found["measured"] < 2
+    assert printed.count("1 process ") == printed.count("   error ") == 2
+    full, lora = (finetune.read_json(tmp_path / f"memory{rank}.json")["memory"][0]
+                  for rank in (0, 4))
+    for found in (full, lora):
+        assert found["error"] == found["estimate"] / found["measured"] - 1
+        assert 0.5 < found["estimate"] / found["measured"] < 2
+    assert lora["estimate"] < 0.7 * full["estimate"]
+    assert lora["measured"] < 0.7 * full["measured"]
+
+
+def test_the_bench_takes_the_shape_of_a_model():
+    c = MemoryConfig(model="data/tiny", row_length=64)
+    assert shape_of(c) == dataclasses.replace(load_config("data/tiny"), max_seq_len=64)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--processes", "0"], "--processes 0"),
+    (["--lora-rank", "-1"], "--lora-rank -1: has to be at least 1"),
     (["--processes", "4", "--context-parallel", "3"], "--context-parallel 3 does not divide")])
 def test_what_the_bench_cannot_measure_is_one_line(flags, words):
     with pytest.raises(UserError, match=words) as error:
