@@ -29,7 +29,7 @@ from common.cli import field, parse, run_command
 from common.device import (choose_device, choose_dtype, describe_device, dtype_name,
                            matmul_precision)
 from common.errors import UserError
-from common.files import write_json
+from common.files import check_output, write_json
 from common.results import result
 from data.corpus import corpus_for, ensure_corpus, read_documents, validation_documents
 from eval import perplexity, window_and_stride
@@ -304,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(c.repeat, c.batch_size, *c.lengths, window) < 1 or c.tokens < 0:
         raise UserError("--repeat, --batch-size, --lengths and --window have to be at least 1, "
                         "--tokens at least 0 (all)")
+    check_output(c.out)
     device = choose_device(c.device)
     dtype = choose_dtype(c.dtype, device)
     model = load_model(c.model, device=device, dtype=dtype)

@@ -177,7 +177,7 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
     if wants_baseline:
         whole_rows = config.row_length in (None, round(base.original_window * config.factor))
         positions = "contiguous" if whole_rows else "pose"
-        direct = dataclasses.replace(direct, out=direct_out, positions=positions)
+        direct = dataclasses.replace(direct, out=direct_out, positions=positions, waits=True)
         experiments.append(Experiment("direct_finetuned", plain, direct))
     return experiments
 

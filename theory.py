@@ -23,7 +23,7 @@ import numpy as np
 from numpy import ndarray
 
 from common.cli import Parser, run_command
-from common.files import write_json
+from common.files import check_output, write_json
 from common.environment import command_line, versions
 from rope import (angle_disturbance, angle_histogram, default, disturbance_of_both, linear, ntk,
                   pairs_to_interpolate, rope_frequencies, yarn)
@@ -507,6 +507,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="out/theory.json", metavar="JSON",
                         help="result file, for plot.py [out/theory.json]")
     flags = parser.parse_args(argv)
+    check_output(flags.out)
     theory = {"models": measure_models(), "bases": measure_bases(), "scores": measure_scores(),
               "fit": measure_fit(), "bounds": measure_bounds(), "angles": measure_angles()}
     print_models_and_scores(theory["models"], theory["scores"])

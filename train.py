@@ -64,10 +64,11 @@ class FitConfig:
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
                              "torchrun]")
+    waits: bool = False  # until no other process trains in `out`; otherwise that is a UserError
     # A run may be resumed with other values of these; all other settings have to be the same.
     may_change_on_resume: ClassVar[set[str]] = {
         "out", "log_every", "eval_every", "save_every", "device", "attention", "compile",
-        "recompute", "context_parallel", "fresh", "dry_run", "gpus"}
+        "recompute", "context_parallel", "fresh", "dry_run", "gpus", "waits"}
 
 
 @dataclass
@@ -120,14 +121,12 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
         shard_weights(model, model.device, choose_dtype(config.dtype, model.device))
     optimizer = make_optimizer(model, config)
     run = TrainingRun(model, optimizer, config, evaluate, tokenizer, progress)
-    if run.finished:
-        return run.seconds
     if config.compile:
         for block in model.layers:
             block.compile()  # one graph serves all blocks
     rows = config.batch_size * config.accumulate    # of this rank in one optimiser step
     first_row = rank // config.context_parallel * rows
-    with run.running():  # Ctrl-C waits for the end of a step, and the log is open
+    with run.running():  # resumed, with its log open; Ctrl-C waits for the end of a step
         # step: run.step, ..., config.steps - 1; batch: this rank's rows of that step
         for step, batch in prefetch(batches, run.step, config.steps, first_row, rows):
             lr = learning_rate(config, step)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ import torch
 from common.device import describe_device
 from common.distributed import is_sharded, of_first_rank, own_rows
 from common.environment import versions
-from common.errors import UserError
-from common.files import write_json
+from common.files import check_output, is_stream, write_json
 from common.results import matmul_mode
 
 
 class ResultCache:
     """A dict on the disk, a JSON line for each value. Without `out` nothing is written.
 
-    out: the result file that is being made; its cache lies beside it as OUT.partial.
+    out: the result file that is being made; its cache lies beside it as OUT.partial. beside: as
+    check_output takes it.
     """
 
-    def __init__(self, out: str | Path = "", quiet: bool = False):
-        if out and (str(out).endswith(("/", os.sep)) or Path(out).is_dir()):
-            raise UserError(f"{out}: is a folder: give the name of a JSON file")
+    def __init__(self, out: str | Path = "", quiet: bool = False, beside: Sequence[str] = ()):
+        if out:
+            check_output(out, beside=beside)
         self.out = out
-        self.path = Path(f"{out}.partial") if out else None
+        self.path = Path(f"{out}.partial") if out and not is_stream(out) else None
         self.values: dict[str, Any] = {}
         self.conditions: list = []
         self.lock = threading.Lock()  # several threads may measure

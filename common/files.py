@@ -5,12 +5,15 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, IO
 
 from common.errors import UserError
+
+SAVING = ".saving"  # in a model's folder: the files of a save at work
 
 
 @contextlib.contextmanager
@@ -18,9 +21,14 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that appears under its name only when it is complete.
 
     It is written under a temporary name, flushed to the disk and renamed. The file that had the
-    name before stays until then.
+    name before stays until then. A link stays a link: what it leads to is replaced. A stream
+    (is_stream) is written into.
     """
-    path = Path(path)
+    if is_stream(path):
+        with open_stream(path, mode) as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp",
                                              dir=path.parent)
@@ -37,6 +45,58 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a name is that of a device or a pipe, or of standard output: something that can be
+    written into, and has to stay what it is."""
+    path = Path(path).absolute()
+    inside = path.is_relative_to("/dev") or path.is_relative_to("/proc")
+    return path.exists() and not path.is_dir() and (inside or not path.is_file())
+
+
+def open_stream(path: str | Path, mode: str) -> IO:
+    """A stream, open for writing. Standard output may be a file: opened by its name, /dev/stdout, a
+    second time, it would be written over from its beginning."""
+    target: str | Path | int = path
+    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(path), os.fstat(1)):
+            target = os.dup(1)
+    return open(target, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def check_output(out: str | Path, flag: str = "--out", beside: Sequence[str] = ()) -> None:
+    """A UserError at once, not after the work, if a result could not be written as `out`, or would
+    replace something else than a result. beside: endings of files that are written, too."""
+    path = Path(out)
+    if str(out).endswith(("/", os.sep)) or path.is_dir():
+        raise UserError(f"{out}: is a folder: give the name of a JSON file")
+    if is_stream(path):
+        if beside:
+            raise UserError(f"{flag} {out}: {' and '.join(beside)} files are written beside it: "
+                            "give the name of a file")
+        return
+    if path.suffix in beside:
+        raise UserError(f"{flag} {out}: another file gets this name: end it with .json")
+    if path.exists() and path.stat().st_size > 0 and not is_result(path):
+        raise UserError(f"{flag} {out}: holds something else than a result: give another name")
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {out}: cannot be written ({error.strerror}): give another name") \
+            from None
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is JSON that a command of this repository wrote."""
+    try:
+        return "command" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def remove(path: Path) -> None:
@@ -66,9 +126,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def require_new_folder(out: str | Path) -> None:
-    """Refuse a folder that holds something: its files and ours would be mixed."""
+    """Refuse a folder that holds something: its files and ours would be mixed. What a save that was
+    killed left of itself, .saving, is nothing."""
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and {file.name for file in out.iterdir()} <= {SAVING}):
         raise UserError(f"--out {out}: exists and is not empty: name a new folder")
 
 

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -216,6 +217,16 @@ def corpus_for(folder: str | Path, tokenizer: Tokenizer, max_mb: float | None = 
     return folder
 
 
+def is_python(folder: Path) -> bool:
+    return read_json_object(folder / "meta.json").get("source") == "python"
+
+
+def may_be_made(folder: Path) -> bool:
+    """Whether this is the default corpus, or its neighbour of another tokenizer or size."""
+    inside = folder.resolve().parent == CORPORA.resolve()
+    return inside and bool(re.fullmatch(r"python(-[0-9a-f]{8})?(-[\d.]+mb)?", folder.name))
+
+
 def is_smaller(meta: dict, max_mb: float) -> bool:
     """Whether the default corpus holds less than max_mb although its source has more."""
     is_part = "beyond --max-mb" in meta.get("left_out", {})
@@ -226,11 +237,12 @@ def ensure_corpus(folder: str | Path, tokenizer_path: str | Path,
                   max_mb: float | None = None) -> Path:
     """A token folder that is whole, of this tokenizer and of at least max_mb (None: any size).
 
-    This is corpus_for(folder), prepared from the default source if it is missing or damaged.
-    A folder made from other text is never written over: if it does not serve, that is a UserError.
+    This is corpus_for(folder). The default corpus is made if it is missing or damaged, and so is a
+    neighbour of another folder of Python source. Otherwise a folder that is missing is a UserError,
+    as its name may be mistyped, and one of other text that does not serve.
     """
     tokenizer = open_tokenizer(tokenizer_path)
-    folder = corpus_for(folder, tokenizer, max_mb)
+    asked, folder = Path(folder), corpus_for(folder, tokenizer, max_mb)
     if (folder / "meta.json").exists():
         meta = read_json_object(folder / "meta.json")
         problem = find_problem(folder, meta, tokenizer)
@@ -240,6 +252,9 @@ def ensure_corpus(folder: str | Path, tokenizer_path: str | Path,
             raise UserError(f"{folder}: {problem}: prepare it again: python data/prepare.py "
                             f"--out {folder} --tokenizer {tokenizer_path} ...")
         warnings.warn(f"{folder}: {problem}: it is made again", stacklevel=1)
+    elif not (may_be_made(folder) or is_python(asked)):
+        raise UserError(f"{folder}: no such token folder: name one that is there, or make it with "
+                        f"python data/prepare.py --out {folder} --tokenizer {tokenizer_path} ...")
     return prepare(PrepareConfig(tokenizer=str(tokenizer_path), out=str(folder), max_mb=max_mb))
 
 

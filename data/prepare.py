@@ -21,6 +21,7 @@ import hashlib
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,7 @@ from common.cli import field, parse, run_command
 from common.errors import UserError
 from common.files import whole_file, write_json
 from common.environment import command_line, versions
+from common.locks import locked_beside
 from data.passkey import GARBAGE, INFORMATION, INTRODUCTION, QUESTION
 from data.sources import (Files, gutenberg_files, pg19_files, python_files, python_unwanted,
                           read_gutenberg, read_text, text_files, unwanted)
@@ -45,6 +47,7 @@ from data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 TOKENIZER = ROOT / "data" / "tiny" / "tokenizer.model"
 DEFAULT_MB = {"python": 32.0, "pg19": 256.0}  # 32 MB of Python are 13 million of our tokens
+NEW_PATH = "that does not exist yet: models depend on one that does"
 GROUP = 4_000_000  # characters read and encoded at a time
 
 
@@ -122,9 +125,11 @@ def validate_request(config: PrepareConfig, out: Path) -> None:
     if out.exists() and not (out / "meta.json").exists():
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"--out {out}: holds something else than tokens: name another folder")
-    if config.train_tokenizer and (not config.tokenizer or Path(config.tokenizer).exists()):
-        raise UserError("--train-tokenizer needs a --tokenizer PATH that does not exist yet: "
-                        "models depend on one that does")
+    if config.train_tokenizer:
+        # Without meta.json this may be the request of before, interrupted (tokenizer_for).
+        is_used = Path(config.tokenizer).exists() and (out / "meta.json").exists()
+        if not config.tokenizer or is_used:
+            raise UserError(f"--train-tokenizer needs a --tokenizer PATH {NEW_PATH}")
     if config.tokenizer and not config.train_tokenizer:
         open_tokenizer(config.tokenizer)
 
@@ -205,8 +210,17 @@ def read_part(read: Callable, split: str, share: float, path: str | Path) -> str
 def tokenizer_for(config: PrepareConfig, paths: list, read: Callable) -> Tokenizer:
     """The tokenizer that is asked for, or a new one, trained on the documents."""
     path = Path(config.tokenizer or TOKENIZER)
-    if config.train_tokenizer or not (config.tokenizer or path.exists()):
-        return train_tokenizer(tokenizer_sample(paths, read), path, config.train_tokenizer or 1024)
+    if not config.train_tokenizer and (config.tokenizer or path.exists()):
+        return open_tokenizer(path)
+    size = config.train_tokenizer or 1024
+    with tempfile.TemporaryDirectory() as folder:
+        trained = train_tokenizer(tokenizer_sample(paths, read), Path(folder, path.name), size)
+        content = Path(trained.path).read_bytes()
+    if not path.exists():
+        with whole_file(path) as file:
+            file.write(content)
+    elif path.read_bytes() != content:      # the same text would have given the same bytes
+        raise UserError(f"--tokenizer {path}: has to be a path {NEW_PATH}")
     return open_tokenizer(path)
 
 
@@ -266,20 +280,22 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 @contextlib.contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` when the block ends well. Until then the one
-    before stays, and a program that has its files open keeps them."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    old = temporary.with_suffix(".old.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(out, old)
-        os.rename(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    before stays, and a program that has its files open keeps them. A second process waits."""
+    temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old.tmp")
+    with locked_beside(out, wait=True):
+        if old.exists() and not out.exists():   # killed between the two renames
+            os.rename(old, out)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(out, old)
+            os.rename(temporary, out)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main() -> None:

@@ -178,7 +178,7 @@ def compare(flags: CompareFlags, cache: ResultCache) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(CompareFlags, __doc__, argv)
-    cache = ResultCache(flags.out)
+    cache = ResultCache(flags.out, beside=[".png"])
     measured = compare(flags, cache)
     cache.write_result(measured)
     if flags.out:

@@ -27,7 +27,7 @@ from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.device import choose_device
 from common.errors import UserError
-from common.files import read_json
+from common.files import check_output, read_json
 from common.results import result
 from common.tables import format_accuracy
 from data.corpus import ensure_corpus, read_documents, validation_documents
@@ -120,6 +120,7 @@ def check_flags(flags: LongWindowFlags, base: ModelConfig, lengths: Sequence[int
                         f"{lengths[-1]}: give at least as many, or smaller --multiples")
     if not flags.out:
         raise UserError("--out: give the name of a JSON file")
+    check_output(flags.out, beside=[".png"])
     for method in flags.methods:
         rope = parse_rope_flag(method)
         if "factor" in rope:

@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--factor {c.factor}: give a number above 1")
     if not 0 < c.mutation_probability <= 1:
         raise UserError(f"--mutation-probability {c.mutation_probability}: give one of at most 1")
-    cache = ResultCache(c.out)
+    cache = ResultCache(c.out, beside=[".rope", ".png"])
     model, tokenizer = load_from_flags(dataclasses.replace(c, factor=None))
     if model.config.rope.rope_type != "default":
         raise UserError(f"rope {model.config.rope.rope_type}: the search is for a model with plain "

@@ -34,7 +34,7 @@ from common.device import choose_device, choose_dtype, describe_device, dtype_na
 from common.distributed import join_process_group, wait_for_all_ranks
 from common.environment import command_line, versions
 from common.errors import UserError
-from common.files import write_json
+from common.files import check_output, write_json
 from finetune import FinetuneConfig
 from methods.lora import add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
@@ -180,6 +180,7 @@ def measure_processes(c: MemoryConfig, world: int) -> list[int]:
 
 def check(c: MemoryConfig, device: torch.device) -> None:
     """A UserError for what cannot be measured here."""
+    check_output(c.out)
     if device.type == "mps" or device.type == "cpu" and not PROC_STATUS.exists():
         raise UserError("memory is measured on Linux (/proc/self/status) and on CUDA only")
     if c.lora_rank < 0:

@@ -42,7 +42,7 @@ from common.cli import field, parse, run_command
 from common.device import choose_device, describe_device
 from common.environment import command_line, versions
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import check_output, read_json, write_json
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_request(c: RealModelConfig) -> None:
     """A UserError for settings that cannot work, before any work."""
+    check_output(c.out, beside=[".png"])
     if not (1 < c.factor and math.isfinite(c.factor)):
         raise UserError(f"--factor {c.factor}: give a number above 1")
     window = round(load_config(c.model).original_window * c.factor)

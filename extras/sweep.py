@@ -40,7 +40,7 @@ from common.cli import field, parse, run_command
 from common.device import choose_device, choose_dtype, describe_device
 from common.environment import command_line, usable_cores, versions
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import check_output, read_json, write_json
 from data.batches import Batches
 from data.corpus import TokenFile, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts
@@ -540,6 +540,7 @@ def listed(numbers: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     c = fill_in(parse(SweepConfig, __doc__, argv))
+    check_output(c.out, beside=[".png"])
     check_sweep(c)
     device = choose_device(c.device)
     tokenizer = load_tokenizer_once(c.model)

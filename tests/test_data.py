@@ -438,6 +438,13 @@ def test_tokenizer_is_trained_once_and_never_replaced(own, tmp_path, monkeypatch
     for tokenizer in (str(path), ""):
         with pytest.raises(UserError, match="does not exist yet"):
             prepare(PrepareConfig(tokenizer=tokenizer, train_tokenizer=600, **config))
+    shutil.rmtree(out)  # interrupted after the tokenizer: the same command goes on, and no other
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="has to be a path that does not exist yet"):
+        prepare(PrepareConfig(tokenizer=str(path), train_tokenizer=600, **config))
+    assert not out.exists() and path.read_bytes() == before
+    prepare(PrepareConfig(tokenizer=str(path), train_tokenizer=500, **config))
+    assert path.read_bytes() == before and read_folder(out, Tokenizer(path))["train"]
     with pytest.raises(UserError, match="No such file"):  # a name that was mistyped is not trained
         prepare(PrepareConfig(tokenizer=str(tmp_path / "mistyped.model"), **config))
     monkeypatch.setattr(prepare_module, "TOKENIZER", tmp_path / "default.model")
@@ -578,7 +585,10 @@ def test_ensure_corpus(own, tmp_path, monkeypatch):
         assert ensure_corpus(folder, *args, **kwargs) == folder
         return (folder / "meta.json").stat().st_ino != before
 
-    assert made(own.path, max_mb=0.01)
+    with pytest.raises(UserError, match="corpus: no such token folder: name one that is there"):
+        ensure_corpus(folder, own.path, max_mb=0.01)
+    assert not folder.exists(), "the name may be mistyped"
+    prepare(PrepareConfig(tokenizer=str(own.path), out=str(folder), max_mb=0.01))
     assert not made(own.path, max_mb=0.01) and not made(own.path, max_mb=0.005)
     assert not made(own.path)  # whatever size it has
     before = (folder / "train.bin").read_bytes()

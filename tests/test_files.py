@@ -1,8 +1,10 @@
 """common/: files that are whole or not there, JSON, devices, and the command as it was typed."""
+import json
 import math
 import os
 import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+import bench
+import eval as eval_script
+import finetune
+import theory
 from common.device import choose_device, choose_dtype, matmul_precision
 from common.environment import command_line
 from common.errors import UserError
-from common.files import (read_json, read_json_object, require_new_folder, whole_file,
-                          whole_folder, write_json)
+from common.files import (check_output, read_json, read_json_object, require_new_folder,
+                          whole_file, whole_folder, write_json)
+from extras import compare, long_window, longrope_search, memory, real_model, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,6 +83,99 @@ def test_whole_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     assert done == ["content", "name", "folder"]
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.json").write_text("{}", encoding="utf-8")
+    link = tmp_path / "a.json"
+    link.symlink_to(tmp_path / "there" / "a.json")
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert read_json(tmp_path / "there" / "a.json") == {"a": 1}
+    assert names(tmp_path / "there") == ["a.json"]
+
+
+def test_a_pipe_is_written_into_and_stays_one(tmp_path):
+    """As a device would: root could replace /dev/null by a file."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for name in (pipe, link):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        write_json(name, {"a": 1})
+        assert json.loads(os.read(reader, 1000)) == {"a": 1}
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert link.is_symlink()
+    assert names(tmp_path) == ["link", "pipe"]
+
+
+def test_standard_output_in_a_file_keeps_what_was_printed(tmp_path):
+    """/dev/stdout leads to that file, which is then an ordinary one."""
+    script = ("from common.files import write_json\n"
+              "print('a table', flush=True); write_json('/dev/stdout', {'a': 1}); print('the end')")
+    with open(tmp_path / "printed", "w") as printed:
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=printed, check=True)
+    text = (tmp_path / "printed").read_text(encoding="utf-8")
+    assert text.startswith("a table\n{") and text.endswith("}\nthe end\n")
+    assert names(tmp_path) == ["printed"]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("folder", "folder: is a folder: give the name of a JSON file"),
+    ("new/", "is a folder"),
+    ("book.txt", "--out .*book.txt: holds something else than a result: give another name"),
+    ("tokenizer.json", "holds something else than a result"),
+    ("book.txt/r.json", "cannot be written .Not a directory|cannot be written .File exists"),
+    ("r.png", "r.png: another file gets this name: end it with .json"),
+    ("pipe", ".png files are written beside it: give the name of a file")])
+def test_what_cannot_be_a_result_is_refused_before_the_work(tmp_path, name, words):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "book.txt").write_text("Once upon a time", encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}', encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=words):
+        check_output(f"{tmp_path}/{name}", beside=[".png"])
+    assert names(tmp_path) == before
+
+
+def test_what_may_be_a_result(tmp_path):
+    (tmp_path / "r.json").write_text('{"command": "python eval.py ppl"}', encoding="utf-8")
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to(tmp_path / "r.json")
+    for name in ("r.json", "empty", "new/r.json", "r", "link.json"):
+        check_output(tmp_path / name, beside=[".png"])
+    check_output(tmp_path / "pipe")
+    check_output("/dev/null")
+    assert names(tmp_path / "new") == []
+
+
+COMMANDS = {"eval": (eval_script.main, ["ppl", "--out"]), "compare": (compare.main, ["--out"]),
+            "finetune": (finetune.main, ["--results"]), "bench": (bench.main, ["--out"]),
+            "theory": (theory.main, ["--out"]), "sweep": (sweep.main, ["--out"]),
+            "real_model": (real_model.main, ["--model", "data/tiny", "--out"]),
+            "memory": (memory.main, ["--out"]), "long_window": (long_window.main, ["--out"]),
+            "longrope": (longrope_search.main, ["--out"])}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_looks_at_its_output_first(tmp_path, command, capsys):
+    """A book is not written over, and what cannot be written is found before the work."""
+    main, flags = COMMANDS[command]
+    (tmp_path / "book.txt").write_text("Once upon a time", encoding="utf-8")
+    for name, words in (("book.txt", "something else than a result"), ("", "is a folder"),
+                        ("book.txt/r.json", "cannot be written")):
+        with pytest.raises(UserError, match=words):
+            main([*flags, f"{tmp_path}/{name}"])
+    assert (tmp_path / "book.txt").read_text(encoding="utf-8") == "Once upon a time"
+    assert names(tmp_path) == ["book.txt"]
+    if command not in ("eval", "bench", "theory", "memory"):
+        with pytest.raises(UserError, match="r.png: another file gets this name"):
+            main([*flags, str(tmp_path / "r.png")])
+    assert capsys.readouterr().out == ""
+
+
 def test_whole_folder_is_whole_or_not_there(tmp_path):
     out = tmp_path / "new" / "model"
     with pytest.raises(KeyboardInterrupt):
@@ -98,6 +198,8 @@ def test_whole_folder_is_whole_or_not_there(tmp_path):
 
 def test_only_a_new_or_empty_folder_is_new(tmp_path):
     require_new_folder(tmp_path / "new")
+    require_new_folder(tmp_path)
+    (tmp_path / ".saving").mkdir()  # of a save that was killed: the same command goes on
     require_new_folder(tmp_path)
     (tmp_path / "file").touch()
     for taken in (tmp_path, tmp_path / "file"):

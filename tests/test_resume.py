@@ -33,6 +33,35 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+# ---- Beginning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.01.pth", "params.json",
+                                  "config.json", "adapter_config.json"])
+def test_a_model_that_no_training_left_is_not_written_over(tmp_path, name, fresh):
+    (tmp_path / name).write_text("of great value", encoding="utf-8")
+    with pytest.raises(UserError, match="holds a model, and no state of a training that could go "
+                                        "on: choose another --out"):
+        train_tiny(tmp_path, fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text(encoding="utf-8") == "of great value"
+
+
+def test_a_run_without_its_state_begins_again_where_that_harms_nobody(tmp_path):
+    """Killed between the first model and its state, it does by itself; another one with --fresh."""
+    train_tiny(tmp_path, steps=5)
+    before = fingerprint(tmp_path)
+    (tmp_path / "state.pt").unlink()
+    train_tiny(tmp_path, steps=5)
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(UserError, match="holds a model, and no state"):
+        train_tiny(tmp_path, steps=5, lr=0.5)
+    train_tiny(tmp_path, steps=5, lr=0.5, fresh=True)
+    assert fingerprint(tmp_path) != before
+
+
 # ---- Going on ------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import torch
 
 from common.device import dtype_name
 from common.errors import UserError
+from common.locks import locked_beside
 from common.files import (read_json_object, require_new_folder, whole_file, whole_folder,
                           write_json)
 from data.sentencepiece_json import sentencepiece_as_json
@@ -35,6 +36,13 @@ def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | str 
     to: "hf" or "meta", folders, or "gguf", a file. dtype: of the weights; None keeps each, bit for
     bit; "q8_0" is for gguf. rope: as for load_model, an extension without training.
     """
+    with locked_beside(out):
+        export_alone(path, to, out, dtype, rope)
+
+
+def export_alone(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | str | None,
+                 rope: RopeConfig | dict | None) -> None:
+    """export(), while no other process writes `out`."""
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     if dtype == Q8_0 and to != "gguf":
         raise UserError(f"--dtype {Q8_0}: only --to gguf has it: choose another, or leave it out")

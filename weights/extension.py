@@ -13,6 +13,7 @@ import torch
 from common.device import choose_device, choose_dtype, memory_per_rank
 from common.distributed import join_process_group, shard_weights, wait_for_all_ranks
 from common.errors import UserError
+from common.files import check_output
 from data.batches import Batches
 from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
@@ -103,6 +104,8 @@ def check_lora(config: Any, rope_type: str) -> None:
 
 def check_evaluation(config: Any) -> None:
     """A UserError for settings of the measurements that cannot work."""
+    if config.eval:
+        check_output(config.results, "--results", beside=[".png"])
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"--max-tokens {config.max_tokens}: give at least 1")
     if config.lengths and min(config.lengths) < 1:

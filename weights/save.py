@@ -15,13 +15,12 @@ import torch
 
 from common.checks import meta_ffn_dim
 from common.distributed import is_sharded, whole
-from common.files import whole_file, write_json
+from common.files import SAVING, whole_file, write_json
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
 
 CHECKPOINT = "consolidated.00.pth"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of adapter.py
-SAVING = ".saving"  # in the model's folder: the files of a save at work
 SAVED = ".saved"    # in the model's folder: the files of a finished save, not yet at their places
 
 

@@ -22,6 +22,7 @@ from common.distributed import (is_sharded, join_process_group, on_any_rank, own
 from common.environment import command_line, versions
 from common.errors import Stopped, UserError
 from common.files import remove, whole_file, write_json
+from common.locks import locked
 from methods.lora import LoRA, lora_of_flags, trainable_and_frozen
 from model import LLaMA, ModelConfig
 from weights.flags import describe_attention
@@ -50,7 +51,7 @@ class TrainingRun:
         if self.world > 1:
             settings["ranks"] = self.readers
         self.origin = {"settings": settings, "start": weight_sample(model)}
-        self.step, self.seconds = resume_run(model, optimizer, config, self.origin)
+        self.step, self.seconds = 0, 0.0
         self.finite = torch.ones((), dtype=torch.bool, device=model.device)
 
     @property
@@ -59,8 +60,24 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """For the time of the loop: Ctrl-C is noted, the log is open, and on a GPU the matrix
-        products that autocast leaves in float32 use TF32."""
+        """For the time of the loop: no other process trains in this folder, and the state in it is
+        loaded."""
+        lock = contextlib.nullcontext()
+        if self.rank == 0:
+            lock = locked(self.out / ".lock", f"--out {self.out}", self.config.waits)
+        with lock:
+            self.step, self.seconds = resume_run(self.model, self.optimizer, self.config,
+                                                 self.origin)
+            if self.finished:
+                yield
+            else:
+                with self.stepping():
+                    yield
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Ctrl-C is noted, the log is open, and on a GPU the matrix products that autocast leaves
+        in float32 use TF32."""
         precision = torch.get_float32_matmul_precision()
         if self.model.device.type == "cuda":
             precision = "high"

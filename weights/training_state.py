@@ -13,11 +13,12 @@ import torch
 from common.distributed import (is_sharded, join_process_group, load_shards, of_first_rank,
                                 save_shards, wait_for_all_ranks)
 from common.errors import UserError
-from common.files import remove
+from common.files import read_json_object, remove
 from methods.lora import lora_of
 from model import LLaMA
 from weights.adapter import adapter_tensors, save_adapter, trained_tensors
-from weights.save import give_shards, save_model, save_tensors
+from weights.save import (ADAPTER_CONFIG, find_file, give_shards, save_model, save_tensors,
+                          weight_files)
 
 
 def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: dict[str, Any],
@@ -101,6 +102,8 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     path = newest_state(Path(config.out))
     if join_process_group()[1] > 1:
         path = of_first_rank(path)
+    if path is None:
+        refuse_other_model(config)
     if path is None or config.fresh:
         return 0, 0.0
     remedy = "choose another --out, or replace it with --fresh"
@@ -134,6 +137,20 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
         optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["step"], state["seconds"]
+
+
+def refuse_other_model(config: Any) -> None:
+    """A UserError if config.out, which has no state, holds a model: it would be written over. A
+    training that was killed between its first model and state has the same settings in run.json."""
+    out = Path(config.out)
+    configs = [find_file(out, name) for name in ("params.json", "config.json", ADAPTER_CONFIG)]
+    if not weight_files(out) and not any(file.is_file() for file in configs):
+        return
+    begun = read_json_object(out / "run.json").get("settings", {})
+    is_same = all(begun.get(name) == value for name, value in resumable_settings(config).items())
+    if not is_same and not (begun and config.fresh):
+        raise UserError(f"{out}: holds a model, and no state of a training that could go on: "
+                        "choose another --out")
 
 
 def rows_together(settings: dict[str, Any]) -> dict[str, Any]:

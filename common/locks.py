@@ -1,0 +1,75 @@
+"""One process at a time writes a folder."""
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO
+
+from common.errors import UserError, printable_line
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there nothing is locked
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold a lock for the time of the block. The operating system takes it from a process that is
+    killed.
+
+    path: of the lock's file, which holds number and command of its process and is removed at the
+        end. what: is written, as the message for the others names it. wait: until it is free;
+        otherwise a UserError says who holds it.
+    """
+    file = take(Path(path), what, wait)
+    try:
+        yield
+    finally:
+        if fcntl is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)     # still locked: whoever waits for this file notices, in take()
+        file.close()
+
+
+def locked_beside(out: str | Path, wait: bool = False) -> AbstractContextManager[None]:
+    """locked() for a file or folder that appears under its name only when it is complete. The
+    lock's file lies beside it."""
+    path = Path(out).absolute()
+    return locked(path.with_name(f".{path.name}.lock"), str(out), wait)
+
+
+def take(path: Path, what: str, wait: bool) -> IO:
+    """The lock's file, open and locked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(path, "a+", encoding="utf-8", errors="replace")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = printable_line(file.read(), 200) or "another process"
+            if not wait:
+                raise UserError(f"{what}: {holder} is writing it: wait until that has ended, or "
+                                "choose another name") from None
+            print(f"waiting    for {holder}, which is writing {what}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if is_at(file, path):
+            break
+        file.close()    # its holder removed it meanwhile
+    file.truncate(0)
+    file.write(f"process {os.getpid()} ({' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])})")
+    file.flush()
+    return file
+
+
+def is_at(file: IO, path: Path) -> bool:
+    """Whether the path still leads to this open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
