@@ -119,8 +119,8 @@ def test_the_random_generator_goes_on_where_it_was(tmp_path):
 def test_a_cut_line_of_metrics_is_dropped(tmp_path):
     with pytest.raises(Died):
         train_tiny(tmp_path, dying(7))
-    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 8, "lo')
+    with open(tmp_path / "metrics.jsonl", "ab") as file:  # and what no run of ours wrote
+        file.write(b'null\n7\n[]\n{"loss": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 8, "lo')
     train_tiny(tmp_path)
     assert logged_steps(tmp_path) == list(range(1, 21))
 
@@ -350,6 +350,35 @@ def test_unreadable_state_is_one_line(tmp_path, uninterrupted, damage):
         train_tiny(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["state.pt"]
     train_tiny(tmp_path, fresh=True, steps=1)
+
+
+STATE_DAMAGE = {"no list": lambda state: [state], "no step": lambda state: without(state, "step"),
+                "step None": lambda state: state | {"step": None},
+                "step 2.5": lambda state: state | {"step": 2.5},
+                "settings 3": lambda state: state | {"settings": 3},
+                "start text": lambda state: state | {"start": "x"},
+                "seconds text": lambda state: state | {"seconds": "long"},
+                "rng text": lambda state: state | {"rng": "x"},
+                "rng short": lambda state: state | {"rng": torch.zeros(3, dtype=torch.uint8)},
+                "model 1": lambda state: state | {"model": 1},
+                "model empty": lambda state: state | {"model": {}},
+                "optimizer list": lambda state: state | {"optimizer": []},
+                "optimizer empty": lambda state: state | {"optimizer": {}},
+                **{f"no {name}": lambda state, name=name: without(state, name)
+                   for name in ("settings", "start", "seconds", "model", "optimizer", "rng")}}
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize("damage", STATE_DAMAGE)
+def test_a_state_that_lacks_something_is_one_line(tmp_path, uninterrupted, damage):
+    torch.save(STATE_DAMAGE[damage](read_state(uninterrupted)), tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state.pt: the state of this run cannot be read "
+                                        ".*--fresh"):
+        train_tiny(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
 
 # ---- Loss that is not finite ---------------------------------------------------------------------

@@ -187,8 +187,9 @@ class MetricsLog:
         self.last_step = first_step
         kept = []
         if path.exists() and first_step > 0:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                # A line that a kill cut, or that is not ours, is dropped.
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     if json.loads(line)["step"] <= first_step:
                         kept.append(line + "\n")
         with whole_file(path, "w") as file:

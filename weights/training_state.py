@@ -1,15 +1,19 @@
 """state.pt, from which an interrupted training run goes on: the state dicts of model and optimizer,
 the random generator, step and seconds so far; and what tells one run from another, `settings`
 (resumable_settings) and `start` (common.cache.weight_sample of the weights it began with)."""
+import contextlib
 import dataclasses
 import math
+import operator
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.cli import is_lost_peer, is_out_of_memory
 from common.distributed import (is_sharded, join_process_group, load_shards, of_first_rank,
                                 save_shards, wait_for_all_ranks)
 from common.errors import UserError
@@ -19,6 +23,9 @@ from model import LLaMA
 from weights.adapter import adapter_tensors, save_adapter, trained_tensors
 from weights.save import (ADAPTER_CONFIG, find_file, give_shards, save_model, save_tensors,
                           weight_files)
+
+
+REMEDY = "choose another --out, or replace it with --fresh"
 
 
 def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: dict[str, Any],
@@ -106,37 +113,48 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
         refuse_other_model(config)
     if path is None or config.fresh:
         return 0, 0.0
-    remedy = "choose another --out, or replace it with --fresh"
-    try:
+    with readable(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        step, seconds = operator.index(state["step"]), float(state["seconds"])
         here, there = origin["settings"], state["settings"]
         if "ranks" in here | there:
             here, there = rows_together(here), rows_together(there)
         differences = [f"{name} {there.get(name)} there, {here.get(name)} here"
                        for name in sorted(here | there) if here.get(name) != there.get(name)]
         same_start = torch.equal(state["start"], origin["start"])
-    except Exception as error:  # damaged bytes raise anything
-        raise UserError(f"{path}: the state of this run cannot be read ({type(error).__name__}): "
-                        f"{remedy}") from None
     if differences:
         raise UserError(f"{config.out} holds a run with other settings ({'; '.join(differences)}): "
-                        f"give the same ones to go on, {remedy}")
-    if state["step"] > config.steps:
-        raise UserError(f"{config.out} holds a run of {state['step']} steps, more than the "
-                        f"{config.steps} asked for: {remedy}")
+                        f"give the same ones to go on, {REMEDY}")
+    if step > config.steps:
+        raise UserError(f"{config.out} holds a run of {step} steps, more than the {config.steps} "
+                        f"asked for: {REMEDY}")
     if not same_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
-                        f"no longer there: {remedy}")
-    if path.parent != Path(config.out):
-        load_shards(path.parent, model, optimizer)
-    elif is_sharded(model):
+                        f"no longer there: {REMEDY}")
+    of_one_process = path.parent == Path(config.out)
+    if of_one_process and is_sharded(model):
         raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
-                        f"{remedy}")
-    else:
-        model.load_state_dict(state["model"], strict=lora_of(model) is None)
-        optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"], state["seconds"]
+                        f"{REMEDY}")
+    with readable(path):
+        if of_one_process:
+            model.load_state_dict(state["model"], strict=lora_of(model) is None)
+            optimizer.load_state_dict(state["optimizer"])
+        else:
+            load_shards(path.parent, model, optimizer)
+        torch.set_rng_state(state["rng"])
+    return step, seconds
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """A UserError for whatever damaged bytes raise, which may be anything."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost_peer(error) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: the state of this run cannot be read ({type(error).__name__}): "
+                        f"{REMEDY}") from None
 
 
 def refuse_other_model(config: Any) -> None:
