@@ -81,10 +81,9 @@ def check_output(out: str | Path, flag: str = "--out", beside: Sequence[str] = (
         raise UserError(f"{flag} {out}: another file gets this name: end it with .json")
     if path.exists() and path.stat().st_size > 0 and not is_result(path):
         raise UserError(f"{flag} {out}: holds something else than a result: give another name")
-    folder = Path(os.path.realpath(path)).parent
+    there = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise UserError(f"{flag} {out}: cannot be written ({error.strerror}): give another name") \

@@ -57,7 +57,7 @@ class Batches:
         """Row `index` of a step: T + 1 ids, the T inputs and one more for the last target."""
         rng = np.random.default_rng((self.seed, step, index))
         start = rng.integers(0, len(self.corpus) - self.seq_len)
-        text = self.corpus.tokens[start:start + self.seq_len + 1].astype(np.int64)
+        text = self.corpus.read(start, start + self.seq_len + 1)
         if index >= self.passkey_rows(step):
             return text
         if self.packed:

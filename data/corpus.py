@@ -2,6 +2,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import warnings
@@ -30,6 +31,7 @@ class TokenFile:
         meta = read_json(folder / "meta.json")
         try:
             self.offsets = np.load(folder / f"{split}.docs.npy")
+            check_format(self.offsets, meta["dtype"])
             if len(self.offsets) == 1:
                 raise UserError(f"{folder}: no document is in the {split} split: prepare it with "
                                 "a --val-fraction between 0 and 1")
@@ -45,14 +47,34 @@ class TokenFile:
             raise UserError(f"{folder}: {split}.bin holds {len(self.tokens)} tokens, {written} "
                             "were written: prepare it again with data/prepare.py")
 
+        self.vocab_size = math.inf  # unknown before require_same_tokenizer
+
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start .. stop - 1, int64."""
+        ids = self.tokens[start:stop].astype(np.int64)
+        if len(ids) > 0 and ids.max() >= self.vocab_size:
+            raise UserError(f"{self.tokens.filename}: holds the token {ids.max()}, the tokenizer "
+                            f"has {self.vocab_size}: prepare it again with data/prepare.py")
+        return ids
 
     def documents(self, at_least: int = 1) -> Iterator[np.ndarray]:
         """The documents of that many tokens or more, in order: int64 ids, BOS first, EOS last."""
         for start, end in zip(self.offsets[:-1], self.offsets[1:]):
             if end - start >= at_least:
-                yield self.tokens[start:end].astype(np.int64)
+                yield self.read(start, end)
+
+
+def check_format(offsets: np.ndarray, dtype: str) -> None:
+    """A ValueError for what prepare.py does not write."""
+    if dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {dtype!r:.30} of the tokens")
+    if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or len(offsets) == 0:
+        raise ValueError("the offsets of its documents are no row of whole numbers")
+    if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+        raise ValueError("the offsets of its documents do not rise from 0")
 
 
 def require_same_tokenizer(corpus: TokenFile, tokenizer: Tokenizer) -> None:
@@ -60,6 +82,7 @@ def require_same_tokenizer(corpus: TokenFile, tokenizer: Tokenizer) -> None:
     if corpus.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: "
                         f"prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
+    corpus.vocab_size = tokenizer.vocab_size
 
 
 def validation_documents(folder: str | Path, at_least: int, max_tokens: int, tokenizer: Tokenizer,
@@ -128,7 +151,7 @@ def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: 
         chosen = sorted(corpus.documents(longest + 1), key=len)[-1:]
     if not chosen:
         starts = range(0, count * wanted, wanted)
-        pieces = [corpus.tokens[i:i + wanted].astype(np.int64) for i in starts]
+        pieces = [corpus.read(i, i + wanted) for i in starts]
         chosen = [np.concatenate([[tokenizer.bos_id], piece])[:wanted]
                   for piece in pieces if len(piece) == wanted]
         notes.append(f"no document has {wanted:,} tokens: shorter ones are joined")

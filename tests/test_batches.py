@@ -71,6 +71,7 @@ def test_every_place_of_the_corpus_can_be_a_row(tokenizer, corpus):
     """A corpus of exactly one row is enough, and the last token is used."""
     class Short:
         tokens, tokenizer_sha256 = np.arange(T + 2, dtype=np.uint16), tokenizer.sha256
+        read = TokenFile.read
 
         def __len__(self):
             return len(self.tokens)
@@ -200,6 +201,10 @@ def cut_off(file, n):
     file.write_bytes(file.read_bytes()[:-n])
 
 
+def offsets_of(folder):
+    return np.load(folder / "train.docs.npy")
+
+
 DAMAGE = {
     "bin cut off": lambda folder: cut_off(folder / "train.bin", 2),
     "bin cut inside a token": lambda folder: cut_off(folder / "train.bin", 1),
@@ -213,6 +218,16 @@ DAMAGE = {
     "offsets would run code":
         lambda folder: np.save(folder / "train.docs.npy", np.array([print], object)),
     "offsets are a number": lambda folder: np.save(folder / "train.docs.npy", np.int64(3)),
+    "offsets with fractions":
+        lambda folder: np.save(folder / "train.docs.npy", offsets_of(folder) + 0.0),
+    "offsets of two rows":
+        lambda folder: np.save(folder / "train.docs.npy", np.stack(2 * [offsets_of(folder)])),
+    "offsets that fall":
+        lambda folder: np.save(folder / "train.docs.npy", offsets_of(folder)[[0, 2, 1, -1]]),
+    "offsets that begin late":
+        lambda folder: np.save(folder / "train.docs.npy", offsets_of(folder)[1:]),
+    "meta with a dtype of fractions": lambda folder: change_meta(folder, dtype="float16"),
+    "meta with a signed dtype": lambda folder: change_meta(folder, dtype="int16"),
     "meta missing": lambda folder: (folder / "meta.json").unlink(),
     "meta is no JSON": lambda folder: (folder / "meta.json").write_text("{", encoding="utf-8"),
     "meta is a list": lambda folder: (folder / "meta.json").write_text("[1]", encoding="utf-8"),
@@ -231,6 +246,20 @@ def test_damaged_token_folder_is_one_line(corpus_folder, tmp_path, damage):
     DAMAGE[damage](tmp_path)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         TokenFile(tmp_path, "train")
+
+
+def test_a_token_that_the_tokenizer_lacks_is_one_line(corpus_folder, tokenizer, tmp_path):
+    for file in ("meta.json", "train.bin", "train.docs.npy"):
+        shutil.copy(corpus_folder / file, tmp_path)
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16, mode="r+")
+    tokens[:] = tokenizer.vocab_size
+    tokens.flush()
+    corpus = TokenFile(tmp_path, "train")
+    batches = Batches(corpus, tokenizer, 1, T)
+    for work in (lambda: batches(0), lambda: next(corpus.documents())):
+        with pytest.raises(UserError, match=f"train.bin: holds the token {tokenizer.vocab_size}, "
+                                            f"the tokenizer has {tokenizer.vocab_size}: prepare"):
+            work()
 
 
 def test_what_does_not_fit_is_one_line(corpus, tokenizer, tmp_path):

@@ -125,7 +125,7 @@ def test_standard_output_in_a_file_keeps_what_was_printed(tmp_path):
     ("new/", "is a folder"),
     ("book.txt", "--out .*book.txt: holds something else than a result: give another name"),
     ("tokenizer.json", "holds something else than a result"),
-    ("book.txt/r.json", "cannot be written .Not a directory|cannot be written .File exists"),
+    ("book.txt/r.json", "cannot be written .Not a directory"),
     ("r.png", "r.png: another file gets this name: end it with .json"),
     ("pipe", ".png files are written beside it: give the name of a file")])
 def test_what_cannot_be_a_result_is_refused_before_the_work(tmp_path, name, words):
@@ -148,7 +148,7 @@ def test_what_may_be_a_result(tmp_path):
         check_output(tmp_path / name, beside=[".png"])
     check_output(tmp_path / "pipe")
     check_output("/dev/null")
-    assert names(tmp_path / "new") == []
+    assert not (tmp_path / "new").exists()
 
 
 COMMANDS = {"eval": (eval_script.main, ["ppl", "--out"]), "compare": (compare.main, ["--out"]),

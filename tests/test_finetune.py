@@ -183,7 +183,7 @@ def test_models_are_in_memory_one_at_a_time(base, run_finetune, tmp_path, monkey
             loaded.append(weakref.ref(model))
             return model
         return load
-    for name in ("load_extended", "load_model"):
+    for name in ("load_extended", "load_saved"):
         monkeypatch.setattr(finetune, name, noting(getattr(finetune, name)))
     run_finetune(base, tmp_path)
     assert len(loaded) == 4 + 2, "four rows, of which two are loaded again after training"
@@ -231,7 +231,7 @@ def test_baseline_gets_the_same_steps_and_rows(recorded, base, run_finetune, tmp
     (pi, pi_config, pi_batches), (direct, direct_config, direct_batches) = recorded
     differ = {f.name for f in dataclasses.fields(FinetuneConfig)
               if getattr(pi_config, f.name) != getattr(direct_config, f.name)}
-    assert differ == {"out", "rope", "positions"}
+    assert differ == {"out", "rope", "positions", "waits"}
     for step in range(4):
         tokens, targets = pi_batches(step)
         same_tokens, same_targets = direct_batches(step)

@@ -25,7 +25,7 @@ from weights.save import (ADAPTER_CONFIG, find_file, give_shards, save_model, sa
                           weight_files)
 
 
-REMEDY = "choose another --out, or replace it with --fresh"
+ANOTHER_RUN = "choose another --out, or replace it with --fresh"
 
 
 def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: dict[str, Any],
@@ -124,17 +124,17 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
         same_start = torch.equal(state["start"], origin["start"])
     if differences:
         raise UserError(f"{config.out} holds a run with other settings ({'; '.join(differences)}): "
-                        f"give the same ones to go on, {REMEDY}")
+                        f"give the same ones to go on, {ANOTHER_RUN}")
     if step > config.steps:
         raise UserError(f"{config.out} holds a run of {step} steps, more than the {config.steps} "
-                        f"asked for: {REMEDY}")
+                        f"asked for: {ANOTHER_RUN}")
     if not same_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
-                        f"no longer there: {REMEDY}")
+                        f"no longer there: {ANOTHER_RUN}")
     of_one_process = path.parent == Path(config.out)
     if of_one_process and is_sharded(model):
         raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
-                        f"{REMEDY}")
+                        f"{ANOTHER_RUN}")
     with readable(path):
         if of_one_process:
             model.load_state_dict(state["model"], strict=lora_of(model) is None)
@@ -154,7 +154,7 @@ def readable(path: Path) -> Iterator[None]:
         if is_lost_peer(error) or is_out_of_memory(error):
             raise
         raise UserError(f"{path}: the state of this run cannot be read ({type(error).__name__}): "
-                        f"{REMEDY}") from None
+                        f"{ANOTHER_RUN}") from None
 
 
 def refuse_other_model(config: Any) -> None:
