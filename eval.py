@@ -23,7 +23,7 @@ from common.cli import Parser, add_flags, field, run_command
 from common.errors import UserError
 from common.grid import accuracy_grid
 from common.jobs import Window, map_windows
-from common.results import result
+from common.results import mean_of_losses, result
 from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
 from data.ranking import check_rank, rank_passkeys
@@ -89,7 +89,7 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
     for batch_nll, batch_tokens in map_windows(score, windows, model, cache, title, progress):
         nll += batch_nll
         tokens += batch_tokens
-    mean = float(nll.sum() / tokens.sum())
+    mean = mean_of_losses(nll, tokens)
     ppl = math.inf if mean > 700 else math.exp(mean)        # math.exp raises above 709.7
     return result(model, seed, perplexity=ppl, nll=mean,
                   tokens=int(tokens.sum()), documents=len(documents), window=window, stride=stride,

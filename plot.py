@@ -11,15 +11,15 @@ lines are trained and others not, those that are not are dotted, with hollow mar
 """
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+os.environ["MPLBACKEND"] = "agg"    # figures become files: whatever is set, no window is opened
 
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

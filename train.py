@@ -28,7 +28,8 @@ from methods import RopeConfig, parse_rope_flag, training_positions
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights.load import empty_model
-from weights.training_run import TrainingRun, check_ranks, print_header, validate_settings
+from weights.training_run import (TrainingRun, check_ranks, print_header, require_memory,
+                                  validate_settings)
 
 
 @dataclass
@@ -291,7 +292,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_header(shape, config, device)
     if config.dry_run:
         return
-    model = new_model(shape, config, device)
     if rank == 0:
         ensure_corpus(config.corpus, config.tokenizer, config.corpus_mb)
     wait_for_all_ranks()
@@ -300,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = Batches(TokenFile(corpus, "train"), tokenizer, rows_of_step, L, config.passkey_share,
                       seed=config.seed, positions=training_positions(rope, L, L))  # here L' = L
     evaluate = validation(TokenFile(corpus, "val"), tokenizer, config.batch_size, L)
+    require_memory(shape, config, device, row=L)
+    model = new_model(shape, config, device)
     seconds = fit(model, config, batches, evaluate, tokenizer)
     if rank == 0:
         print(f"wrote {config.out} in {seconds:.0f} s; next: python finetune.py --model "

@@ -4,6 +4,7 @@ torch is not imported here: plot.py and data/prepare.py, which need none, answer
 """
 import argparse
 import dataclasses
+import io
 import os
 import sys
 import types
@@ -30,6 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 OUT_OF_MEMORY = ("out of memory: use a shorter window or --dtype bfloat16; in training also a "
                  "smaller --batch-size or --recompute")
+NO_COMPILER = ("torch.compile needs a C++ compiler, and there is none: install g++, or leave out "
+               "--compile and --optimizer adamw8bit")
 LOST_PEER = ("another process ended, and its message says why, or the processes cannot reach each "
              "other; the same command goes on from the last checkpoint, if there is one")
 
@@ -40,6 +43,9 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
     A UserError, a full disk or an exhausted memory is one line on stderr and exit code 2.
     Ctrl-C is exit code 130, and a reader that went away (`... | head`) is 141.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         sys.exit(main() or 0)
@@ -61,6 +67,8 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
             message = LOST_PEER
         elif is_out_of_memory(error):
             message = OUT_OF_MEMORY
+        elif "InvalidCxxCompiler" in str(error):
+            message = NO_COMPILER
         else:
             raise
     print(f"error: {printable_line(message, 1000)}", file=sys.stderr)
@@ -74,10 +82,10 @@ def is_lost_peer(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """PyTorch reports exhausted memory as a RuntimeError, in two wordings."""
+    """PyTorch reports exhausted memory as a RuntimeError, in three wordings."""
     text = str(error)
     return (isinstance(error, MemoryError) or "out of memory" in text
-            or "can't allocate memory" in text)
+            or "can't allocate memory" in text or "Storage size calculation overflowed" in text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,13 +120,24 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: 
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = kind
+        options["type"] = whole_number if kind is int else kind
         if "choices" not in options:
             options.setdefault("metavar", kind.__name__.upper())
     default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
     parser.add_argument("--" + f.name.replace("_", "-"), default=default,
                         help=(f.metadata["help"] + default_note(default)).replace("%", "%%"),
                         **options)
+
+
+def whole_number(text: str) -> int:
+    """An int that PyTorch and numpy can take."""
+    try:
+        number = int(text)
+    except ValueError:  # also more than 4,300 digits
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r:.60}") from None
+    if abs(number) >= 2**62:
+        raise argparse.ArgumentTypeError(f"{text:.60} is out of range")
+    return number
 
 
 def default_note(default: Any) -> str:

@@ -24,13 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.environment import world_size
 from common.errors import UserError
 
 # ---- The ranks -----------------------------------------------------------------------------------
 
 def join_process_group() -> tuple[int, int]:
     """(rank, world size). Joins the process group that torchrun's environment describes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         return 0, 1
     if not dist.is_initialized():
         backend = "gloo"

@@ -5,6 +5,8 @@ import platform
 import shlex
 import sys
 
+from common.errors import UserError
+
 
 def versions() -> dict[str, str]:
     """Versions of everything that computed a result; PyTorch's, if it has been imported."""
@@ -19,6 +21,18 @@ def command_line() -> str:
     """The command as typed, the script relative to the current folder."""
     script = os.path.relpath(sys.argv[0]) if sys.argv[0] else "-c"
     return shlex.join(["python", script, *sys.argv[1:]])
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started; 1 without it."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if given != "1" else ()
+    missing = [name for name in needed if name not in os.environ]
+    if missing or not given.isdecimal() or int(given) < 1:
+        others = f", {', '.join(missing)} not" if missing else ""
+        raise UserError(f"WORLD_SIZE={given:.20} is set{others}: start several processes with "
+                        "torchrun, which sets all that is needed, or unset it")
+    return int(given)
 
 
 def usable_cores() -> int:

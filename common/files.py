@@ -51,15 +51,18 @@ def is_stream(path: str | Path) -> bool:
     """Whether a name is that of a device or a pipe, or of standard output: something that can be
     written into, and has to stay what it is."""
     path = Path(path).absolute()
-    inside = path.is_relative_to("/dev") or path.is_relative_to("/proc")
-    return path.exists() and not path.is_dir() and (inside or not path.is_file())
+    inside = any(name.is_relative_to(folder) for folder in ("/dev", "/proc")
+                 for name in (path, Path(os.path.realpath(path))))
+    is_ordinary = path.is_file() and (not inside or path.is_relative_to("/dev/shm"))
+    return path.exists() and not path.is_dir() and not is_ordinary
 
 
 def open_stream(path: str | Path, mode: str) -> IO:
     """A stream, open for writing. Standard output may be a file: opened by its name, /dev/stdout, a
     second time, it would be written over from its beginning."""
     target: str | Path | int = path
-    sys.stdout.flush()
+    if sys.stdout is not None:      # it may be closed
+        sys.stdout.flush()
     with contextlib.suppress(OSError):
         if os.path.samestat(os.stat(path), os.fstat(1)):
             target = os.dup(1)
@@ -128,6 +131,8 @@ def require_new_folder(out: str | Path) -> None:
     """Refuse a folder that holds something: its files and ours would be mixed. What a save that was
     killed left of itself, .saving, is nothing."""
     out = Path(out)
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"--out {out}: is a link that leads nowhere: name a new folder")
     if out.exists() and not (out.is_dir() and {file.name for file in out.iterdir()} <= {SAVING}):
         raise UserError(f"--out {out}: exists and is not empty: name a new folder")
 
@@ -139,7 +144,7 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
     It is filled beside its place, as .NAME.saving, and then renamed.
     """
     require_new_folder(out)
-    out = Path(out).resolve()
+    out = Path(os.path.realpath(out))
     saving = out.with_name(f".{out.name}.saving")
     shutil.rmtree(saving, ignore_errors=True)
     saving.mkdir(parents=True)

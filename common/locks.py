@@ -37,7 +37,7 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
 def locked_beside(out: str | Path, wait: bool = False) -> AbstractContextManager[None]:
     """locked() for a file or folder that appears under its name only when it is complete. The
     lock's file lies beside it."""
-    path = Path(out).absolute()
+    path = Path(os.path.abspath(out))
     return locked(path.with_name(f".{path.name}.lock"), str(out), wait)
 
 
@@ -61,9 +61,10 @@ def take(path: Path, what: str, wait: bool) -> IO:
         if is_at(file, path):
             break
         file.close()    # its holder removed it meanwhile
-    file.truncate(0)
-    file.write(f"process {os.getpid()} ({' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])})")
-    file.flush()
+    with contextlib.suppress(OSError):  # on a full disk it says nothing, and still locks
+        os.ftruncate(file.fileno(), 0)
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        os.write(file.fileno(), f"process {os.getpid()} ({command})".encode())
     return file
 
 

@@ -1,10 +1,13 @@
 """What every result says: which model, with which positions, measured where and by what."""
+import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.device import describe_device, dtype_name
 from common.environment import command_line, versions
+from common.errors import UserError
 
 
 def result(model: torch.nn.Module, seed: int, **measured) -> dict[str, Any]:
@@ -33,3 +36,12 @@ def matmul_mode(model: torch.nn.Module) -> str | None:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # somebody set PyTorch's newer switches, one for each backend
         return "by backend"
+
+
+def mean_of_losses(totals: np.ndarray, tokens: np.ndarray) -> float:
+    """The mean over all tokens. A UserError if it is not a number, which no result should hold."""
+    mean = float(totals.sum() / tokens.sum())
+    if math.isnan(mean):
+        raise UserError("the loss is not a number: the weights are damaged, or the dtype cannot "
+                        "hold what is computed: try --dtype float32")
+    return mean

@@ -22,6 +22,6 @@ def check_sampling(prompt: Tensor, temperature: float, top_p: float) -> None:
     """Refuse an empty prompt [B, 0] and impossible settings."""
     if prompt.shape[1] < 1:
         raise UserError("the prompt is empty: give at least one token (BOS)")
-    if not (0 <= temperature < math.inf and 0 <= top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_p {top_p}: give a temperature of at least "
-                        "0 (greedy) and a top_p from 0 to 1")
+    if not ((temperature == 0 or 1e-6 <= temperature < math.inf) and 0 <= top_p <= 1):
+        raise UserError(f"temperature {temperature}, top_p {top_p}: give a temperature of 0 "
+                        "(greedy) or at least 1e-6, and a top_p from 0 to 1")

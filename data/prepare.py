@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -119,19 +120,30 @@ def validate_request(config: PrepareConfig, out: Path) -> None:
         raise UserError(f"--max-mb {config.max_mb}: a number above 0")
     if config.books and (config.source != "gutenberg" or config.text):
         raise UserError("--books goes with --source gutenberg, and without --text")
-    if config.mirror and not config.mirror.startswith(("http://", "https://")):
+    if config.mirror and not is_address(config.mirror):
         raise UserError(f"--mirror {config.mirror}: give an address that begins with https:// or "
                         "http://")
     if out.exists() and not (out / "meta.json").exists():
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"--out {out}: holds something else than tokens: name another folder")
     if config.train_tokenizer:
+        if config.tokenizer.endswith((".json", ".gguf")):
+            raise UserError(f"--tokenizer {config.tokenizer}: what is trained is a SentencePiece "
+                            "model: give a name that ends in .model")
         # Without meta.json this may be the request of before, interrupted (tokenizer_for).
         is_used = Path(config.tokenizer).exists() and (out / "meta.json").exists()
         if not config.tokenizer or is_used:
             raise UserError(f"--train-tokenizer needs a --tokenizer PATH {NEW_PATH}")
     if config.tokenizer and not config.train_tokenizer:
         open_tokenizer(config.tokenizer)
+
+
+def is_address(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def open_source(config: PrepareConfig, downloads: Path,
@@ -281,6 +293,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 def replaced_folder(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` when the block ends well. Until then the one
     before stays, and a program that has its files open keeps them. A second process waits."""
+    out = Path(os.path.abspath(out))
     temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old.tmp")
     with locked_beside(out, wait=True):
         if old.exists() and not out.exists():   # killed between the two renames

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import is_stream
 from data.download import download
 
 Files = list[tuple[str | Path, str | None]]
@@ -73,7 +74,7 @@ def files_in(root: Path) -> list[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        found += [path for path in paths if path.is_file()]
+        found += [path for path in paths if path.is_file() and not is_stream(path)]
     return found
 
 

@@ -350,7 +350,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 10
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             character_coverage=0.9995, required_chars="".join(map(chr, range(33, 127))),
             max_sentence_length=1 << 20, shuffle_input_sentence=False, num_threads=1, minloglevel=2)
-    except RuntimeError as error:  # "... Vocabulary size too high (1024). Please set it to ..."
+    except (RuntimeError, ValueError) as error:  # "... Vocabulary size too high (1024). ..."
         reason = str(error).split("] ")[-1].strip(" .")
         raise UserError(f"a tokenizer of {vocab_size} pieces cannot be trained on this text: "
                         f"{reason}: give more text, or another number") from None

@@ -119,9 +119,9 @@ def parse_rope_flag(text: str) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--rope {text}: neither a method's name nor a JSON object ({error})"
-                            ) from None
+        except (ValueError, RecursionError) as error:  # also endless digits and brackets
+            raise UserError(f"--rope {text:.200}: neither a method's name nor a JSON object "
+                            f"({error})") from None
     rope_type = take_rope_type(dict(given))
     given.pop("type", None)
     return given | {"rope_type": rope_type}

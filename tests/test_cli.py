@@ -422,6 +422,14 @@ def test_exhausted_memory_is_one_line(capsys, error):
     assert message.count("\n") == 1
 
 
+def test_a_missing_compiler_is_one_line(capsys):
+    error = RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ...\nSet TORCH_LOGS")
+    code, message = exit_code_and_error(raising(error), capsys)
+    assert code == 2
+    assert message.startswith("error: torch.compile needs a C++ compiler")
+    assert message.count("\n") == 1
+
+
 def test_other_ends_of_a_command(capsys):
     assert exit_code_and_error(lambda: None, capsys) == (0, "")
     assert exit_code_and_error(lambda: 3, capsys) == (3, "")

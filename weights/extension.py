@@ -24,7 +24,7 @@ from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_config, load_model, with_rope
 from weights.size import evaluation_flops, flops_per_token, parameter_count
-from weights.training_run import check_ranks, planned_gpus, validate_settings
+from weights.training_run import check_ranks, planned_gpus, require_memory, validate_settings
 
 DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
@@ -33,8 +33,9 @@ LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a p
 def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any], str]:
     """A finetune.FinetuneConfig with nothing left open, the rope dict that --rope asks for, and the
     folder of the baseline. Without --out that is the same for all methods: it is trained once."""
-    if not math.isfinite(config.factor):
-        raise UserError(f"--factor {config.factor}: give a number above 1")
+    if not abs(config.factor) < 1e6:
+        raise UserError(f"--factor {config.factor}: give a number above 1, and below a million")
+    config = dataclasses.replace(config, out=config.out.rstrip("/"))
     rope = {"factor": config.factor} | parse_rope_flag(config.rope)
     if rope["factor"] != config.factor and not METHODS[rope["rope_type"]].length_dependent:
         raise UserError(f"--factor {config.factor:g} and factor {rope['factor']} in --rope: "
@@ -156,6 +157,9 @@ def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: 
     FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs then share the
     weights as they are read."""
     lora = lora_of_flags(training)
+    if training:
+        shape = dataclasses.replace(load_config(path), max_seq_len=window)
+        require_memory(shape, training, device, row_length(training, rope, L, window))
     shard = shard_to_measure(path, device) if training is None else None
     if training and join_process_group()[1] > 1:
         def shard(model: LLaMA) -> None:

