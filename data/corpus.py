@@ -107,16 +107,26 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer, max_tokens
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; --text takes UTF-8 text files")
-        text = read_text(path)
-        if text is None:
-            raise UserError(f"{path}: not UTF-8 text; convert it first (iconv -t utf-8)")
-        ids = np.array(tokenizer.encode(text, bos=True), np.int64)
-        documents.append(ids[:max_tokens] if max_tokens else ids)
+        documents.append(np.array(read_tokens(path, tokenizer, max_tokens), np.int64))
     longest = max(len(document) for document in documents)
     if longest <= window:
         raise UserError(f"the longest text has {longest} tokens, the window {window}: "
                         "give a longer text or a shorter --window")
     return documents
+
+
+def read_tokens(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
+    """The first `max_tokens` ids (0: all) of a text file, BOS in front. Of a long file only as much
+    is read as that takes, and some more: the last tokens of a cut text may be others."""
+    size = 16 * max_tokens + 4096 if max_tokens else None
+    while True:
+        text = read_text(path, size)
+        if text is None:
+            raise UserError(f"{path}: not UTF-8 text; convert it first (iconv -t utf-8)")
+        ids = tokenizer.encode(text, bos=True)
+        if size is None or size >= os.path.getsize(path) or len(ids) > max_tokens + 100:
+            return ids[:max_tokens] if max_tokens else ids
+        size *= 4
 
 
 def check_max_tokens(max_tokens: int, window: int) -> None:

@@ -1,6 +1,7 @@
 """Where documents come from. Each source lists its files as (path, split); the split is None where
 the hash of the content decides."""
 import base64
+import codecs
 import hashlib
 import json
 import os
@@ -33,19 +34,24 @@ def unwanted(text: str | None) -> str | None:
     return None if text.strip() else "empty"
 
 
-def read_text(path: str | Path) -> str | None:
-    """A UTF-8 file as text, with line ends "\\n" and no byte order mark; None if it is binary."""
-    megabytes = os.path.getsize(path) / 1e6
+def read_text(path: str | Path, size: int | None = None) -> str | None:
+    """A UTF-8 file as text, with line ends "\\n" and no byte order mark; None if it is binary.
+    size: only its first bytes, about so many."""
+    length = os.path.getsize(path)
+    megabytes = min(length, size or length) / 1e6
     if megabytes > LARGEST_MB:
         raise UserError(f"{path}: {megabytes:.0f} MB is too large for one document (at most "
                         f"{LARGEST_MB}): split it into several files")
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(size)
     if b"\0" in data:
         return None
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = decoder.decode(data, final=len(data) == length)  # else it may end in a character
     except UnicodeDecodeError:
         return None
+    return text.replace("\r\n", "\n")
 
 
 def text_files(names: list[str]) -> Files:

@@ -168,6 +168,10 @@ class JsonTokenizer(Tokenizer):
         if not self.pieces:
             raise UserError(f"{path}: has no pieces: copy it again")
         self.vocab_size = self.padded_size = max(self.pieces.values()) + 1
+        splitting = json.dumps(json.loads(data).get("pre_tokenizer"))
+        # Byte-level BPE cuts a text into words first. If a space were set before each part, the
+        # parts would not be those of one text.
+        self.cuttable = '"ByteLevel"' in splitting and '"add_prefix_space": true' not in splitting
         # Byte-level BPE writes a space as "Ġ" (U+0120).
         self.dummy_prefix = bool(first) and first[0].startswith((SPACE, "\u0120"))
         names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
@@ -196,12 +200,30 @@ class JsonTokenizer(Tokenizer):
                         '.json beside it: {"bos_token": "<s>", "eos_token": "</s>"}')
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
-        try:
-            encoded = self.model.encode_batch(texts, add_special_tokens=False)
-        except Exception as error:  # a word without any token
-            raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): "
-                            "copy the tokenizer again") from None
-        return [encoding.ids for encoding in encoded]
+        """Long texts in parts, some at a time: the package takes 170 bytes a character."""
+        parts = [(n, part) for n, text in enumerate(texts) for part in self.parts(text)]
+        batch: list[list[int]] = [[] for _ in texts]
+        at_once = 8 if self.cuttable else len(parts)
+        for i in range(0, len(parts), at_once):
+            numbers, some = zip(*parts[i:i + at_once])
+            try:
+                encoded = self.model.encode_batch(some, add_special_tokens=False)
+            except Exception as error:  # a word without any token
+                raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): "
+                                "copy the tokenizer again") from None
+            for n, encoding in zip(numbers, encoded):
+                batch[n] += encoding.ids
+        return batch
+
+    def parts(self, text: str) -> Iterator[str]:
+        """Cut `text` about every PART characters, behind a line end between other characters and a
+        letter: a word ends there for every byte-level tokenizer."""
+        start = 0
+        for cut in re.finditer(r"(?<=\S)\n(?=[A-Za-z])", text) if self.cuttable else ():
+            if cut.end() - start > PART:
+                yield text[start:cut.end()]
+                start = cut.end()
+        yield text[start:]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens are silent; bytes that are no UTF-8 become U+FFFD."""

@@ -29,7 +29,7 @@ import data.prepare as prepare_module
 import data.sources as sources_module
 import data.tokenizer as tokenizer_module
 from common.errors import UserError
-from data.corpus import TokenFile, corpus_for, ensure_corpus
+from data.corpus import TokenFile, corpus_for, ensure_corpus, read_tokens
 from data.download import download
 from data.prepare import (PrepareConfig, choose_documents, prepare, split_documents,
                           tokenizer_sample)
@@ -495,6 +495,25 @@ def test_documents_that_are_too_large(own, tmp_path, monkeypatch):
     monkeypatch.setattr(sources_module, "LARGEST_MB", 1e-5)
     with pytest.raises(UserError, match="split it"):
         prepare(docs_config(tmp_path, own))
+
+
+def test_of_a_long_book_only_the_beginning_is_read(own, tmp_path, monkeypatch):
+    path = tmp_path / "book.txt"
+    text = "Déjà vu, naïve — 日本語. One two three.\n" * 20000
+    path.write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    whole = own.encode(text, bos=True)
+    assert read_tokens(path, own, 0) == whole
+    monkeypatch.setattr(sources_module, "LARGEST_MB", 0.1)
+    for n in (1, 100, 1001, 3000):
+        assert read_tokens(path, own, n) == whole[:n]
+    with pytest.raises(UserError, match="too large for one document"):
+        read_tokens(path, own, 0)
+    path.write_text(" " * 50000 + "end", encoding="utf-8")  # few tokens in many bytes
+    whole = own.encode(path.read_text(encoding="utf-8"), bos=True)
+    assert read_tokens(path, own, 100) == whole[:100]
+    path.write_bytes(b"\xff" * 90000)
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        read_tokens(path, own, 10)
 
 
 def test_folders_may_hold_other_things(own, tmp_path):

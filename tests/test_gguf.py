@@ -23,7 +23,8 @@ from tokenizers import pre_tokenizers
 from common.errors import UserError
 from data import gguf_file
 from data.gguf_tokenizer import SPLIT_PATTERNS
-from data.tokenizer import Tokenizer
+from data import tokenizer as tokenizer_module
+from data.tokenizer import Tokenizer, open_tokenizer
 from methods import RopeConfig, inv_freq
 from model import LLaMA, ModelConfig
 from weights import load_config, load_model, load_tokenizer, save_model
@@ -642,6 +643,30 @@ def train(pre):
         vocab_size=SIZE, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_long_texts_are_encoded_in_parts(pre, tmp_path, monkeypatch):
+    """With the ids of the whole, and little at a time: the package takes 170 bytes a character."""
+    train(pre).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": SPECIAL[0], "eos_token": SPECIAL[0]}), encoding="utf-8")
+    tokenizer = open_tokenizer(tmp_path)
+    text = "".join(SAMPLE).replace(";\n\n", ";\nand\t\nso on.\n\n\tOr\n")
+    whole = tokenizer.encode(text)
+    model, sizes = tokenizer.model, []
+
+    class Recorder:
+        @staticmethod
+        def encode_batch(texts, **rest):
+            sizes.append(sum(map(len, texts)))
+            return model.encode_batch(texts, **rest)
+    tokenizer.model = Recorder
+    monkeypatch.setattr(tokenizer_module, "PART", 40)
+    alone = tokenizer.encode("a")
+    assert tokenizer.encode_batch([text, "", "a", text]) == [whole, [], alone, whole]
+    assert sum(sizes) == 2 * len(text) + 2, "each once"
+    assert max(sizes) < len(text) / 5, "few parts at a time"
 
 
 def byte_level(tokenizer, pre, **keys):
