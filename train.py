@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.cli import field, parse, run_command
-from common.device import choose_device, choose_dtype
+from common.device import choose_device, choose_dtype, keep_freed_memory
 from common.distributed import (context_shard, is_sharded, join_process_group, mean_over_ranks,
                                 shard_weights, share_rows, wait_for_all_ranks, whole)
 from common.errors import UserError
@@ -115,6 +115,8 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     not finite, noticed at the next logged step. Stopped: after Ctrl-C, with all steps saved.
     """
     validate_settings(config)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     rank, world = join_process_group()  # joins at the first call only; 0, 1 without torchrun
     model.attention, model.recompute = config.attention, config.recompute
     model.context = context_shard(config.context_parallel)  # None if a row belongs to one GPU

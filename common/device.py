@@ -1,5 +1,6 @@
 """The device, its precision, and how both are named in headers and results."""
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ import torch
 
 from common.errors import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,6 +48,16 @@ def memory_per_rank(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step of a training. By itself it gives large
+    blocks back to the kernel and has them back page by page, 100,000 page faults a step: a tenth to
+    a quarter of the time in bfloat16, less in float32. It costs up to a tenth more memory."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)                      # no block of its own for a large tensor
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)        # and nothing is given back
 
 
 def dtype_name(dtype: torch.dtype) -> str:
