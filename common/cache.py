@@ -45,7 +45,7 @@ class ResultCache:
     def read(self, quiet: bool) -> None:
         """Take in what an interrupted run measured."""
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # a cut line
                 entry = json.loads(line)
                 self.values[entry["key"]] = entry["value"]
         if not quiet:

@@ -41,6 +41,14 @@ def test_conditions_add_up(tmp_path):
     assert "key" not in cache
 
 
+def test_lines_that_are_no_measurement_cost_nothing(tmp_path):
+    cache = ResultCache(tmp_path / "out.json")
+    cache.get("one", lambda: 1)
+    with open(cache.path, "ab") as file:
+        file.write(b"[" * 100_000 + b"\nnull\n7\n{}\n\xff\n")
+    assert ResultCache(tmp_path / "out.json", quiet=True).values == cache.values
+
+
 def test_a_line_that_a_kill_cut_costs_nothing_but_itself(tmp_path, capsys):
     out = tmp_path / "out.json"
     cache = ResultCache(out)

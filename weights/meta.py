@@ -227,7 +227,7 @@ def check_named_tensors(file: Path, checkpoint: Any) -> None:
     for name, tensor in checkpoint.items():
         if not name.isprintable() or len(name) > 200:
             raise UserError(f"{file}: damaged (a tensor is called {name!r:.60}): copy it again")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(f"{file}: {name} is sparse or without values: take weights saved as "
                             "plain tensors")
 
