@@ -65,7 +65,7 @@ class FitConfig:
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
                              "torchrun]")
-    waits: bool = False  # until no other process trains in `out`; otherwise that is a UserError
+    waits: bool = False  # for another process that trains in `out`, instead of refusing
     # A run may be resumed with other values of these; all other settings have to be the same.
     may_change_on_resume: ClassVar[set[str]] = {
         "out", "log_every", "eval_every", "save_every", "device", "attention", "compile",
@@ -111,8 +111,9 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     evaluate(model): numbers to log every eval_every steps, and at the end.
     Weights are float32; with bfloat16 the matrix products run under autocast.
     Returns the seconds spent training, those before an interruption counted.
-    UserError: other settings than those of the run in config.out, or a loss or gradient that is
-    not finite, noticed at the next logged step. Stopped: after Ctrl-C, with all steps saved.
+    UserError: other settings than those of the run in config.out, a model there that no run left,
+    another process that trains there, or a loss or gradient that is not finite, noticed at the next
+    logged step. Stopped: after Ctrl-C, with all steps saved.
     """
     validate_settings(config)
     if model.device.type == "cpu":
@@ -231,7 +232,8 @@ def validation(corpus: TokenFile, tokenizer: Tokenizer, rows: int, seq_len: int,
 
     @torch.no_grad()
     def evaluate(model: LLaMA) -> dict[str, float]:
-        chunks = 1 if model.context is None else 2 * model.context.size  # that GPUs cut a row into
+        # GPUs that share a row cut it into equal chunks: what is left over is not read.
+        chunks = 1 if model.context is None else 2 * model.context.size
         length = seq_len - seq_len % chunks
         total = 0.0
         for step in range(steps):

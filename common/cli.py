@@ -130,7 +130,7 @@ def add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field, annotation: 
 
 
 def whole_number(text: str) -> int:
-    """An int that PyTorch and numpy can take."""
+    """An int that PyTorch and numpy can take, and add a little to."""
     try:
         number = int(text)
     except ValueError:  # also more than 4,300 digits

@@ -1,6 +1,7 @@
 """The device, its precision, and how both are named in headers and results."""
 import contextlib
 import ctypes
+import math
 import os
 from collections.abc import Iterator
 
@@ -42,22 +43,28 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def memory_per_rank(device: torch.device) -> int:
-    """Bytes: of the GPU, or of the machine shared by its processes."""
+def memory_per_rank(device: torch.device) -> float:
+    """Bytes that this process may use: its GPU's, or an equal share of the machine's. Infinite
+    where it cannot be asked for (Windows)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return math.inf
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step of a training. By itself it gives large
-    blocks back to the kernel and has them back page by page, 100,000 page faults a step: a tenth to
-    a quarter of the time in bfloat16, less in float32. It costs up to a tenth more memory."""
+    """Have glibc keep what a step frees for the next one.
+
+    By default it returns large blocks to the kernel, and each step has to fault them in again, page
+    by page: 100,000 page faults, a tenth to a fifth of a step in bfloat16, less in float32. Kept,
+    they take up to a tenth more memory.
+    """
     library = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(library, "mallopt"):
-        library.mallopt(M_MMAP_MAX, 0)                      # no block of its own for a large tensor
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)        # and nothing is given back
+        library.mallopt(M_MMAP_MAX, 0)          # a large tensor gets no mapping of its own
+        library.mallopt(M_TRIM_THRESHOLD, -1)   # and the heap never shrinks
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -171,12 +171,12 @@ def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dty
     A block's weights are gathered for its forward pass, thrown away, and gathered again for its
     backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
     other. dtype: of a block's gathered weights; gradients are averaged in float32. called: the
-    method that is used beside forward().
+    method used in place of forward(): FSDP gathers weights for registered methods only.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
-    mesh = init_device_mesh(device.type, (join_process_group()[1],))    # data and context alike
+    mesh = init_device_mesh(device.type, (join_process_group()[1],))    # those of a row, too
     # States between blocks stay float32, as under autocast: nothing is cast on the way in.
     outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -218,7 +218,7 @@ def own_part(weight: Tensor, place: tuple[slice, ...], stored: Tensor) -> tuple[
 
 
 def share_rows(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give each rank its rows of the weights that rank 0 has; those of the others are empty."""
+    """Give each rank its rows of the weights that rank 0 has; the others pass {}."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True,
                                                                   broadcast_from_rank0=True))
@@ -244,6 +244,6 @@ def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 def shards(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    without_base = StateDictOptions(ignore_frozen_params=True)      # that of LoRA, which stays
-    weights, state = get_state_dict(model, optimizer, options=without_base)
+    options = StateDictOptions(ignore_frozen_params=True)       # LoRA's base is no part of the run
+    weights, state = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": state}

@@ -48,13 +48,16 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a name is that of a device or a pipe, or of standard output: something that can be
-    written into, and has to stay what it is."""
+    """Whether a name is that of something which no file may replace: a device, a pipe, standard
+    output, a file of /proc."""
     path = Path(path).absolute()
-    inside = any(name.is_relative_to(folder) for folder in ("/dev", "/proc")
-                 for name in (path, Path(os.path.realpath(path))))
-    is_ordinary = path.is_file() and (not inside or path.is_relative_to("/dev/shm"))
-    return path.exists() and not path.is_dir() and not is_ordinary
+    if not path.exists() or path.is_dir():
+        return False
+    if not path.is_file():
+        return True
+    names = (path, Path(os.path.realpath(path)))    # /dev/stdout may lead to an ordinary file
+    inside = [name for name in names if name.is_relative_to("/dev") or name.is_relative_to("/proc")]
+    return any(not name.is_relative_to("/dev/shm") for name in inside)
 
 
 def open_stream(path: str | Path, mode: str) -> IO:
@@ -71,7 +74,8 @@ def open_stream(path: str | Path, mode: str) -> IO:
 
 def check_output(out: str | Path, flag: str = "--out", beside: Sequence[str] = ()) -> None:
     """A UserError at once, not after the work, if a result could not be written as `out`, or would
-    replace something else than a result. beside: endings of files that are written, too."""
+    replace something other than a result. beside: suffixes of other files that the command writes
+    next to it."""
     path = Path(out)
     if str(out).endswith(("/", os.sep)) or path.is_dir():
         raise UserError(f"{out}: is a folder: give the name of a JSON file")
@@ -81,9 +85,10 @@ def check_output(out: str | Path, flag: str = "--out", beside: Sequence[str] = (
                             "give the name of a file")
         return
     if path.suffix in beside:
-        raise UserError(f"{flag} {out}: another file gets this name: end it with .json")
+        raise UserError(f"{flag} {out}: the {path.suffix} file beside it gets this name: end it "
+                        "with .json")
     if path.exists() and path.stat().st_size > 0 and not is_result(path):
-        raise UserError(f"{flag} {out}: holds something else than a result: give another name")
+        raise UserError(f"{flag} {out}: holds something other than a result: give another name")
     there = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

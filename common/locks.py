@@ -1,4 +1,4 @@
-"""One process at a time writes a folder."""
+"""One process at a time writes a folder or a file."""
 import contextlib
 import os
 import sys
@@ -20,17 +20,20 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
     """Hold a lock for the time of the block. The operating system takes it from a process that is
     killed.
 
-    path: of the lock's file, which holds number and command of its process and is removed at the
-        end. what: is written, as the message for the others names it. wait: until it is free;
-        otherwise a UserError says who holds it.
+    path: the lock's file. It holds number and command of the process that has the lock, and is
+        removed at the end.
+    what: what is being written, as an error message names it.
+    wait: wait until it is free, instead of a UserError that says who has it.
     """
+    if fcntl is None:
+        yield
+        return
     file = take(Path(path), what, wait)
     try:
         yield
     finally:
-        if fcntl is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)     # still locked: whoever waits for this file notices, in take()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)     # still locked: whoever waits for this file notices, in take()
         file.close()
 
 
@@ -46,8 +49,6 @@ def take(path: Path, what: str, wait: bool) -> IO:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = open(path, "a+", encoding="utf-8", errors="replace")
-        if fcntl is None:
-            return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -110,6 +110,8 @@ def prefetch(batches: Batches, first_step: int, last_step: int, first_row: int, 
              ) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Yield (step, batch) with `rows` rows of each step, a rank's share. The next batch is cut
     while this one is computed."""
+    if first_step >= last_step:
+        return
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(batches, first_step, first_row, first_row + rows)
         for step in range(first_step, last_step):

@@ -78,7 +78,8 @@ def check_format(offsets: np.ndarray, dtype: str) -> None:
 
 
 def require_same_tokenizer(corpus: TokenFile, tokenizer: Tokenizer) -> None:
-    """Refuse a corpus of another tokenizer: its ids would mean other text."""
+    """Refuse a corpus of another tokenizer: its ids would mean other text. From here on ids beyond
+    its vocabulary are refused, too."""
     if corpus.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(f"the corpus was tokenised with another tokenizer than {tokenizer.path}: "
                         f"prepare it again with data/prepare.py --tokenizer {tokenizer.path}")
@@ -117,15 +118,17 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Tokenizer, max_tokens
 
 def read_tokens(path: str | Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     """The first `max_tokens` ids (0: all) of a text file, BOS in front. Of a long file only as much
-    is read as that takes, and some more: the last tokens of a cut text may be others."""
-    size = 16 * max_tokens + 4096 if max_tokens else None
+    is read as that takes."""
+    whole = os.path.getsize(path)
+    size = 16 * max_tokens + 4096 if max_tokens else whole      # a token is rarely longer
     while True:
         text = read_text(path, size)
         if text is None:
             raise UserError(f"{path}: not UTF-8 text; convert it first (iconv -t utf-8)")
         ids = tokenizer.encode(text, bos=True)
-        if size is None or size >= os.path.getsize(path) or len(ids) > max_tokens + 100:
-            return ids[:max_tokens] if max_tokens else ids
+        # 100 more than asked for: the last ids of a cut text may be others than those of the whole.
+        if size >= whole or len(ids) > max_tokens + 100:
+            return ids[:max_tokens or None]
         size *= 4
 
 
@@ -254,7 +257,7 @@ def is_python(folder: Path) -> bool:
     return read_json_object(folder / "meta.json").get("source") == "python"
 
 
-def may_be_made(folder: Path) -> bool:
+def is_default_corpus(folder: Path) -> bool:
     """Whether this is the default corpus, or its neighbour of another tokenizer or size."""
     inside = folder.resolve().parent == CORPORA.resolve()
     return inside and bool(re.fullmatch(r"python(-[0-9a-f]{8})?(-[\d.]+mb)?", folder.name))
@@ -271,8 +274,8 @@ def ensure_corpus(folder: str | Path, tokenizer_path: str | Path,
     """A token folder that is whole, of this tokenizer and of at least max_mb (None: any size).
 
     This is corpus_for(folder). The default corpus is made if it is missing or damaged, and so is a
-    neighbour of another folder of Python source. Otherwise a folder that is missing is a UserError,
-    as its name may be mistyped, and one of other text that does not serve.
+    neighbour of another folder of Python source. Any other missing folder is a UserError, as its
+    name may be mistyped; so is one of other text that does not serve.
     """
     tokenizer = open_tokenizer(tokenizer_path)
     asked, folder = Path(folder), corpus_for(folder, tokenizer, max_mb)
@@ -285,7 +288,7 @@ def ensure_corpus(folder: str | Path, tokenizer_path: str | Path,
             raise UserError(f"{folder}: {problem}: prepare it again: python data/prepare.py "
                             f"--out {folder} --tokenizer {tokenizer_path} ...")
         warnings.warn(f"{folder}: {problem}: it is made again", stacklevel=1)
-    elif not (may_be_made(folder) or is_python(asked)):
+    elif not (is_default_corpus(folder) or is_python(asked)):
         raise UserError(f"{folder}: no such token folder: name one that is there, or make it with "
                         f"python data/prepare.py --out {folder} --tokenizer {tokenizer_path} ...")
     return prepare(PrepareConfig(tokenizer=str(tokenizer_path), out=str(folder), max_mb=max_mb))

@@ -48,7 +48,7 @@ from data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 TOKENIZER = ROOT / "data" / "tiny" / "tokenizer.model"
 DEFAULT_MB = {"python": 32.0, "pg19": 256.0}  # 32 MB of Python are 13 million of our tokens
-NEW_PATH = "that does not exist yet: models depend on one that does"
+NEEDS_NEW_PATH = "needs a --tokenizer PATH that does not exist yet: models depend on one that does"
 GROUP = 4_000_000  # characters read and encoded at a time
 
 
@@ -125,15 +125,15 @@ def validate_request(config: PrepareConfig, out: Path) -> None:
                         "http://")
     if out.exists() and not (out / "meta.json").exists():
         if not out.is_dir() or any(out.iterdir()):
-            raise UserError(f"--out {out}: holds something else than tokens: name another folder")
+            raise UserError(f"--out {out}: holds something other than tokens: name another folder")
     if config.train_tokenizer:
         if config.tokenizer.endswith((".json", ".gguf")):
             raise UserError(f"--tokenizer {config.tokenizer}: what is trained is a SentencePiece "
                             "model: give a name that ends in .model")
-        # Without meta.json this may be the request of before, interrupted (tokenizer_for).
+        # Without meta.json this may be the same request, interrupted: see tokenizer_for.
         is_used = Path(config.tokenizer).exists() and (out / "meta.json").exists()
         if not config.tokenizer or is_used:
-            raise UserError(f"--train-tokenizer needs a --tokenizer PATH {NEW_PATH}")
+            raise UserError(f"--train-tokenizer {NEEDS_NEW_PATH}")
     if config.tokenizer and not config.train_tokenizer:
         open_tokenizer(config.tokenizer)
 
@@ -220,7 +220,8 @@ def read_part(read: Callable, split: str, share: float, path: str | Path) -> str
 
 
 def tokenizer_for(config: PrepareConfig, paths: list, read: Callable) -> Tokenizer:
-    """The tokenizer that is asked for, or a new one, trained on the documents."""
+    """The tokenizer that is asked for, or a new one, trained on the documents. One that is there
+    already has to be just this: the request was interrupted after it had been trained."""
     path = Path(config.tokenizer or TOKENIZER)
     if not config.train_tokenizer and (config.tokenizer or path.exists()):
         return open_tokenizer(path)
@@ -232,7 +233,7 @@ def tokenizer_for(config: PrepareConfig, paths: list, read: Callable) -> Tokeniz
         with whole_file(path) as file:
             file.write(content)
     elif path.read_bytes() != content:      # the same text would have given the same bytes
-        raise UserError(f"--tokenizer {path}: has to be a path {NEW_PATH}")
+        raise UserError(f"--train-tokenizer {NEEDS_NEW_PATH}")
     return open_tokenizer(path)
 
 

@@ -36,7 +36,7 @@ def unwanted(text: str | None) -> str | None:
 
 def read_text(path: str | Path, size: int | None = None) -> str | None:
     """A UTF-8 file as text, with line ends "\\n" and no byte order mark; None if it is binary.
-    size: only its first bytes, about so many."""
+    size: read only its first bytes, so many; a character that they cut is dropped."""
     length = os.path.getsize(path)
     megabytes = min(length, size or length) / 1e6
     if megabytes > LARGEST_MB:

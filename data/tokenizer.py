@@ -24,6 +24,7 @@ from data.gguf_tokenizer import gguf_tokenizer_files
 
 SPACE = "\u2581"
 SINGLE_SPACE = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
+PARTS_AT_ONCE = 8  # of a tokenizer.json: the package takes 170 bytes a character
 PART = 1 << 16  # characters encoded at a time: bounds the memory, and the parts run in parallel
 REMEDY = ("name a SentencePiece tokenizer.model, or train one with "
           "python data/prepare.py --train-tokenizer 1024 --tokenizer PATH")
@@ -168,10 +169,11 @@ class JsonTokenizer(Tokenizer):
         if not self.pieces:
             raise UserError(f"{path}: has no pieces: copy it again")
         self.vocab_size = self.padded_size = max(self.pieces.values()) + 1
-        splitting = json.dumps(json.loads(data).get("pre_tokenizer"))
-        # Byte-level BPE cuts a text into words first. If a space were set before each part, the
-        # parts would not be those of one text.
-        self.cuttable = '"ByteLevel"' in splitting and '"add_prefix_space": true' not in splitting
+        # Byte-level BPE cuts a text into words first. With add_prefix_space every part would get a
+        # space of its own.
+        pre_tokenizer = json.dumps(json.loads(data).get("pre_tokenizer"))
+        adds_space = '"add_prefix_space": true' in pre_tokenizer
+        self.cuttable = '"ByteLevel"' in pre_tokenizer and not adds_space
         # Byte-level BPE writes a space as "Ġ" (U+0120).
         self.dummy_prefix = bool(first) and first[0].startswith((SPACE, "\u0120"))
         names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
@@ -200,24 +202,23 @@ class JsonTokenizer(Tokenizer):
                         '.json beside it: {"bos_token": "<s>", "eos_token": "</s>"}')
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
-        """Long texts in parts, some at a time: the package takes 170 bytes a character."""
+        """The ids of each text. Long texts go in parts, few at a time."""
         parts = [(n, part) for n, text in enumerate(texts) for part in self.parts(text)]
         batch: list[list[int]] = [[] for _ in texts]
-        at_once = 8 if self.cuttable else len(parts)
-        for i in range(0, len(parts), at_once):
-            numbers, some = zip(*parts[i:i + at_once])
+        for i in range(0, len(parts), PARTS_AT_ONCE):
+            owners, pieces = zip(*parts[i:i + PARTS_AT_ONCE])
             try:
-                encoded = self.model.encode_batch(some, add_special_tokens=False)
+                encoded = self.model.encode_batch(pieces, add_special_tokens=False)
             except Exception as error:  # a word without any token
                 raise UserError(f"{self.path}: cannot encode this text ({one_line(error)}): "
                                 "copy the tokenizer again") from None
-            for n, encoding in zip(numbers, encoded):
+            for n, encoding in zip(owners, encoded):
                 batch[n] += encoding.ids
         return batch
 
     def parts(self, text: str) -> Iterator[str]:
-        """Cut `text` about every PART characters, behind a line end between other characters and a
-        letter: a word ends there for every byte-level tokenizer."""
+        """Cut `text` about every PART characters, after a line end that follows a visible character
+        and precedes a letter: a word ends there for every byte-level tokenizer."""
         start = 0
         for cut in re.finditer(r"(?<=\S)\n(?=[A-Za-z])", text) if self.cuttable else ():
             if cut.end() - start > PART:

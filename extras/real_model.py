@@ -17,9 +17,9 @@ LoRA beside full fine-tuning, at equal tokens:
     python extras/real_model.py --methods linear --lora-rank 0 8
 
 Every training saves itself and every measurement is kept: after an interruption the same command
-goes on. It goes on, too, with more --steps, --methods or --seeds than before. Rows that --out holds
-already are not measured again, so that the work may be done in pieces. A training takes some 2 GB
-of disk for SmolLM2.
+goes on. It goes on, too, with more --steps, --methods, --seeds, --lora-rank or --keys than before.
+Rows that --out holds already are not measured again, so that the work may be done in pieces. A
+training takes some 2 GB of disk for SmolLM2.
 """
 import dataclasses
 import functools
@@ -291,10 +291,10 @@ def losses(model: LLaMA, documents: dict[str, np.ndarray], cache: ResultCache
            ) -> dict[str, dict[str, Any]]:
     """The loss by position in each document, read as one window."""
     window = model.config.max_seq_len
-    found = {kind: perplexity(model, [document], window, window, bins=PARTS, cache=cache)
-             for kind, document in documents.items()}
-    return {"nll_by_position": {kind: text["nll_by_context"] for kind, text in found.items()},
-            "perplexity": {kind: text["perplexity"] for kind, text in found.items()}}
+    measured = {kind: perplexity(model, [document], window, window, bins=PARTS, cache=cache)
+                for kind, document in documents.items()}
+    return {"nll_by_position": {kind: found["nll_by_context"] for kind, found in measured.items()},
+            "perplexity": {kind: found["perplexity"] for kind, found in measured.items()}}
 
 
 def passkeys_found(model: LLaMA, tokenizer: Tokenizer, keys: int, seed: int, cache: ResultCache
@@ -355,7 +355,7 @@ def perplexity_table(groups: dict[tuple, list[dict]], kind: str, window: int) ->
 
 
 def passkey_table(groups: dict[tuple, list[dict]], window: int) -> Table:
-    """Of the untrained and the last models. Each seed has other keys: their counts are added up."""
+    """Of the models for which keys were asked. Each seed has other keys: their counts add up."""
     lengths = [f"{quarter * window // 4:,}" for quarter in range(1, 5)]
     body = []
     for group in groups.values():

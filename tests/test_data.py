@@ -440,7 +440,7 @@ def test_tokenizer_is_trained_once_and_never_replaced(own, tmp_path, monkeypatch
             prepare(PrepareConfig(tokenizer=tokenizer, train_tokenizer=600, **config))
     shutil.rmtree(out)  # interrupted after the tokenizer: the same command goes on, and no other
     before = path.read_bytes()
-    with pytest.raises(UserError, match="has to be a path that does not exist yet"):
+    with pytest.raises(UserError, match="does not exist yet"):
         prepare(PrepareConfig(tokenizer=str(path), train_tokenizer=600, **config))
     assert not out.exists() and path.read_bytes() == before
     prepare(PrepareConfig(tokenizer=str(path), train_tokenizer=500, **config))

@@ -124,10 +124,10 @@ def test_standard_output_in_a_file_keeps_what_was_printed(tmp_path):
 @pytest.mark.parametrize("name, words", [
     ("folder", "folder: is a folder: give the name of a JSON file"),
     ("new/", "is a folder"),
-    ("book.txt", "--out .*book.txt: holds something else than a result: give another name"),
-    ("tokenizer.json", "holds something else than a result"),
+    ("book.txt", "--out .*book.txt: holds something other than a result: give another name"),
+    ("tokenizer.json", "holds something other than a result"),
     ("book.txt/r.json", "cannot be written .Not a directory"),
-    ("r.png", "r.png: another file gets this name: end it with .json"),
+    ("r.png", "r.png: the .png file beside it gets this name: end it"),
     ("pipe", ".png files are written beside it: give the name of a file")])
 def test_what_cannot_be_a_result_is_refused_before_the_work(tmp_path, name, words):
     (tmp_path / "folder").mkdir()
@@ -165,14 +165,14 @@ def test_every_command_looks_at_its_output_first(tmp_path, command, capsys):
     """A book is not written over, and what cannot be written is found before the work."""
     main, flags = COMMANDS[command]
     (tmp_path / "book.txt").write_text("Once upon a time", encoding="utf-8")
-    for name, words in (("book.txt", "something else than a result"), ("", "is a folder"),
+    for name, words in (("book.txt", "something other than a result"), ("", "is a folder"),
                         ("book.txt/r.json", "cannot be written")):
         with pytest.raises(UserError, match=words):
             main([*flags, f"{tmp_path}/{name}"])
     assert (tmp_path / "book.txt").read_text(encoding="utf-8") == "Once upon a time"
     assert names(tmp_path) == ["book.txt"]
     if command not in ("eval", "bench", "theory", "memory"):
-        with pytest.raises(UserError, match="r.png: another file gets this name"):
+        with pytest.raises(UserError, match="r.png: the .png file beside it gets this name"):
             main([*flags, str(tmp_path / "r.png")])
     assert capsys.readouterr().out == ""
 

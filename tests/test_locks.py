@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_the_second_says_who_holds_it(tmp_path):
     path = tmp_path / "new" / ".lock"
     with locked(path, "--out run"):
-        with pytest.raises(UserError, match=rf"^--out run: process {os.getpid()} \(.*\) is writing "
+        with pytest.raises(UserError, match=rf"^--out run: process {os.getpid()} \(.* is writing "
                                             "it: wait until that has ended, or choose another"):
             with locked(path, "--out run"):
                 raise AssertionError("two hold one lock")
@@ -45,7 +45,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_who_waits_comes_next(tmp_path, capfd):
+def test_never_two_at_a_time(tmp_path, capfd):
     """Also where the holder removes the file that others have open."""
     order = []
 

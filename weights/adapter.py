@@ -221,7 +221,8 @@ def merge_adapter(model: LLaMA, folder: str | Path, dtype: torch.dtype | None = 
 
         W + (alpha / r) B A   in float32, W rounded as it was in the training, then cast to dtype
 
-    dtype: None is float32. A base with other weights than those adapted is a UserError.
+    dtype: None is float32; shared weights keep theirs. A base with other weights than those adapted
+    is a UserError.
     """
     lora, sample = read_lora(folder)
     tensors = read_adapter(folder, model.config, lora)
@@ -243,7 +244,7 @@ def merge_adapter(model: LLaMA, folder: str | Path, dtype: torch.dtype | None = 
             own_rows(parameter).copy_(weight)
         else:
             parameter.data = weight
-    found = sample_of(corners)
+    found = sample_of(corners)  # the corners are in rank 0's rows
     if (of_first_rank(found) if is_sharded(model) else found) != sample:
         raise UserError(f"{base_of(folder)}: has other weights than the model that {folder} "
                         "adapts: put that one there, or give its place in adapter_config.json")

@@ -19,7 +19,7 @@ from data.corpus import TokenFile, corpus_for, corpus_of_text, ensure_corpus
 from data.tokenizer import Tokenizer
 from methods import METHODS, parse_rope_flag, training_positions
 from methods.checks import check_attention
-from methods.lora import MATRICES, add_lora, freeze, init_lora, lora_of_flags
+from methods.lora import MATRICES, freeze, init_lora, lora_of_flags
 from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_config, load_model, with_rope
@@ -154,33 +154,38 @@ def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
                   attention: str, training: Any = None) -> LLaMA:
     """A pretrained model with other positions and the window that it is to have. training: the
-    FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs then share the
-    weights as they are read."""
+    FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs share the
+    weights of a model to be trained, and of a large one, as they are read."""
     lora = lora_of_flags(training)
     if training:
         shape = dataclasses.replace(load_config(path), max_seq_len=window)
         require_memory(shape, training, device, row_length(training, rope, L, window))
-    shard = shard_to_measure(path, device) if training is None else None
-    if training and join_process_group()[1] > 1:
-        def shard(model: LLaMA) -> None:
-            if lora:
-                freeze(model, lora)
-            shard_weights(model, device, choose_dtype(training.dtype, device))
+    shard = shard_to_train(training, device) if training else shard_to_measure(path, device)
     # LoRA freezes in a dtype of its own: each matrix goes there from the one that it is stored in.
     model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
                        dtype=None if lora else torch.float32, attention=attention, shard=shard)
-    if lora and shard:
+    if lora and shard is None:
+        freeze(model, lora)
+    if lora:
         init_lora(model, training.seed)
-    elif lora:
-        add_lora(model, lora, training.seed)
     model.config.max_seq_len = window
     # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
     model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)
     return model
 
 
+def shard_to_train(training: Any, device: torch.device) -> Callable[[LLaMA], None] | None:
+    """How the GPUs share the weights of a model to be trained; None for one GPU."""
+    def shard(model: LLaMA) -> None:
+        lora = lora_of_flags(training)
+        if lora:
+            freeze(model, lora)
+        shard_weights(model, device, choose_dtype(training.dtype, device))
+    return shard if join_process_group()[1] > 1 else None
+
+
 def load_saved(folder: str, device: torch.device, attention: str) -> LLaMA:
-    """A model that was trained here, as anyone will load it."""
+    """A model as it was saved, shared among the GPUs if it is too large for one."""
     return load_model(folder, device=device, attention=attention,
                       shard=shard_to_measure(folder, device))
 

@@ -222,7 +222,7 @@ def check_named_tensors(file: Path, checkpoint: Any) -> None:
     if not isinstance(checkpoint, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor)
             for name, tensor in checkpoint.items()):
-        raise UserError(f"{file}: holds something else than named tensors: give weights in Meta's "
+        raise UserError(f"{file}: holds something other than named tensors: give weights in Meta's "
                         "layout, not a training state")
     for name, tensor in checkpoint.items():
         if not name.isprintable() or len(name) > 200:

@@ -69,11 +69,8 @@ class TrainingRun:
         with lock:
             self.step, self.seconds = resume_run(self.model, self.optimizer, self.config,
                                                  self.origin)
-            if self.finished:
+            with contextlib.nullcontext() if self.finished else self.stepping():
                 yield
-            else:
-                with self.stepping():
-                    yield
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
@@ -130,7 +127,7 @@ class TrainingRun:
         if saves:
             self.seconds = time.perf_counter() - self.started
             if self.log:
-                self.log.begin()
+                self.log.replace_old_log()
             state = {**self.origin, "step": self.step, "seconds": self.seconds}
             save_run(self.model, self.optimizer, self.out, state, self.tokenizer)
         if stops and not is_last:
@@ -188,30 +185,30 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         self.path = path
         self.last_step = first_step
-        self.lines = []    # not yet written
+        kept = []
         if path.exists() and first_step > 0:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # A line that a kill cut, or that is not ours, is dropped.
                 with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     if json.loads(line)["step"] <= first_step:
-                        self.lines.append(line + "\n")
-        self.begun = False
+                        kept.append(line + "\n")
+        self.held: list[str] | None = kept  # lines that are not written yet
         if first_step > 0 or not path.exists():
-            self.begin()
+            self.replace_old_log()
 
-    def begin(self) -> None:
-        """Take the place of the log before. That of a run which --fresh replaces stays until the
-        first save, as its state does."""
-        if not self.begun:
+    def replace_old_log(self) -> None:
+        """From now on lines go to the file. The log of a run that --fresh replaces stays until the
+        first save, as its state does; until then the new lines are held."""
+        if self.held is not None:
             with whole_file(self.path, "w") as file:
-                file.writelines(self.lines)
-            self.begun = True
+                file.writelines(self.held)
+            self.held = None
 
     def write(self, step: int, **numbers: float) -> None:
         self.last_step = step
         line = json.dumps({"step": step, **numbers}) + "\n"
-        if not self.begun:
-            self.lines.append(line)
+        if self.held is not None:
+            self.held.append(line)
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)

@@ -26,7 +26,7 @@ from weights.save import (ADAPTER_CONFIG, find_file, give_shards, save_model, sa
                           weight_files)
 
 
-ANOTHER_RUN = "choose another --out, or replace it with --fresh"
+RUN_REMEDY = "choose another --out, or replace it with --fresh"
 
 
 def save_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path, state: dict[str, Any],
@@ -117,6 +117,7 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     with readable(path):
         check_crc(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # operator.index: a TypeError for what is no whole number.
         step, seconds = operator.index(state["step"]), float(state["seconds"])
         here, there = origin["settings"], state["settings"]
         if "ranks" in here | there:
@@ -126,17 +127,17 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
         same_start = torch.equal(state["start"], origin["start"])
     if differences:
         raise UserError(f"{config.out} holds a run with other settings ({'; '.join(differences)}): "
-                        f"give the same ones to go on, {ANOTHER_RUN}")
+                        f"give the same ones to go on, {RUN_REMEDY}")
     if step > config.steps:
         raise UserError(f"{config.out} holds a run of {step} steps, more than the {config.steps} "
-                        f"asked for: {ANOTHER_RUN}")
+                        f"asked for: {RUN_REMEDY}")
     if not same_start:
         raise UserError(f"{config.out} holds a run that began with other weights, a model that is "
-                        f"no longer there: {ANOTHER_RUN}")
+                        f"no longer there: {RUN_REMEDY}")
     of_one_process = path.parent == Path(config.out)
     if of_one_process and is_sharded(model):
         raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
-                        f"{ANOTHER_RUN}")
+                        f"{RUN_REMEDY}")
     with readable(path):
         if of_one_process:
             model.load_state_dict(state["model"], strict=lora_of(model) is None)
@@ -148,7 +149,8 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
 
 
 def check_crc(path: Path) -> None:
-    """PyTorch writes a checksum with every tensor, and does not look at it when it reads."""
+    """A ValueError if a checksum is wrong. PyTorch writes them, and does not check them when it
+    reads."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -164,19 +166,23 @@ def readable(path: Path) -> Iterator[None]:
         if is_lost_peer(error) or is_out_of_memory(error):
             raise
         raise UserError(f"{path}: the state of this run cannot be read ({type(error).__name__}): "
-                        f"{ANOTHER_RUN}") from None
+                        f"{RUN_REMEDY}") from None
 
 
 def refuse_other_model(config: Any) -> None:
-    """A UserError if config.out, which has no state, holds a model: it would be written over. A
-    training that was killed between its first model and state has the same settings in run.json."""
+    """A UserError if config.out, which has no state, holds a model: it would be written over.
+
+    Two may be: that of a run with the same settings, killed between its first model and its state,
+    and with --fresh that of any run. Both have left their settings in run.json.
+    """
     out = Path(config.out)
     configs = [find_file(out, name) for name in ("params.json", "config.json", ADAPTER_CONFIG)]
     if not weight_files(out) and not any(file.is_file() for file in configs):
         return
     begun = read_json_object(out / "run.json").get("settings", {})
-    is_same = all(begun.get(name) == value for name, value in resumable_settings(config).items())
-    if not is_same and not (begun and config.fresh):
+    same_run = all(begun.get(name) == value for name, value in resumable_settings(config).items())
+    may_be_replaced = begun and config.fresh    # a training made it, and --fresh gives it up
+    if not (same_run or may_be_replaced):
         raise UserError(f"{out}: holds a model, and no state of a training that could go on: "
                         "choose another --out")
 
