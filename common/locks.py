@@ -1,5 +1,6 @@
 """One process at a time writes a folder or a file."""
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import IO
 from common.errors import UserError, printable_line
 
 try:
-    import fcntl
-except ImportError:  # Windows has no flock: there nothing is locked
-    fcntl = None
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows
+    flock = None
+# A file system without locks, a folder that may only be read: the work goes on without a lock.
+CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EACCES,
+               errno.EPERM, errno.EROFS}
 
 
 @contextlib.contextmanager
@@ -25,10 +29,13 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
     what: what is being written, as an error message names it.
     wait: wait until it is free, instead of a UserError that says who has it.
     """
-    if fcntl is None:
+    try:
+        file = take(Path(path), what, wait)
+    except OSError as error:
+        if error.errno not in CANNOT_LOCK:
+            raise
         yield
         return
-    file = take(Path(path), what, wait)
     try:
         yield
     finally:
@@ -46,27 +53,37 @@ def locked_beside(out: str | Path, wait: bool = False) -> AbstractContextManager
 
 def take(path: Path, what: str, wait: bool) -> IO:
     """The lock's file, open and locked."""
+    if flock is None:
+        raise OSError(errno.ENOSYS, "this system has no flock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        file = open(path, "a+", encoding="utf-8", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = printable_line(file.read(), 200) or "another process"
-            if not wait:
-                raise UserError(f"{what}: {holder} is writing it: wait until that has ended, or "
-                                "choose another name") from None
-            print(f"waiting    for {holder}, which is writing {what}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if is_at(file, path):
-            break
-        file.close()    # its holder removed it meanwhile
-    with contextlib.suppress(OSError):  # on a full disk it says nothing, and still locks
-        os.ftruncate(file.fileno(), 0)
+    with contextlib.ExitStack() as opened:
+        while True:
+            file = opened.enter_context(open(path, "a+", encoding="utf-8", errors="replace"))
+            lock(file, what, wait)
+            if is_at(file, path):
+                break
+            opened.close()  # its holder removed it meanwhile
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        os.write(file.fileno(), f"process {os.getpid()} ({command})".encode())
+        holder = f"process {os.getpid()} ({command})"
+        with contextlib.suppress(OSError):  # on a full disk it says nothing, and still locks
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), holder.encode(errors="backslashreplace"))
+        opened.pop_all()    # it stays open
     return file
+
+
+def lock(file: IO, what: str, wait: bool) -> None:
+    """Lock an open file, or say who has it."""
+    try:
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = printable_line(file.read(), 200) or "another process"
+        if not wait:
+            raise UserError(f"{what}: {holder} is writing it: wait until that has ended, or choose "
+                            "another name") from None
+        print(f"waiting    for {holder}, which is writing {what}", flush=True)
+        flock(file, LOCK_EX)
 
 
 def is_at(file: IO, path: Path) -> bool:

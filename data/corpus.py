@@ -259,8 +259,8 @@ def is_python(folder: Path) -> bool:
 
 def is_default_corpus(folder: Path) -> bool:
     """Whether this is the default corpus, or its neighbour of another tokenizer or size."""
-    inside = folder.resolve().parent == CORPORA.resolve()
-    return inside and bool(re.fullmatch(r"python(-[0-9a-f]{8})?(-[\d.]+mb)?", folder.name))
+    inside = folder.parent.resolve() == CORPORA.resolve()
+    return inside and bool(re.fullmatch(r"python(-[0-9a-f]{8})?(-[\d.e+-]+mb)?", folder.name))
 
 
 def is_smaller(meta: dict, max_mb: float) -> bool:

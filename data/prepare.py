@@ -294,7 +294,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 def replaced_folder(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` when the block ends well. Until then the one
     before stays, and a program that has its files open keeps them. A second process waits."""
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))   # a link to a folder stays one
     temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old.tmp")
     with locked_beside(out, wait=True):
         if old.exists() and not out.exists():   # killed between the two renames

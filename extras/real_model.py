@@ -131,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method, seed, rank, steps in runs:
         rows += run_method(c, method, seed, rank, steps, documents, tokenizer, device, known)
         seconds = time.perf_counter() - started
-        made = {row["conditions"] for row in rows}
-        others = [row for name, row in known.items() if name not in made]
+        made = [identity(row) for row in rows]
+        others = [row for row in known.values() if identity(row) not in made]
         save_report(c, report | {"rows": rows + others, "seconds": seconds})
     for table in tables(read_json(c.out)):
         print(markdown(*table))
@@ -203,6 +203,11 @@ def known_rows(c: RealModelConfig) -> dict[str, dict[str, Any]]:
     if any(there.get(name) != settings[name] for name in settings.keys() - MAY_GROW):
         return {}
     return {row["conditions"]: row for row in report["rows"] if "conditions" in row}
+
+
+def identity(row: dict[str, Any]) -> tuple:
+    """What a row is a measurement of, whatever it was made with."""
+    return row["method"], row["seed"], row["steps"], row.get("lora_rank")
 
 
 def run_method(c: RealModelConfig, method: str, seed: int, rank: int, numbers_of_steps: list[int],

@@ -17,6 +17,7 @@ import train
 from common import environment
 from common.cli import run_command
 from common.errors import UserError
+from common.files import read_json
 from common.results import mean_of_losses
 from data.prepare import PrepareConfig, prepare
 from data.sources import text_files
@@ -170,9 +171,11 @@ def test_fresh_keeps_state_and_log_until_its_first_save(tmp_path):
     with pytest.raises(Died):
         fit(tiny_model(), settings(tmp_path, steps=10, fresh=True, lr=0.1), dying(3))
     assert (fingerprint(tmp_path), read_metrics(tmp_path)) == before
+    assert read_json(tmp_path / "run.json")["settings"]["lr"] == settings(tmp_path).lr
     fit(tiny_model(), settings(tmp_path, steps=10, fresh=True, lr=0.1), toy_batches)
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 11))
     assert fingerprint(tmp_path) != before[0]
+    assert read_json(tmp_path / "run.json")["settings"]["lr"] == 0.1
 
 
 def test_a_flipped_bit_in_the_state_is_noticed(tmp_path):

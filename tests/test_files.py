@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,19 @@ def test_a_pipe_is_written_into_and_stays_one(tmp_path):
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert link.is_symlink()
     assert names(tmp_path) == ["link", "pipe"]
+
+
+def test_a_file_in_memory_is_a_file(tmp_path):
+    """Of all that is in /dev, /dev/shm holds ordinary files, also behind a link."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (tmp_path / "out").symlink_to(folder)
+        for name in (Path(folder), tmp_path / "out"):
+            write_json(name / "a.json", {"command": "x"})
+            inode = (name / "a.json").stat().st_ino
+            check_output(name / "a.json", beside=[".png"])
+            write_json(name / "a.json", {"command": "y"})
+            assert (name / "a.json").stat().st_ino != inode, "replaced whole"
+            assert read_json(name / "a.json") == {"command": "y"}
 
 
 def test_standard_output_in_a_file_keeps_what_was_printed(tmp_path):

@@ -1,4 +1,5 @@
 """common/locks.py: one process at a time writes a folder, and the second says who holds it."""
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.locks
 import finetune
 from common.errors import UserError
 from common.locks import locked, locked_beside
@@ -65,6 +67,32 @@ def test_never_two_at_a_time(tmp_path, capfd):
     assert not (tmp_path / ".lock").exists()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EROFS])
+def test_where_nothing_can_be_locked_the_work_goes_on(tmp_path, monkeypatch, number):
+    def refused(*given):
+        raise OSError(number, "no locks here")
+    monkeypatch.setattr(common.locks, "flock", refused)
+    train_tiny(tmp_path)
+    assert read_state(tmp_path)["step"] == 20
+
+
+def test_a_full_disk_is_no_missing_lock(tmp_path, monkeypatch):
+    def refused(*given):
+        raise OSError(errno.EIO, "the disk is broken")
+    monkeypatch.setattr(common.locks, "flock", refused)
+    with pytest.raises(OSError, match="the disk is broken"):
+        with locked(tmp_path / ".lock", "x"):
+            raise AssertionError("unlocked")
+
+
+def test_a_command_that_is_no_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", os.fsdecode(b"caf\xe9")])
+    with locked(tmp_path / ".lock", "x"):
+        with pytest.raises(UserError, match="train.py --out caf"):
+            with locked(tmp_path / ".lock", "x"):
+                raise AssertionError("two hold one lock")
+
+
 def test_a_training_holds_its_folder(tmp_path):
     """A second one in it is refused, or waits and finds the work done."""
     def intruding(step, *share):
@@ -106,9 +134,15 @@ def test_an_export_holds_its_name(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_folder_of_tokens_is_replaced_by_one_at_a_time(tmp_path):
-    """What was killed before, also between the two renames, is cleared away or brought back."""
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_of_tokens_is_replaced_by_one_at_a_time(tmp_path, linked):
+    """What was killed before, also between the two renames, is cleared away or brought back. A link
+    to the folder stays one."""
     out = tmp_path / "tokens"
+    if linked:
+        out = tmp_path / "links" / "python"
+        out.parent.mkdir()
+        out.symlink_to(tmp_path / "tokens")
     (tmp_path / ".tokens.tmp").mkdir()
     (tmp_path / ".tokens.tmp" / "half").touch()
     (tmp_path / ".tokens.old.tmp").mkdir()
@@ -121,5 +155,6 @@ def test_a_folder_of_tokens_is_replaced_by_one_at_a_time(tmp_path):
     with replaced_folder(out) as folder:
         (folder / "meta.json").write_text(json.dumps({}), encoding="utf-8")
         assert (tmp_path / ".tokens.lock").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+    assert out.is_symlink() == linked
+    assert {path.name for path in tmp_path.iterdir()} - {"links"} == {"tokens"}
     assert [path.name for path in out.iterdir()] == ["meta.json"]

@@ -36,13 +36,6 @@ def export(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | str 
     to: "hf" or "meta", folders, or "gguf", a file. dtype: of the weights; None keeps each, bit for
     bit; "q8_0" is for gguf. rope: as for load_model, an extension without training.
     """
-    with locked_beside(out):
-        export_alone(path, to, out, dtype, rope)
-
-
-def export_alone(path: str | Path, to: str, out: str | Path, dtype: torch.dtype | str | None,
-                 rope: RopeConfig | dict | None) -> None:
-    """export(), while no other process writes `out`."""
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     if dtype == Q8_0 and to != "gguf":
         raise UserError(f"--dtype {Q8_0}: only --to gguf has it: choose another, or leave it out")
@@ -59,14 +52,15 @@ def export_alone(path: str | Path, to: str, out: str | Path, dtype: torch.dtype 
             config_json(config, torch.float32)
         else:
             rope_words(config)
-    model = load_model(path, rope, dtype=None if dtype == Q8_0 else dtype)
-    if to == "hf":
-        export_hugging_face(model, out, tokenizer)
-    elif to == "gguf":
-        companions, _ = tokenizer_files(tokenizer, Path(path))
-        export_gguf(model, out, tokenizer, dtype, companions)
-    else:
-        save_model(model, out, tokenizer)
+    with locked_beside(out):
+        model = load_model(path, rope, dtype=None if dtype == Q8_0 else dtype)
+        if to == "hf":
+            export_hugging_face(model, out, tokenizer)
+        elif to == "gguf":
+            companions, _ = tokenizer_files(tokenizer, Path(path))
+            export_gguf(model, out, tokenizer, dtype, companions)
+        else:
+            save_model(model, out, tokenizer)
     origin = f"tokenizer of {tokenizer.path}" if tokenizer else "no tokenizer: there was none"
     print(f"{out}: {parameter_count(model.config):,} parameters, window "
           f"{model.config.max_seq_len}, {model.config.rope.rope_type}, {origin}")

@@ -2,6 +2,7 @@
 and a model loaded with other positions."""
 import dataclasses
 import functools
+import gc
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from common.device import choose_device, choose_dtype, memory_per_rank
-from common.distributed import join_process_group, shard_weights, wait_for_all_ranks
+from common.distributed import (join_process_group, on_any_rank, shard_weights,
+                                wait_for_all_ranks)
 from common.errors import UserError
 from common.files import check_output
 from data.batches import Batches
@@ -105,7 +107,7 @@ def check_lora(config: Any, rope_type: str) -> None:
 
 def check_evaluation(config: Any) -> None:
     """A UserError for settings of the measurements that cannot work."""
-    if config.eval:
+    if config.eval and not config.dry_run:
         check_output(config.results, "--results", beside=[".png"])
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"--max-tokens {config.max_tokens}: give at least 1")
@@ -156,6 +158,7 @@ def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: 
     """A pretrained model with other positions and the window that it is to have. training: the
     FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs share the
     weights of a model to be trained, and of a large one, as they are read."""
+    gc.collect()    # FSDP's models are in cycles: the one before may still fill the memory
     lora = lora_of_flags(training)
     if training:
         shape = dataclasses.replace(load_config(path), max_seq_len=window)
@@ -186,6 +189,7 @@ def shard_to_train(training: Any, device: torch.device) -> Callable[[LLaMA], Non
 
 def load_saved(folder: str, device: torch.device, attention: str) -> LLaMA:
     """A model as it was saved, shared among the GPUs if it is too large for one."""
+    gc.collect()
     return load_model(folder, device=device, attention=attention,
                       shard=shard_to_measure(folder, device))
 
@@ -197,7 +201,7 @@ def shard_to_measure(path: str, device: torch.device) -> Callable[[LLaMA], None]
     if join_process_group()[1] == 1:
         return None
     size = 4 * parameter_count(load_config(path))       # bytes, in float32
-    if size <= memory_per_rank(device) / 2:
+    if not on_any_rank(size > memory_per_rank(device) / 2):     # they may have different GPUs
         return None
     return functools.partial(shard_weights, device=device, dtype=torch.float32, called="hidden")
 

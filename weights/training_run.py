@@ -18,8 +18,8 @@ from tqdm import tqdm
 from common.cache import weight_sample
 from common.device import (choose_dtype, describe_device, dtype_name, matmul_precision,
                            memory_per_rank)
-from common.distributed import (is_sharded, join_process_group, on_any_rank, own_rows,
-                                require_same, wait_for_all_ranks)
+from common.distributed import (is_sharded, join_process_group, of_first_rank, on_any_rank,
+                                own_rows, require_same, wait_for_all_ranks)
 from common.environment import command_line, versions
 from common.errors import Stopped, UserError
 from common.files import remove, whole_file, write_json
@@ -63,14 +63,36 @@ class TrainingRun:
     def running(self) -> Iterator[None]:
         """For the time of the loop: no other process trains in this folder, and the state in it is
         loaded."""
-        lock = contextlib.nullcontext()
-        if self.rank == 0:
-            lock = locked(self.out / ".lock", f"--out {self.out}", self.config.waits)
-        with lock:
+        with self.lock():
             self.step, self.seconds = resume_run(self.model, self.optimizer, self.config,
                                                  self.origin)
             with contextlib.nullcontext() if self.finished else self.stepping():
                 yield
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Rank 0 locks the folder for all. They ask again and again together: none may wait for
+        long while others are at the next collective."""
+        with contextlib.ExitStack() as stack:
+            waited = False
+            while refusal := self.lock_refused(stack):
+                if not self.config.waits:
+                    raise UserError(refusal)
+                if self.rank == 0 and not waited:
+                    print(f"waiting    {refusal}", flush=True)
+                waited = True
+                time.sleep(1)
+            yield
+
+    def lock_refused(self, stack: contextlib.ExitStack) -> str | None:
+        """None, and the stack has the lock, or on every rank the words of the refusal."""
+        refusal = None
+        if self.rank == 0:
+            try:
+                stack.enter_context(locked(self.out / ".lock", f"--out {self.out}"))
+            except UserError as error:
+                refusal = str(error)
+        return of_first_rank(refusal) if self.world > 1 else refusal
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
@@ -97,6 +119,10 @@ class TrainingRun:
         self.log = MetricsLog(self.out / "metrics.jsonl", self.step)
         for leftover in self.out.glob(".*.tmp"):  # of a save that was killed
             remove(leftover)
+        if self.log.held is None:
+            self.describe_run()
+
+    def describe_run(self) -> None:
         write_json(self.out / "run.json", {
             "command": command_line(), "settings": dataclasses.asdict(self.config),
             "seed": self.config.seed, "parameters": parameter_count(self.model.config),
@@ -126,8 +152,9 @@ class TrainingRun:
             self.validate()
         if saves:
             self.seconds = time.perf_counter() - self.started
-            if self.log:
+            if self.log and self.log.held is not None:
                 self.log.replace_old_log()
+                self.describe_run()
             state = {**self.origin, "step": self.step, "seconds": self.seconds}
             save_run(self.model, self.optimizer, self.out, state, self.tokenizer)
         if stops and not is_last:
@@ -199,10 +226,9 @@ class MetricsLog:
     def replace_old_log(self) -> None:
         """From now on lines go to the file. The log of a run that --fresh replaces stays until the
         first save, as its state does; until then the new lines are held."""
-        if self.held is not None:
-            with whole_file(self.path, "w") as file:
-                file.writelines(self.held)
-            self.held = None
+        with whole_file(self.path, "w") as file:
+            file.writelines(self.held)
+        self.held = None
 
     def write(self, step: int, **numbers: float) -> None:
         self.last_step = step
@@ -328,7 +354,7 @@ def require_memory(shape: ModelConfig, config: Any, device: torch.device, row: i
     arithmetic may be a fifth too high."""
     plan = plan_of(shape, config, choose_dtype(config.dtype, device), row)
     needed, there = training_memory(shape, plan).peak, memory_per_rank(device)
-    if needed > 1.25 * there:
+    if on_any_rank(needed > 1.25 * there):
         raise UserError(f"{needed / GIB:,.0f} GiB are needed, and there are {there / GIB:,.0f}: "
                         "give a smaller --batch-size or model, or --recompute; --dry-run shows "
                         "what it is for")

@@ -149,8 +149,8 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
 
 
 def check_crc(path: Path) -> None:
-    """A ValueError if a checksum is wrong. PyTorch writes them, and does not check them when it
-    reads."""
+    """A ValueError if a checksum in a state.pt is wrong. PyTorch writes them, and does not check
+    them when it reads. The files that hold the weights of a sharded run have none."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
