@@ -29,19 +29,19 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
     what: what is being written, as an error message names it.
     wait: wait until it is free, instead of a UserError that says who has it.
     """
+    file = None
     try:
         file = take(Path(path), what, wait)
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             raise
-        yield
-        return
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)     # still locked: whoever waits for this file notices, in take()
-        file.close()
+        if file is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)     # still locked: whoever waits for this file notices, in take()
+            file.close()
 
 
 def locked_beside(out: str | Path, wait: bool = False) -> AbstractContextManager[None]:
