@@ -23,7 +23,7 @@ from common.cli import Parser, add_flags, field, run_command
 from common.errors import UserError
 from common.grid import accuracy_grid
 from common.jobs import Window, map_windows
-from common.results import mean_of_losses, result
+from common.results import require_number, result
 from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
 from data.ranking import check_rank, rank_passkeys
@@ -89,7 +89,7 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
     for batch_nll, batch_tokens in map_windows(score, windows, model, cache, title, progress):
         nll += batch_nll
         tokens += batch_tokens
-    mean = mean_of_losses(nll, tokens)
+    mean = float(nll.sum() / tokens.sum())
     ppl = math.inf if mean > 700 else math.exp(mean)        # math.exp raises above 709.7
     return result(model, seed, perplexity=ppl, nll=mean,
                   tokens=int(tokens.sum()), documents=len(documents), window=window, stride=stride,
@@ -260,8 +260,7 @@ class PasskeyFlags(ModelFlags):
 def perplexity_command(flags: PerplexityFlags, cache: ResultCache) -> dict[str, Any]:
     model, tokenizer = load_from_flags(flags)
     window, stride = window_and_stride(model, flags.window, flags.stride)
-    if flags.bins > 1 and flags.stride is None:
-        stride = window
+    stride = window if flags.bins > 1 and flags.stride is None else stride
     if flags.max_tokens < 0:
         raise UserError(f"--max-tokens {flags.max_tokens}: give a number of tokens, or 0 for all "
                         "of them")
@@ -276,6 +275,7 @@ def perplexity_command(flags: PerplexityFlags, cache: ResultCache) -> dict[str, 
         corpus = ensure_corpus(flags.corpus, tokenizer.path)
         documents = validation_documents(corpus, length, most_tokens, tokenizer)
     found = perplexity(model, documents, window, stride, flags.seed, bins=flags.bins, cache=cache)
+    require_number(found["nll"])
     found |= bits_per_byte(found["nll"], documents, tokenizer)
     print(f"perplexity {found['perplexity']:.4f}   ({found['nll']:.4f} nats a token, "
           f"{found['bits_per_byte']:.4f} bits a byte; {found['tokens']:,} tokens of "

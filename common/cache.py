@@ -61,9 +61,11 @@ class ResultCache:
     def for_model(self, model: torch.nn.Module, *conditions: Any) -> "ResultCache":
         """The same cache for measurements of this model: its weights (four numbers of each
         tensor), shape, positions and arithmetic are conditions."""
+        if self.path is None and not is_sharded(model):
+            return ResultCache()  # nothing is kept beyond this measurement
         sample = weight_sample(model)   # of a sharded model: all ranks have to come here
         if self.path is None:
-            return ResultCache()  # nothing is kept beyond this measurement
+            return ResultCache()
         weights = hashlib.sha256(sample.numpy().tobytes()).hexdigest()
         shape = dataclasses.asdict(model.config) | {"rope": model.config.rope.to_dict()}
         return self.scoped(weights, shape, str(model.tok_embeddings.weight.dtype),

@@ -2,7 +2,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.device import describe_device, dtype_name
@@ -38,10 +37,8 @@ def matmul_mode(model: torch.nn.Module) -> str | None:
         return "by backend"
 
 
-def mean_of_losses(totals: np.ndarray, tokens: np.ndarray) -> float:
-    """The mean over all tokens. A UserError if it is not a number, which no result should hold."""
-    mean = float(totals.sum() / tokens.sum())
-    if math.isnan(mean):
+def require_number(loss: float) -> None:
+    """A UserError for a loss that is not a number, which should be no result."""
+    if math.isnan(loss):
         raise UserError("the loss is not a number: the weights are damaged, or the dtype cannot "
                         "hold what is computed: try --dtype float32")
-    return mean

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,12 +17,12 @@ from common import environment
 from common.cli import run_command
 from common.errors import UserError
 from common.files import read_json
-from common.results import mean_of_losses
 from data.prepare import PrepareConfig, prepare
 from data.sources import text_files
 from toy_training import (Died, dying, fingerprint, read_metrics, read_state, settings, tiny_model,
                           toy_batches, train_tiny)
 from train import fit
+from weights import load_model, load_tokenizer, save_model
 from weights.export import export
 from weights.presets import fetch_smollm2
 
@@ -67,10 +66,16 @@ def test_a_cache_beyond_all_memory(capsys):
     assert "error: out of memory: " in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_is_no_result():
-    assert mean_of_losses(np.array([1.0, 2.0]), np.array([1, 2])) == 1.0
+def test_a_loss_that_is_no_number_is_no_result(tmp_path):
+    model = load_model(ROOT / "data" / "tiny")
+    torch.nn.init.constant_(model.norm.weight, 1e38)    # an overflow, as in a narrow dtype
+    save_model(model, tmp_path / "model", load_tokenizer(ROOT / "data" / "tiny"))
+    text = tmp_path / "text.txt"
+    text.write_text("One two three. " * 200, encoding="utf-8")
     with pytest.raises(UserError, match="not a number: .* --dtype float32"):
-        mean_of_losses(np.array([np.nan]), np.array([1]))
+        eval_script.main(["ppl", "--model", str(tmp_path / "model"), "--text", str(text),
+                          "--window", "64", "--out", str(tmp_path / "r.json")])
+    assert not (tmp_path / "r.json").exists()
 
 
 # ---- Names ---------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ def test_no_token_is_drawn_beyond_a_set_that_reaches_top_p_exactly():
     (-0.1, 1.0), (math.inf, 1.0), (math.nan, 1.0), (1.0, -0.1), (1.0, 1.1), (1.0, math.nan)])
 def test_impossible_sampling_is_refused(temperature, top_p):
     prompt = draw(1, 3)
-    with pytest.raises(UserError, match="give a temperature of at least 0"):
+    with pytest.raises(UserError, match="give a temperature of 0 .greedy. or at least 1e-6"):
         check_sampling(prompt, temperature, top_p)
     for function, lengths in ((generate, ()), (generate_ragged, ([3],))):
         with pytest.raises(UserError, match="temperature"):
