@@ -158,7 +158,7 @@ def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: 
     """A pretrained model with other positions and the window that it is to have. training: the
     FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs share the
     weights of a model to be trained, and of a large one, as they are read."""
-    gc.collect()    # FSDP's models are in cycles: the one before may still fill the memory
+    forget_sharded_models()
     lora = lora_of_flags(training)
     if training:
         shape = dataclasses.replace(load_config(path), max_seq_len=window)
@@ -189,9 +189,16 @@ def shard_to_train(training: Any, device: torch.device) -> Callable[[LLaMA], Non
 
 def load_saved(folder: str, device: torch.device, attention: str) -> LLaMA:
     """A model as it was saved, shared among the GPUs if it is too large for one."""
-    gc.collect()
+    forget_sharded_models()
     return load_model(folder, device=device, attention=attention,
                       shard=shard_to_measure(folder, device))
+
+
+def forget_sharded_models() -> None:
+    """Free those that nobody uses any more: FSDP's models are in cycles, and may still fill the
+    memory that the next one needs."""
+    if join_process_group()[1] > 1:
+        gc.collect()
 
 
 def shard_to_measure(path: str, device: torch.device) -> Callable[[LLaMA], None] | None:
