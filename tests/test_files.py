@@ -128,7 +128,7 @@ def test_standard_output_in_a_file_keeps_what_was_printed(tmp_path):
     """/dev/stdout leads to that file, which is then an ordinary one."""
     script = ("from common.files import write_json\n"
               "print('a table', flush=True); write_json('/dev/stdout', {'a': 1}); print('the end')")
-    with open(tmp_path / "printed", "w") as printed:
+    with open(tmp_path / "printed", "wb") as printed:
         subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=printed, check=True)
     text = (tmp_path / "printed").read_text(encoding="utf-8")
     assert text.startswith("a table\n{") and text.endswith("}\nthe end\n")
