@@ -1,8 +1,12 @@
 """The repository's root is on the path, from wherever pytest is started; and a corpus that is made
 in a second."""
+import contextlib
 import os
 import random
+import shutil
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,41 @@ torch.set_num_threads(1)
 # It is for power failures: what a killed process has written stays. Tests save some 6,000 files.
 os.fsync = lambda file: None
 
+
+# ---- Long work at the side -----------------------------------------------------------------------
+#
+# A test file with a function begin(folder) starts processes that take a minute. They begin before
+# the first test of all, on the core that the other tests leave idle, and its own tests come last.
+
+BEGUN = {}  # test module: (what begin() returned, its folder)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: hasattr(item.module, "begin"))
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly:
+        return
+    for module in {item.module: None for item in session.items if hasattr(item.module, "begin")}:
+        folder = Path(tempfile.mkdtemp(prefix=f"{module.__name__}-"))
+        BEGUN[module.__name__] = module.begin(folder), folder
+
+
+@pytest.fixture(scope="module")
+def begun(request):
+    return BEGUN[request.module.__name__]
+
+
+def pytest_sessionfinish():
+    for process, folder in BEGUN.values():
+        with contextlib.suppress(ProcessLookupError):     # it and its children have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- For all tests -------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True, scope="function")
 def one_thread():

@@ -39,18 +39,23 @@ def exit_status(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_script(script, folder, actions):
-    """Run these actions of a test file. Returns printed(action): what it printed; it has to have
-    ended well."""
+def begin_script(script, folder, actions):
+    """Start these actions of a test file, beside the tests. finish_script waits for them."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    done = subprocess.run([sys.executable, "-u", script, folder, *actions], encoding="utf-8",
-                          capture_output=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
+    with open(folder / "statuses", "w") as out, open(folder / "errors", "w") as errors:
+        return subprocess.Popen([sys.executable, "-u", script, folder, *actions], env=environment,
+                                stdout=out, stderr=errors, start_new_session=True)
+
+
+def finish_script(process, folder):
+    """Returns printed(action): what it printed; it has to have ended well."""
+    status = process.wait(timeout=900)
+    assert status == 0, (folder / "errors").read_text(encoding="utf-8")
 
     def printed(action):
         out = (folder / f"{action}.txt").read_text(encoding="utf-8")
-        assert f"{action}: 0\n" in done.stdout, out
+        assert f"{action}: 0\n" in (folder / "statuses").read_text(encoding="utf-8"), out
         return out
     return printed
 

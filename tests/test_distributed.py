@@ -27,7 +27,8 @@ from finetune import FinetuneConfig
 from methods import RopeConfig, training_positions
 from methods.lora import LoRA, add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
-from forks import be_the_script, exit_status, forked, free_port, run_script
+from forks import (be_the_script, begin_script, exit_status, finish_script, forked,
+                   free_port)
 from toy_training import read_metrics, settings
 from train import TrainConfig, fit
 from train import new_model as new_model_of_training
@@ -49,12 +50,17 @@ def action(function):
     return function
 
 
+def begin(folder):
+    """conftest.py calls it before the first test of all: the actions take a minute."""
+    return begin_script(__file__, folder, ACTIONS)
+
+
 @pytest.fixture(scope="module")
-def finish(tmp_path_factory):
+def finish(begun):
     """finish(action): the folder in which it worked, and what it printed. All of them run side by
     side."""
-    folder = tmp_path_factory.mktemp("ranks")
-    printed = run_script(__file__, folder, ACTIONS)
+    process, folder = begun
+    printed = finish_script(process, folder)
     return lambda name: (folder / name, printed(name))
 
 

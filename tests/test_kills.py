@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.distributed import whole
 from common.errors import Stopped, UserError
-from forks import be_the_script, exit_status, forked, run_script
+from forks import be_the_script, begin_script, exit_status, finish_script, forked
 from toy_training import (fingerprint, interrupting, logged_steps, read_metrics, read_state,
                           toy_batches, train_tiny)
 from weights import load_model
@@ -28,10 +28,15 @@ from weights import load_model
 pytestmark = pytest.mark.slow
 
 
+def begin(folder):
+    """conftest.py calls it before the first test of all."""
+    return begin_script(__file__, folder, ACTIONS)
+
+
 @pytest.fixture(scope="module")
-def finish(tmp_path_factory):
+def finish(begun):
     """finish(action): what an action printed. All of them run side by side."""
-    return run_script(__file__, tmp_path_factory.mktemp("kills"), ACTIONS)
+    return finish_script(*begun)
 
 
 # ---- Kills: each in a process of its own, forked from one that has imported everything -----------
