@@ -32,7 +32,7 @@ from model import LLaMA, ModelConfig
 from weights import load_model, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PARTS = REPOSITORY / "docs" / "playground"
+PAGE_PARTS = REPOSITORY / "docs" / "playground"
 SAMPLES = ("common/files.py", "common/cli.py")
 PAGE_FACTORS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 LONGEST = 2048          # tokens of a text
@@ -52,9 +52,9 @@ def page(model: LLaMA, tokenizer: Tokenizer) -> str:
 
     def content(found: re.Match) -> str:
         name = found.group(1)
-        return made.get(name) or (PARTS / name).read_text(encoding="utf-8").rstrip("\n")
+        return made.get(name) or (PAGE_PARTS / name).read_text(encoding="utf-8").rstrip("\n")
 
-    return INCLUDE.sub(content, (PARTS / "page.html").read_text(encoding="utf-8"))
+    return INCLUDE.sub(content, (PAGE_PARTS / "page.html").read_text(encoding="utf-8"))
 
 
 def page_tables(model: LLaMA, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{flags.out}   {len(html.encode()) / 1e6:.2f} MB, {len(page_methods())} methods by "
           f"frequencies and {sum(m.distance_map is not None for m in METHODS.values())} maps")
     if flags.picture:
-        with open_browser() as driver, whole_file(REPOSITORY / flags.picture) as file:
+        with open_browser(height=750) as driver, whole_file(REPOSITORY / flags.picture) as file:
             open_page(driver, REPOSITORY / flags.out, "method=yarn&tokens=512")
             file.write(driver.get_screenshot_as_png())
 

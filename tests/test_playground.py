@@ -54,15 +54,15 @@ def test_every_method_that_can_be_on_the_page_is():
 
 
 def test_half_precision_changes_little(tiny_tokenizer):
-    """What README says of the page's weights: logits differ by less than 0.02, losses by 0.001."""
+    """What the page says at its end."""
     text = (ROOT / "common" / "files.py").read_text(encoding="utf-8")
     ids = torch.tensor([tiny_tokenizer.encode(text, bos=True)])
     with torch.inference_mode():
         exact = load_model(ROOT / "data" / "tiny")(ids[:, :256])
         half = half_model()(ids[:, :256])
-    assert 0 < (exact - half).abs().max() < 0.02
+    assert 0 < (exact - half).abs().max() < 0.03
     nll = [torch.nn.functional.cross_entropy(x[0], ids[0, 1:257]) for x in (exact, half)]
-    assert abs(nll[0] - nll[1]) < 1e-3
+    assert abs(nll[0] - nll[1]) < 1e-4
 
 
 # ---- In a browser --------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_logits_are_those_of_pytorch(loaded, tiny_tokenizer, name, factor, tempe
     with torch.inference_mode():
         expected = half_model(rope)(torch.tensor([tokens]))[0].numpy()
     given = page_logits(loaded, tokens, name, factor, temperature, *map(str, settings.values()))
-    assert np.abs(given - expected).max() < 1e-3
+    assert np.abs(given - expected).max() < 2e-4
     if (name, temperature) != ("default", "own"):
         with torch.inference_mode():
             plain = half_model()(torch.tensor([tokens]))[0].numpy()
