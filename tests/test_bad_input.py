@@ -116,6 +116,8 @@ def test_what_can_be_read_for_ever_is_no_text(tmp_path):
     (tmp_path / "kmsg").symlink_to("/proc/kmsg")
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     assert [path.name for path, _ in text_files([str(tmp_path)])] == ["a.txt"]
+    with pytest.raises(UserError, match="the file is empty"):
+        text_files(["/proc/version"])       # what kmsg would be, if it ended
 
 
 def test_links_in_a_circle(tmp_path):

@@ -163,8 +163,8 @@ def test_the_product_does_not_grow_unnoticed():
     many GPUs: its arithmetic, the plan of --dry-run, and the bench that measures whether it is
     right (330). Output to devices and pipes, locks, and a line for everything odd: 377. Then what
     a file says of itself and its checksums, streams that nobody reads, and leftovers of kills:
-    57."""
-    assert sum(map(lines_of_code, product_files())) <= 11604
+    64."""
+    assert sum(map(lines_of_code, product_files())) <= 11611
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)
