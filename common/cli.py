@@ -43,20 +43,38 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
     A UserError, a full disk or an exhausted memory is one line on stderr and exit code 2.
     Ctrl-C is exit code 130, and a reader that went away (`... | head`) is 141.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, `2>&-`: the next file that is opened would be it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        sys.exit(main() or 0)
+        sys.exit(exit_code(main))
+    except BrokenPipeError:
+        sys.exit(141)
+    finally:
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:     # Python would try again at its end, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def exit_code(main: Callable[[], Any]) -> int:
+    """What a command ends with. Its error is printed."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if isinstance(stop, Stopped) else "\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        raise
     except OSError as error:
         # No space left, permission denied, ...: the system's own words, and the file it means.
         message = error.strerror or str(error)
@@ -72,7 +90,7 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
         else:
             raise
     print(f"error: {printable_line(message, 1000)}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
 def is_lost_peer(error: Exception) -> bool:

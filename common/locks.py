@@ -1,10 +1,10 @@
 """One process at a time writes a folder or a file."""
 import contextlib
 import errno
+import glob
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
@@ -44,11 +44,15 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
             file.close()
 
 
-def locked_beside(out: str | Path, wait: bool = False) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def locked_beside(out: str | Path, wait: bool = False) -> Iterator[None]:
     """locked() for a file or folder that appears under its name only when it is complete. The
-    lock's file lies beside it."""
+    lock's file lies beside it. What whole_file left there of one that was killed is removed."""
     path = Path(os.path.abspath(out))
-    return locked(path.with_name(f".{path.name}.lock"), str(out), wait)
+    with locked(path.with_name(f".{path.name}.lock"), str(out), wait):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+            leftover.unlink()
+        yield
 
 
 def take(path: Path, what: str, wait: bool) -> IO:

@@ -55,7 +55,8 @@ class Transfer:
         while True:
             try:
                 return self.receive()
-            except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+            # urllib's errors are OSErrors; what cannot be an address is a ValueError, too
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise  # the disk's fault, not the network's
                 failures = 0 if self.size() > most else failures + 1
@@ -73,7 +74,10 @@ class Transfer:
         reason = getattr(error, "reason", None) or error or type(error).__name__
         message = f"{self.url}: {f'HTTP {code} ' if code else ''}{reason}"
         # 4xx: the request is wrong, unless it is a timeout, a range, or one of too many.
-        if 400 <= code < 500 and code not in (408, 416, 429):
+        refused = 400 <= code < 500 and code not in (408, 416, 429)
+        if isinstance(error, urllib.error.URLError) and not code:
+            refused = isinstance(error.reason, str)     # the network's reasons are exceptions
+        if refused or isinstance(error, (ValueError, http.client.InvalidURL)):
             raise UserError(f"{message}: check the number or the address") from None
         if failures >= ATTEMPTS:
             raise UserError(f"{message}: check the network and run the same command again, "

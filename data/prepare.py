@@ -230,7 +230,7 @@ def tokenizer_for(config: PrepareConfig, paths: list, read: Callable) -> Tokeniz
         trained = train_tokenizer(tokenizer_sample(paths, read), Path(folder, path.name), size)
         content = Path(trained.path).read_bytes()
     if not path.exists():
-        with whole_file(path) as file:
+        with locked_beside(path), whole_file(path) as file:
             file.write(content)
     elif path.read_bytes() != content:      # the same text would have given the same bytes
         raise UserError(f"--train-tokenizer {NEEDS_NEW_PATH}")

@@ -38,12 +38,13 @@ def read_text(path: str | Path, size: int | None = None) -> str | None:
     """A UTF-8 file as text, with line ends "\\n" and no byte order mark; None if it is binary.
     size: read only its first bytes, so many; a character that they cut is dropped."""
     length = os.path.getsize(path)
-    megabytes = min(length, size or length) / 1e6
+    taken = min(length, size or length)
+    megabytes = taken / 1e6
     if megabytes > LARGEST_MB:
         raise UserError(f"{path}: {megabytes:.0f} MB is too large for one document (at most "
                         f"{LARGEST_MB}): split it into several files")
     with open(path, "rb") as file:
-        data = file.read(size)
+        data = file.read(taken)     # some of /proc have no bytes, and no end
     if b"\0" in data:
         return None
     decoder = codecs.getincrementaldecoder("utf-8-sig")()

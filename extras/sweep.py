@@ -57,7 +57,7 @@ from rope import angle_bins, angle_disturbance
 from train import fit
 from weights import load_config, load_model, load_tokenizer, with_rope
 from weights.size import parameter_count
-from weights.training_state import resumable_settings
+from weights.training_state import open_state, resumable_settings
 
 
 @dataclass
@@ -309,7 +309,7 @@ def is_past(settings: FinetuneConfig, steps: int) -> bool:
     if not path.exists():
         return False
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = open_state(path)
         there = state["settings"]
         steps_done = state["step"]
     except Exception:  # damaged bytes raise anything

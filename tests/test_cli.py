@@ -453,6 +453,44 @@ def test_a_reader_that_has_gone_is_no_error():
     assert process.wait() == 141
 
 
+COMMAND = """if True:
+    import os, sys
+    from common.cli import run_command
+    from common.errors import UserError
+    from tqdm import tqdm
+    def main():
+        assert os.open(os.devnull, os.O_RDONLY) > 2, "a file takes the place of a stream"
+        for _ in tqdm(range(1), disable=None):
+            print("a table")
+        if sys.argv[1] == "wrong":
+            raise UserError("wrong")
+    run_command(main)
+"""
+
+
+def run_with(streams, how):
+    """(exit code, what stdout got, what stderr got) of COMMAND, with streams as the shell says."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, gone = os.pipe()
+    os.close(reader)
+    done = subprocess.run(["bash", "-c", f'exec "$@" {streams.replace("GONE", str(gone))}', "bash",
+                           sys.executable, "-c", COMMAND, how], cwd=ROOT, env=buffered,
+                          pass_fds=[gone], capture_output=True, encoding="utf-8")
+    os.close(gone)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("streams, how, expected", [
+    (">&-", "fine", (0, "", "")), ("2>&-", "fine", (0, "a table\n", "")),
+    (">&- 2>&-", "wrong", (2, "", "")), (">&-", "wrong", (2, "", "error: wrong\n")),
+    ("2>&-", "wrong", (2, "a table\n", "")), (">&GONE", "fine", (141, "", "")),
+    (">&GONE", "wrong", (2, "", "error: wrong\n")), ("2>&GONE", "wrong", (141, "a table\n", "")),
+    (">/dev/full", "fine", (2, "", "error: No space left on device\n"))])
+def test_streams_that_are_closed_or_that_nobody_reads(streams, how, expected):
+    """Python itself has a word to say at its end about what it could not write; this has none."""
+    assert run_with(streams, how) == expected
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
 
 

@@ -812,6 +812,17 @@ def test_no_server_at_all(server, tmp_path, monkeypatch):
     assert len(server.pauses) == 5
 
 
+@pytest.mark.parametrize("address", [
+    "http://[", "http:///x", "http://", "x", "nothing://127.0.0.1/f", "http://127.0.0.1:x/f",
+    "http://a b/f", f"http://{64 * 'a'}.org/f"])
+def test_what_is_no_address_is_asked_for_once(server, tmp_path, address):
+    with pytest.raises(UserError, match="check the number or the address") as caught:
+        download(address, tmp_path / "f")
+    assert str(caught.value).startswith(f"{address}: ")
+    assert server.pauses == []
+    assert not (tmp_path / "f").exists()
+
+
 def test_progress_is_not_failure(server, tmp_path):
     """A line that breaks after every little piece gets there: half of the rest each time, more
     pieces than ATTEMPTS."""

@@ -5,6 +5,7 @@ are forked from one that has imported everything, and use gloo.
 """
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -251,6 +252,27 @@ def test_resumed_bit_for_bit_or_by_another_number(finish, kind):
         for a, b in zip(read_metrics(f"{folder}whole"), read_metrics(f"{folder}{world}")):
             assert b["loss"] == pytest.approx(a["loss"], abs=1e-6)
     assert list(saved_states(Path(f"{folder}4"))) == [2], "one state is kept, the newest"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_flipped_bit_in_a_sharded_state_is_noticed(finish, tmp_path):
+    """Its checksums are in state.pt; one that has none is from before there were any."""
+    folder, _ = finish("resume")
+    case = {"settings": {"schedule": "constant", "save_every": 10}}
+    shutil.copytree(folder / "full-4", tmp_path / "run")
+    (state,) = saved_states(tmp_path / "run").values()
+    shards = sorted(state.glob("*.distcp"))
+    assert len(shards) == 4
+    data = bytearray(shards[2].read_bytes())
+    at = data.find(b"data/0") + 200         # among the values of its first tensor
+    data[at] ^= 1
+    shards[2].write_bytes(data)
+    with pytest.raises(UserError, match="the state of this run cannot be read .ValueError"):
+        train(tmp_path / "run", case, steps=20)
+    content = torch.load(state / "state.pt", weights_only=True)
+    del content["checksums"]
+    torch.save(content, state / "state.pt")
+    train(tmp_path / "run", case, steps=20)
 
 
 @action

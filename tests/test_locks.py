@@ -134,6 +134,20 @@ def test_an_export_holds_its_name(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """A whole model, perhaps. What has another name stays."""
+    script = ("import os, sys; from common.files import whole_file\n"
+              "with whole_file(sys.argv[1]) as file: os.kill(os.getpid(), 9)")
+    out = tmp_path / "[m].gguf"
+    subprocess.run([sys.executable, "-c", script, out], cwd=ROOT)
+    (tmp_path / ".[m].gguf.old.tmp").touch()
+    (tmp_path / ".m.gguf.abcdefgh.tmp").touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    with locked_beside(out):
+        names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".[m].gguf.lock", ".[m].gguf.old.tmp", ".m.gguf.abcdefgh.tmp"}
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_folder_of_tokens_is_replaced_by_one_at_a_time(tmp_path, linked):
     """What was killed before, also between the two renames, is cleared away or brought back. A link

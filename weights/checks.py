@@ -1,10 +1,13 @@
 """What every reader of weights asks of a tensor before it goes into a model."""
 import math
+import zipfile
+import zlib
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,3 +43,53 @@ def check_tensor_values(file: Path, name: str, tensor: torch.Tensor, dtype: torc
     if largest > torch.finfo(dtype).max:
         raise UserError(f"{file}: {name} reaches {largest:.3g}, too large for {dtype}: load it as "
                         "bfloat16 or float32")
+
+
+# ---- .pth files ----------------------------------------------------------------------------------
+
+def check_archive(file: Path) -> None:
+    """A ValueError if a .pth file, a zip archive, says of itself that it holds more than it has
+    bytes: it could fill memory. torch.save does not compress, and where the file is mapped,
+    compressed bytes would be taken for numbers."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if any(record.compress_type for record in records):
+        raise ValueError("its records are compressed")
+    if sum(record.file_size for record in records) > file.stat().st_size:
+        raise ValueError("its records are larger than the file")
+
+
+def check_crc(file: Path) -> None:
+    """A UserError if a checksum in a .pth file is wrong. PyTorch writes them, unless it is told not
+    to, and does not check them when it reads. Other formats have none: safetensors, GGUF, and
+    PyTorch's before 1.6."""
+    if not starts_as_zip(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.CRC != 0:
+                    with archive.open(record) as data:
+                        while data.read(2**20):     # raises at the end
+                            pass
+    except Exception as error:  # damaged bytes raise anything
+        raise UserError(f"{file}: damaged ({one_line(error)}): copy it again") from None
+
+
+def starts_as_zip(file: Path) -> bool:
+    with open(file, "rb") as start:
+        return start.read(2) == b"PK"
+
+
+def crc32_of(file: IO[bytes], length: int) -> int:
+    """Of the next bytes of a file, so many."""
+    checksum = 0
+    while data := file.read(min(length, 2**24)):
+        checksum = zlib.crc32(data, checksum)
+        length -= len(data)
+    return checksum
+
+
+def file_crc32(path: Path) -> int:
+    with open(path, "rb") as file:
+        return crc32_of(file, path.stat().st_size)

@@ -14,14 +14,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from common.device import choose_device
-from common.distributed import own_part
+from common.distributed import join_process_group, own_part
 from common.errors import UserError
 from methods import RopeConfig, build_clex
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights import gguf, hugging_face, meta
 from weights.adapter import adapted_config, base_of, is_adapter, merge_adapter
-from weights.checks import check_tensor_values
+from weights.checks import check_crc, check_tensor_values
 from weights.presets import how_to_get_weights, preset_config
 from weights.save import SAVED, find_file
 
@@ -61,7 +61,11 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
         for name, tensor in untrained.items():
             part, own = own_part(tensors[name], (), tensor)
             part.copy_(own)
+    checked = None              # the last file whose checksums were; of several GPUs one checks
     for file, name, place, stored in layout.read_tensors(path, shapes):
+        if file != checked and (shard is None or join_process_group()[0] == 0):
+            check_crc(file)
+            checked = file
         if name not in tensors:
             tensors[name] = torch.empty(shapes[name], dtype=dtype or stored.dtype, device=device)
         part, stored = own_part(tensors[name], place, stored)

@@ -20,7 +20,6 @@ joins the parts along the dimension that had been cut. A weight is [out, in]; he
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from common.errors import UserError, one_line
 from common.files import read_json
 from methods import RopeConfig
 from model import ModelConfig
-from weights.checks import REMAP
+from weights.checks import REMAP, check_archive, starts_as_zip
 from weights.save import SAVED, find_file
 
 # ---- params.json ---------------------------------------------------------------------------------
@@ -193,12 +192,10 @@ def checkpoint_shards(folder: str | Path) -> list[Path]:
 def open_checkpoint(file: Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a .pth file, memory-mapped; read, if it is in the format of PyTorch before
     1.6. Code inside a pickle never runs."""
-    with open(file, "rb") as start:
-        is_zip = start.read(2) == b"PK"
+    is_zip = starts_as_zip(file)
     try:
-        if is_zip and any(record.compress_type for record in zipfile.ZipFile(file).infolist()):
-            # Mapped, compressed bytes would be taken for numbers.
-            raise ValueError("its records are compressed")
+        if is_zip:
+            check_archive(file)
         with warnings.catch_warnings():  # an odd pickle is refused below, if it is wrong
             warnings.simplefilter("ignore")
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)

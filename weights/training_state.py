@@ -7,7 +7,6 @@ import math
 import operator
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 
 from common.cli import is_lost_peer, is_out_of_memory
-from common.distributed import (is_sharded, join_process_group, load_shards, of_first_rank,
-                                save_shards, wait_for_all_ranks)
+from common.distributed import (is_sharded, join_process_group, load_shards, of_all_ranks,
+                                of_first_rank, save_shards, wait_for_all_ranks)
 from common.errors import UserError
 from common.files import read_json_object, remove
 from methods.lora import lora_of
 from model import LLaMA
 from weights.adapter import adapter_tensors, save_adapter, trained_tensors
+from weights.checks import check_archive, check_crc, file_crc32
 from weights.save import (ADAPTER_CONFIG, find_file, give_shards, save_model, save_tensors,
                           weight_files)
 
@@ -76,8 +76,10 @@ def save_sharded_run(model: LLaMA, optimizer: torch.optim.Optimizer, out: Path,
     number = of_first_rank(1 + max(before, default=0))
     saving, folder = out / f".state.{number}.tmp", out / f"state.{number}"
     save_shards(saving, model, optimizer)
+    own = {file.name: file_crc32(file) for file in saving.glob(f"__{rank}_*")}
+    state = {**state, "rng": torch.get_rng_state(), "checksums": of_all_ranks(own)}
     if rank == 0:
-        save_tensors(saving / "state.pt", {**state, "rng": torch.get_rng_state()})
+        save_tensors(saving / "state.pt", state)
         os.replace(saving, folder)
         for older in [*before.values(), out / "state.pt"]:
             if older.exists():
@@ -115,8 +117,7 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
     if path is None or config.fresh:
         return 0, 0.0
     with readable(path):
-        check_crc(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = open_state(path)
         # operator.index: a TypeError for what is no whole number.
         step, seconds = operator.index(state["step"]), float(state["seconds"])
         here, there = origin["settings"], state["settings"]
@@ -143,18 +144,27 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
             model.load_state_dict(state["model"], strict=lora_of(model) is None)
             optimizer.load_state_dict(state["optimizer"])
         else:
+            check_shards(path.parent, state.get("checksums", []))
             load_shards(path.parent, model, optimizer)
         torch.set_rng_state(state["rng"])
     return step, seconds
 
 
-def check_crc(path: Path) -> None:
-    """A ValueError if a checksum in a state.pt is wrong. PyTorch writes them, and does not check
-    them when it reads. The files that hold the weights of a sharded run have none."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"{damaged} is damaged")
+def open_state(path: Path) -> dict[str, Any]:
+    """A state.pt, memory-mapped. Damaged bytes raise anything."""
+    check_archive(path)
+    check_crc(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_shards(folder: Path, checksums: list[dict[str, int]]) -> None:
+    """A ValueError if a file that save_shards wrote is damaged. PyTorch's format has no checksums:
+    they are in state.pt, {file: CRC-32} for each rank that saved. Runs of before have none."""
+    rank, world = join_process_group()
+    for part in checksums[rank::world]:
+        for name, checksum in part.items():
+            if file_crc32(folder / name) != checksum:
+                raise ValueError(f"{name} is damaged")
 
 
 @contextlib.contextmanager
