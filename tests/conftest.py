@@ -25,7 +25,7 @@ os.fsync = lambda file: None
 # A test file with a function begin(folder) starts processes that take a minute. They begin before
 # the first test of all, on the core that the other tests leave idle, and its own tests come last.
 
-BEGUN = {}  # test module: (what begin() returned, its folder)
+BEGUN = {}  # test module: (the process that begin() returned, its folder)
 
 
 def pytest_collection_modifyitems(items):
@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish(session):
     if session.config.option.collectonly:
         return
-    for module in {item.module: None for item in session.items if hasattr(item.module, "begin")}:
+    waiting = [item.module for item in session.items if "begun" in item.fixturenames]
+    for module in dict.fromkeys(waiting):
         folder = Path(tempfile.mkdtemp(prefix=f"{module.__name__}-"))
         BEGUN[module.__name__] = module.begin(folder), folder
 
@@ -47,9 +48,10 @@ def begun(request):
 
 def pytest_sessionfinish():
     for process, folder in BEGUN.values():
-        with contextlib.suppress(ProcessLookupError):     # it and its children have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):     # it and its children have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
