@@ -72,6 +72,14 @@ function currentRope() {
   return ropeOf(value("method"), Number(value("factor")), value("temperature"));
 }
 
+// Whether another factor would change anything.
+function factorMatters(method) {
+  const [two, eight] = [2, 8].map(factor => ropeOf(method, factor, "own"));
+  const seen = rope => distanceSeen(bandsOf(rope), longest - 1, 0);
+  return two.frequencies.some((theta, pair) => theta !== eight.frequencies[pair])
+         || seen(two) !== seen(eight);
+}
+
 function currentText() {
   return value("text") === "own" ? value("own") : tables.samples[value("text")];
 }
@@ -139,6 +147,8 @@ function settingsChanged(refused = "") {
     show("w-name").textContent = names[0];
     show("g-name").textContent = names[1] ?? "";
   }
+  show("method-words").textContent = control("method").selectedOptions[0].dataset.words;
+  control("factor").disabled = !factorMatters(method);
   show("own-text").hidden = value("text") !== "own";
   show("tokens-now").textContent = value("tokens");
   show("depth-now").textContent = value("depth") + " %";
@@ -166,7 +176,7 @@ function start() {
   const length = Number(value("tokens"));
   const isPlain = rope.method === "default" && rope.temperature === "none";
   const name = JSON.stringify([text, length]);
-  results.plain = plainLosses.get(name);
+  if (!isPlain) results.plain = plainLosses.get(name);
   const plain = isPlain || results.plain ? null : ropeOf("default", 1, "own");
   const started = performance.now();
   const seconds = () => ((performance.now() - started) / 1000).toFixed(1);
@@ -176,10 +186,8 @@ function start() {
     if (data.kind === "progress") say(data.share, "reading …");
     if (data.kind === "done") say(1, `read in ${seconds()} s`);
     if (data.kind === "text" || data.kind === "passkey") results[data.kind] = data;
-    if (data.kind === "plain" || data.kind === "text" && isPlain) {
-      results.plain = data.nll;
-      plainLosses.set(name, data.nll);
-    }
+    if (data.kind === "plain") results.plain = data.nll;
+    if (data.kind === "plain" || data.kind === "text" && isPlain) plainLosses.set(name, data.nll);
     drawResults();
   };
   const job = { rope, plain, text, length, key: value("key"), depth: value("depth") / 100 };
@@ -200,10 +208,10 @@ function say(share, words) {
 // ---- Views --------------------------------------------------------------------------------------
 
 function methodName() {
-  const chosen = control("method").selectedOptions[0].textContent;
-  const factor = value("method") === "default" ? "" : ` × ${value("factor")}`;
-  const temperature = value("temperature") === "own" ? "" : `, ${value("temperature")}`;
-  return chosen + factor + temperature;
+  const chosen = name => control(name).selectedOptions[0].textContent;
+  const factor = factorMatters(value("method")) ? ` × ${value("factor")}` : "";
+  if (value("temperature") === "own") return chosen("method") + factor;
+  return `${chosen("method")}${factor}, temperature ${chosen("temperature")}`;
 }
 
 // What needs no model: angles and distances.
@@ -232,12 +240,14 @@ function drawText() {
   show("losses-words").textContent = drawLosses(show("losses"), curves, L) + short;
   show("kept-name").textContent = kept ? kept.name : "";
   show("kept-legend").hidden = !kept;
+  show("plain-legend").hidden = curves.every(curve => curve.className !== "plain");
 }
 
 function drawPasskey() {
   const { shortest, written, found, distance } = results.passkey;
   const verdict = show("verdict");
   if (shortest) {
+    if (value("from") === "passkey") clear("attention");
     verdict.className = "";
     verdict.textContent = `A prompt with this passkey has at least ${shortest} tokens: choose a `
                           + "longer text.";
@@ -246,6 +256,11 @@ function drawPasskey() {
   verdict.className = found ? "found" : "lost";
   verdict.textContent = `${found ? "Found" : "Lost"}: the key ${value("key")} lies ${distance} `
                         + `tokens back, and the model writes ${JSON.stringify(written.trim())}.`;
+}
+
+function clear(name) {
+  show(name).replaceChildren();
+  show(`${name}-words`).textContent = "";
 }
 
 function drawAttentionOf({ attentions, tokens, sentence }) {
@@ -262,8 +277,8 @@ function fill(name, options) {
 }
 
 fill("factor", tables.factors.map(factor => [factor, factor]));
-fill("layer", Array.from({ length: tables.config.layers }, (_, i) => [i, i + 1]));
-fill("head", Array.from({ length: tables.config.heads }, (_, i) => [i, i + 1]));
+fill("layer", Array.from({ length: tables.config.layers }, (_, i) => [i, i]));
+fill("head", Array.from({ length: tables.config.heads }, (_, i) => [i, i]));
 fill("text", [...Object.keys(tables.samples).map(path => [path, path]), ["own", "your own"]]);
 control("factor").value = "2";
 control("layer").value = form.dataset.layer;
@@ -272,7 +287,8 @@ for (const one of form.elements) one.dataset.first = one.value;
 
 const redrawOnly = new Set(["layer", "head", "from"]);
 let waiting;
-form.addEventListener("input", event => {
+document.addEventListener("input", event => {      // some controls stand beside the views
+  if (event.target.form !== form) return;
   const name = event.target.name;
   if (redrawOnly.has(name)) {
     writeLink();
@@ -308,17 +324,20 @@ function showStep(link) {
   const now = steps.findIndex(step => !step.hidden);
   show("back").disabled = now === 0;
   show("next").disabled = now === steps.length - 1;
-  const changed = found < 0 ? ", with other settings" : "";
-  show("step-now").textContent = `Step ${now + 1} of ${steps.length}${changed}`;
+  show("step-now").textContent = `Step ${now + 1} of ${steps.length}`;
+  show("walk").classList.toggle("left", found < 0);
+  show("return").hidden = found >= 0;
 }
 
 function walk(by) {
   const now = steps.findIndex(step => !step.hidden);
   location.hash = steps[now + by].dataset.link;
+  if (show("walk").getBoundingClientRect().top < 0) show("walk").scrollIntoView();
 }
 
 show("back").addEventListener("click", () => walk(-1));
 show("next").addEventListener("click", () => walk(1));
+show("return").addEventListener("click", () => walk(0));
 
 // ---- Begin --------------------------------------------------------------------------------------
 

@@ -27,12 +27,12 @@ function line(points, className) {
 
 // ---- Axes ---------------------------------------------------------------------------------------
 
-// Clears an <svg> and draws axes: x from 0 to xMax in tokens, y from 0 to yMax. marks: [[x, name]].
-// Returns { x, y }, the functions from numbers to pixels.
-function axes(svg, xMax, yMax, yTicks, marks) {
+// Clears an <svg> and draws axes: x from 0 to xMax in tokens, y from 0 to yMax, which is `yName`.
+// marks: [[x, name]]. Returns { x, y }, the functions from numbers to pixels.
+function axes(svg, xMax, yMax, yName, yTicks, marks) {
   const width = Math.max(svg.clientWidth, 160);
   const height = Math.max(svg.clientHeight, 100);
-  const left = 40, right = width - 16, top = 18, bottom = height - 24;
+  const left = 40, right = width - 16, top = 30, bottom = height - 38;
   const x = value => left + value / xMax * (right - left);
   const y = value => bottom - value / yMax * (bottom - top);
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -41,13 +41,15 @@ function axes(svg, xMax, yMax, yTicks, marks) {
     svg.append(line([[left, y(value)], [right, y(value)]], "grid"));
     svg.append(words(left - 6, y(value) + 4, "end", value));
   }
-  const step = [64, 128, 256, 512].find(size => xMax / size <= Math.max(4, width / 90));
+  svg.append(words(2, 12, "start", yName));
+  svg.append(words((left + right) / 2, height - 4, "middle", "position (tokens)"));
+  const step = [8, 16, 32, 64, 128, 256, 512].find(size => xMax / size <= Math.max(4, width / 90));
   for (let value = 0; value <= xMax; value += step) {
-    svg.append(words(x(value), height - 6, "middle", value));
+    svg.append(words(x(value), height - 22, "middle", value));
   }
   for (const [value, name] of marks.filter(([value]) => value > 0 && value < xMax)) {
     svg.append(line([[x(value), top], [x(value), bottom]], "mark"));
-    svg.append(words(x(value), 12, "middle", name));
+    svg.append(words(x(value), 24, "middle", name));
   }
   return { x, y };
 }
@@ -69,11 +71,13 @@ function smoothed(nll) {
 // within the window and beyond it.
 function drawLosses(svg, curves, L) {
   const { nll, name } = curves.at(-1);
-  const { x, y } = axes(svg, nll.length, 8, [0, 2, 4, 6, 8], [[L, `L = ${L}`]]);
-  for (const curve of curves) {
-    const points = smoothed(curve.nll).map(([at, loss]) => [x(at), y(Math.min(loss, 8))]);
-    svg.append(line(points, curve.className));
-  }
+  const drawn = curves.map(curve => smoothed(curve.nll));
+  const highest = Math.max(8, ...drawn.flat().map(([, loss]) => loss));
+  const { x, y } = axes(svg, nll.length, highest, "nats", [0, 2, 4, 6, 8], [[L, `L = ${L}`]]);
+  drawn.forEach((points, i) => {
+    const pixels = points.map(([position, loss]) => [x(position), y(loss)]);
+    svg.append(line(pixels, curves[i].className));
+  });
   const dashes = (loss, from, to) => {
     svg.append(line([[x(from), y(loss)], [x(to), y(loss)]], "dashes"));
     return loss.toFixed(2);
@@ -93,9 +97,10 @@ function drawAttention(svg, shares, span, tokenText, L) {
   const size = Math.ceil(S / 128);                                      // tokens in a bar
   const bars = [];
   for (let n = 0; n < S; n += size) bars.push(sum(shares.subarray(n, n + size)));
-  const highest = Math.max(0.1, ...bars);
-  const ticks = [0, highest / 2, highest].map(value => value.toFixed(2));
-  const { x, y } = axes(svg, S, highest, ticks, [[S - L, "L tokens back"]]);
+  const highest = [0.25, 0.5, 1].find(value => value >= Math.max(...bars)) ?? 1;
+  const name = size === 1 ? "share of attention" : `share, of ${size} tokens a bar`;
+  const ticks = [0, highest / 2, highest];
+  const { x, y } = axes(svg, S, highest, name, ticks, [[S - L, "L tokens back"]]);
   const bar = (name, from, to, height) => svg.append(shape("rect", {
     class: name, x: x(from), y: y(height), width: x(to) - x(from), height: y(0) - y(height) }));
   if (span) bar("span", ...span, highest);
@@ -148,8 +153,10 @@ function drawDials(container, rope, trained, T) {
   }));
   const count = ["No pair meets", "One pair meets"][fresh.length]
                 ?? `${fresh.length} of ${pairs.length} pairs meet`;
+  const speeds = [0, 8, 16, 31].map(pair => +(rope.frequencies[pair] / trained[pair]).toFixed(2));
   return `${count} angles that training never showed. The farthest key stands at a distance of `
-         + `${+most.toFixed(1)}.`;
+         + `${+most.toFixed(1)}. Pairs 0, 8, 16 and 31 turn ${speeds.join(", ")} times as fast as `
+         + "in training.";
 }
 
 // A part of a ring around 0, clockwise from the top; at most a whole turn.
