@@ -54,6 +54,8 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
         sys.exit(exit_code(main))
     except BrokenPipeError:
         sys.exit(141)
+    except OSError:             # the error itself could not be printed
+        sys.exit(2)
     finally:
         for stream in streams:
             try:
@@ -65,7 +67,10 @@ def run_command(main: Callable[[], Any]) -> NoReturn:
 def exit_code(main: Callable[[], Any]) -> int:
     """What a command ends with. Its error is printed."""
     try:
-        code = main() or 0
+        try:
+            code = main() or 0
+        except SystemExit as end:       # -h
+            code = end.code or 0
         sys.stdout.flush()
         return code
     except UserError as error:

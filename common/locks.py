@@ -20,9 +20,9 @@ CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
+def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[bool]:
     """Hold a lock for the time of the block. The operating system takes it from a process that is
-    killed.
+    killed. Yields whether there is one.
 
     path: the lock's file. It holds number and command of the process that has the lock, and is
         removed at the end.
@@ -36,7 +36,7 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
         if error.errno not in CANNOT_LOCK:
             raise
     try:
-        yield
+        yield file is not None
     finally:
         if file is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -47,11 +47,15 @@ def locked(path: str | Path, what: str, wait: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def locked_beside(out: str | Path, wait: bool = False) -> Iterator[None]:
     """locked() for a file or folder that appears under its name only when it is complete. The
-    lock's file lies beside it. What whole_file left there of one that was killed is removed."""
+    lock's file lies beside it. What whole_file left of one that was killed is removed: with the
+    lock, nobody else is writing it."""
     path = Path(os.path.abspath(out))
-    with locked(path.with_name(f".{path.name}.lock"), str(out), wait):
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
-            leftover.unlink()
+    target = Path(os.path.realpath(out))        # whole_file writes beside what a link leads to
+    with locked(path.with_name(f".{path.name}.lock"), str(out), wait) as alone:
+        leftovers = target.parent.glob(f".{glob.escape(target.name)}.????????.tmp")
+        for leftover in leftovers if alone else ():
+            with contextlib.suppress(OSError):  # somebody else's
+                leftover.unlink()
         yield
 
 

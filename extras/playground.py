@@ -161,20 +161,22 @@ def wait_for(driver: Any, condition: str, limit: float = 120) -> None:
     """Until a JavaScript expression is true."""
     end = time.monotonic() + limit
     while not driver.execute_script(f"return {condition}"):
-        assert time.monotonic() < end, f"the page did not come to {condition}"
+        if time.monotonic() > end:
+            raise UserError(f"the page did not come to {condition} in {limit:.0f} seconds")
         time.sleep(0.05)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(PlaygroundFlags, __doc__, argv)
-    html = page(load_model("data/tiny"), load_tokenizer("data/tiny"))
-    with whole_file(REPOSITORY / flags.out, "w") as file:
+    tiny = REPOSITORY / "data" / "tiny"
+    html = page(load_model(tiny), load_tokenizer(tiny))
+    with whole_file(flags.out, "w") as file:
         file.write(html)
     print(f"{flags.out}   {len(html.encode()) / 1e6:.2f} MB, {len(page_methods())} methods by "
           f"frequencies and {sum(m.distance_map is not None for m in METHODS.values())} maps")
     if flags.picture:
-        with open_browser(height=750) as driver, whole_file(REPOSITORY / flags.picture) as file:
-            open_page(driver, REPOSITORY / flags.out, "method=yarn&tokens=512")
+        with open_browser(height=750) as driver, whole_file(flags.picture) as file:
+            open_page(driver, flags.out, "method=yarn&tokens=512")
             file.write(driver.get_screenshot_as_png())
 
 

@@ -464,6 +464,8 @@ COMMAND = """if True:
             print("a table")
         if sys.argv[1] == "wrong":
             raise UserError("wrong")
+        if sys.argv[1] == "-h":
+            sys.exit(0)
     run_command(main)
 """
 
@@ -485,7 +487,9 @@ def run_with(streams, how):
     (">&- 2>&-", "wrong", (2, "", "")), (">&-", "wrong", (2, "", "error: wrong\n")),
     ("2>&-", "wrong", (2, "a table\n", "")), (">&GONE", "fine", (141, "", "")),
     (">&GONE", "wrong", (2, "", "error: wrong\n")), ("2>&GONE", "wrong", (141, "a table\n", "")),
-    (">/dev/full", "fine", (2, "", "error: No space left on device\n"))])
+    (">/dev/full", "fine", (2, "", "error: No space left on device\n")),
+    (">/dev/full", "-h", (2, "", "error: No space left on device\n")),
+    ("2>/dev/full", "wrong", (2, "a table\n", ""))])
 def test_streams_that_are_closed_or_that_nobody_reads(streams, how, expected):
     """Python itself has a word to say at its end about what it could not write; this has none."""
     assert run_with(streams, how) == expected

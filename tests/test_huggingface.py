@@ -1312,3 +1312,16 @@ def test_info(folder, json_folder, capsys):
     weights_command(["info", "--model", str(folder.parent / "meta")])
     assert ("300 pieces, BOS 0 and EOS 1 where asked for; transformers adds BOS unasked"
             in capsys.readouterr().out)
+
+
+def test_a_header_whose_length_reads_pk_is_no_zip_archive(folder):
+    """The first eight bytes of a .safetensors file are the length of its header."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    longer = int.from_bytes(b"PK\0\0\0\0\0\0", "little")
+    assert size < longer
+    header = data[8:8 + size] + b" " * (longer - size)
+    path.write_bytes(longer.to_bytes(8, "little") + header + data[8 + size:])
+    assert path.read_bytes()[:2] == b"PK"
+    load_model(folder)

@@ -148,6 +148,25 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert names == {".[m].gguf.lock", ".[m].gguf.old.tmp", ".m.gguf.abcdefgh.tmp"}
 
 
+def test_only_who_has_the_lock_removes_what_is_left(tmp_path, monkeypatch):
+    """Where no lock can be had, it may be the file of a process at work. What cannot be removed
+    stays. And whole_file writes beside what a link leads to."""
+    leftover = tmp_path / ".m.gguf.abcdefgh.tmp"
+    leftover.touch()
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "m"
+    link.symlink_to(tmp_path / "m.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(common.locks, "flock", None)
+        with locked_beside(tmp_path / "m.gguf"):
+            assert leftover.exists()
+    with locked_beside(link):
+        assert not leftover.exists()
+    leftover.mkdir()
+    with locked_beside(link):
+        assert leftover.exists()
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_folder_of_tokens_is_replaced_by_one_at_a_time(tmp_path, linked):
     """What was killed before, also between the two renames, is cleared away or brought back. A link

@@ -77,8 +77,10 @@ def check_crc(file: Path) -> None:
 
 
 def starts_as_zip(file: Path) -> bool:
+    """Whether it begins as a zip archive. (Two bytes are not enough: the length of a safetensors
+    file's header may be "PK".)"""
     with open(file, "rb") as start:
-        return start.read(2) == b"PK"
+        return start.read(4) == b"PK\3\4"
 
 
 def crc32_of(file: IO[bytes], length: int) -> int:

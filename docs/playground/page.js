@@ -9,10 +9,10 @@ const form = document.getElementById("settings");
 const show = id => document.getElementById(id);
 const weights = readWeights();
 
-let worker = null;
-let results = {};           // what the worker has sent: text, passkey, plain
-let kept = null;            // a curve that the reader wants to compare with
-const plainLosses = new Map();  // by text and length
+// The reading at work, or the last one: its worker, its captions, and what the worker has sent.
+let reading = null;         // { worker, name, key, tokens, text, passkey, plain }
+let kept = null;            // { name, nll }: a curve that the reader wants to compare with
+const plainLosses = { text: "", byTokens: new Map() };  // of plain RoPE, for the last text
 
 // ---- Weights ------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ function followLink() {
     }
     const before = target.value;
     target.value = wanted;
-    if (lines(target.value) === lines(wanted)) continue;
+    if (target.selectedIndex !== -1 && lines(target.value) === lines(wanted)) continue;
     target.value = before;
     refused.push(`The link says ${name} = “${wanted.slice(0, 40)}”, which cannot be chosen; `
                  + `it stays ${before || "empty"}.`);
@@ -124,20 +124,28 @@ function followLink() {
   return refused.join(" ");
 }
 
-// Returns what stands behind the # of the address.
-function writeLink() {
+// What stands behind the # of the address: all that is not as at first, but for `left out`.
+function linkOf(...leftOut) {
   const all = new URLSearchParams();
   for (const { name, value: chosen, dataset } of form.elements) {
-    if (!name || chosen === dataset.first) continue;
-    if (name === "own" && (value("text") !== "own" || chosen.length > 4000)) continue;
+    if (!name || chosen === dataset.first || leftOut.includes(name)) continue;
+    if (name === "own" && (value("text") !== "own" || isLong(chosen))) continue;
     all.set(name, chosen);
   }
-  history.replaceState(null, "", "#" + all);
   return String(all);
+}
+
+function writeLink() {
+  history.replaceState(null, "", "#" + linkOf());
+}
+
+function isLong(text) {
+  return text.length > 4000;
 }
 
 // ---- Following the settings ---------------------------------------------------------------------
 
+// Shows which settings there are, refuses what cannot be, and reads the texts anew.
 function settingsChanged(refused = "") {
   const method = value("method");
   const names = tables.maps[method];
@@ -150,49 +158,80 @@ function settingsChanged(refused = "") {
   show("method-words").textContent = control("method").selectedOptions[0].dataset.words;
   control("factor").disabled = !factorMatters(method);
   show("own-text").hidden = value("text") !== "own";
-  show("tokens-now").textContent = value("tokens");
-  show("depth-now").textContent = value("depth") + " %";
-  show("pair-now").textContent = value("pair");
-  showStep(writeLink());
+  showNumbers();
+  writeLink();
+  showStep();
   const problem = problemOf();
-  show("problem").textContent = [refused, problem].filter(Boolean).join(" ");
+  const long = value("text") === "own" && isLong(value("own"));
+  const remark = long ? "The text is too long for the address: a link will not carry it." : "";
+  show("problem").textContent = [refused, problem, remark].filter(Boolean).join(" ");
   stop();
   if (problem) return;
   drawPositions();
   start();
 }
 
+function showNumbers() {
+  show("tokens-now").textContent = value("tokens");
+  show("depth-now").textContent = value("depth") + " %";
+  show("pair-now").textContent = value("pair");
+}
+
+// Ends the reading. What was drawn of it is dimmed until something else takes its place.
 function stop() {
-  worker?.terminate();
-  worker = null;
-  results = {};
-  show("results").classList.add("stale");
+  reading?.worker.terminate();
+  reading = null;
+  for (const section of document.querySelectorAll("#results section")) {
+    section.classList.add("stale");
+  }
   say(0, "");
 }
 
 function start() {
   const rope = currentRope();
   const text = currentText();
-  const length = Number(value("tokens"));
+  const tokens = Number(value("tokens"));
   const isPlain = rope.method === "default" && rope.temperature === "none";
-  const name = JSON.stringify([text, length]);
-  if (!isPlain) results.plain = plainLosses.get(name);
-  const plain = isPlain || results.plain ? null : ropeOf("default", 1, "own");
+  if (plainLosses.text !== text) {
+    plainLosses.text = text;
+    plainLosses.byTokens.clear();
+  }
+  const worker = new Worker(workerAddress);
+  reading = { worker, name: methodName(), key: value("key"), tokens, isPlain };
+  if (!isPlain) reading.plain = plainLosses.byTokens.get(tokens);
+  const plain = isPlain || reading.plain ? null : ropeOf("default", 1, "own");
   const started = performance.now();
-  const seconds = () => ((performance.now() - started) / 1000).toFixed(1);
-  worker = new Worker(workerAddress);
   worker.onerror = event => say(0, `The worker failed: ${event.message}`);
   worker.onmessage = ({ data }) => {
+    if (reading?.worker !== worker) return;              // it has been ended meanwhile
     if (data.kind === "progress") say(data.share, "reading …");
-    if (data.kind === "done") say(1, `read in ${seconds()} s`);
-    if (data.kind === "text" || data.kind === "passkey") results[data.kind] = data;
-    if (data.kind === "plain") results.plain = data.nll;
-    if (data.kind === "plain" || data.kind === "text" && isPlain) plainLosses.set(name, data.nll);
-    drawResults();
+    if (data.kind === "done") say(1, `read in ${seconds(started)} s`);
+    if (data.kind in receive) receive[data.kind](data);
   };
-  const job = { rope, plain, text, length, key: value("key"), depth: value("depth") / 100 };
+  say(0, "reading …");
+  const job = { rope, plain, text, length: tokens, key: value("key"), depth: value("depth") / 100 };
   worker.postMessage({ weights, tables, job });
 }
+
+// What the worker sends, by its kind.
+const receive = {
+  text(data) {
+    reading.text = data;
+    if (reading.isPlain) plainLosses.byTokens.set(reading.tokens, data.nll);
+    drawText();
+    if (value("from") === "text") drawAttentionOf(data);
+  },
+  plain(data) {
+    reading.plain = data.nll;
+    plainLosses.byTokens.set(reading.tokens, data.nll);
+    drawText();
+  },
+  passkey(data) {
+    reading.passkey = data;
+    drawPasskey();
+    if (value("from") === "passkey") drawAttentionOf(data);
+  },
+};
 
 // The worker runs the page's own scripts: a file opened from disk may load no others.
 const sources = ["tokenizer", "positions", "passkey", "model"].map(id => show(id).textContent);
@@ -202,7 +241,14 @@ const workerAddress = URL.createObjectURL(new Blob([workerCode], { type: "text/j
 function say(share, words) {
   show("progress").value = share;
   show("progress").hidden = share === 0 || share === 1;
-  show("status").textContent = words;
+  put("status", words);
+}
+
+const seconds = started => ((performance.now() - started) / 1000).toFixed(1);
+
+// Screen readers say a text again whenever it is set.
+function put(id, words) {
+  if (show(id).textContent !== words) show(id).textContent = words;
 }
 
 // ---- Views --------------------------------------------------------------------------------------
@@ -214,60 +260,66 @@ function methodName() {
   return `${chosen("method")}${factor}, temperature ${chosen("temperature")}`;
 }
 
+// Shows words under a drawing, which is as new as they are.
+function caption(id, words) {
+  put(`${id}-words`, words);
+  show(id).closest("section").classList.remove("stale");
+}
+
 // What needs no model: angles and distances.
 function drawPositions() {
   const T = Number(value("tokens"));
   const rope = currentRope();
-  show("dials-words").textContent = drawDials(show("dials"), rope, trained, T);
   const pair = Number(value("pair"));
-  show("distances-words").textContent = drawDistances(show("distances"), rope, trained, T, pair);
-}
-
-function drawResults() {
-  if (results.text) drawText();
-  if (results.passkey) drawPasskey();
-  const source = results[value("from")];
-  if (source?.attentions) drawAttentionOf(source);
+  caption("dials", drawDials(show("dials"), rope, trained, T));
+  caption("distances", drawDistances(show("distances"), rope, trained, T, pair));
 }
 
 function drawText() {
-  show("results").classList.remove("stale");
-  const curves = [{ nll: results.text.nll, className: "curve", name: methodName() }];
-  if (results.plain) curves.unshift({ nll: results.plain, className: "plain", name: "plain RoPE" });
-  if (kept) curves.unshift({ ...kept, className: "kept" });
-  const read = results.text.nll.length;
-  const short = read < Number(value("tokens")) ? ` The text has only ${read} tokens.` : "";
-  show("losses-words").textContent = drawLosses(show("losses"), curves, L) + short;
-  show("kept-name").textContent = kept ? kept.name : "";
+  const { text: { nll }, plain, name, tokens } = reading;
+  const curves = [{ nll, className: "curve", name }];
+  if (plain) curves.unshift({ nll: plain, className: "plain" });
+  if (kept) curves.unshift({ nll: kept.nll.subarray(0, nll.length), className: "kept" });
+  const short = nll.length < tokens ? ` The text has only ${nll.length} tokens.` : "";
+  caption("losses", drawLosses(show("losses"), curves, L) + short);
+  show("plain-legend").hidden = !plain;
+  showKept();
+}
+
+function showKept() {
   show("kept-legend").hidden = !kept;
-  show("plain-legend").hidden = curves.every(curve => curve.className !== "plain");
+  show("kept-name").textContent = kept?.name ?? "";
 }
 
 function drawPasskey() {
-  const { shortest, written, found, distance } = results.passkey;
-  const verdict = show("verdict");
+  const { passkey: { shortest, written, found, distance }, key } = reading;
+  show("verdict").className = shortest ? "" : found ? "found" : "lost";
   if (shortest) {
-    if (value("from") === "passkey") clear("attention");
-    verdict.className = "";
-    verdict.textContent = `A prompt with this passkey has at least ${shortest} tokens: choose a `
-                          + "longer text.";
+    put("verdict", `A prompt with this passkey has at least ${shortest} tokens: choose a longer `
+                   + "text.");
+  } else {
+    put("verdict", `${found ? "Found" : "Lost"}: the key ${key} lies ${distance} tokens back, `
+                   + `and the model writes ${JSON.stringify(written.trim())}.`);
+  }
+}
+
+// The attention of a text or of a passkey prompt, as the worker has sent it.
+function drawAttentionOf({ attentions, tokens, sentence }) {
+  if (!attentions) {                                     // of a prompt that could not be built
+    show("attention").replaceChildren();
+    caption("attention", "");
     return;
   }
-  verdict.className = found ? "found" : "lost";
-  verdict.textContent = `${found ? "Found" : "Lost"}: the key ${value("key")} lies ${distance} `
-                        + `tokens back, and the model writes ${JSON.stringify(written.trim())}.`;
-}
-
-function clear(name) {
-  show(name).replaceChildren();
-  show(`${name}-words`).textContent = "";
-}
-
-function drawAttentionOf({ attentions, tokens, sentence }) {
   const shares = attentions[value("layer")][value("head")];
   const textOf = n => tokenizer.decode([tokens[n]]) || "BOS";
-  const line = drawAttention(show("attention"), shares, sentence ?? null, textOf, L);
-  show("attention-words").textContent = line;
+  caption("attention", drawAttention(show("attention"), shares, sentence ?? null, textOf, L));
+}
+
+function drawResults() {
+  if (reading?.text) drawText();
+  if (reading?.passkey) drawPasskey();
+  const source = reading?.[value("from")];
+  if (source) drawAttentionOf(source);
 }
 
 // ---- Controls -----------------------------------------------------------------------------------
@@ -285,50 +337,58 @@ control("layer").value = form.dataset.layer;
 control("head").value = form.dataset.head;
 for (const one of form.elements) one.dataset.first = one.value;
 
-const redrawOnly = new Set(["layer", "head", "from"]);
-let waiting;
+const viewControls = ["layer", "head", "from", "pair"];   // they need no new reading
+let toRead, toWrite;        // timers, for the reader to stop typing or sliding
+
 document.addEventListener("input", event => {      // some controls stand beside the views
   if (event.target.form !== form) return;
   const name = event.target.name;
-  if (redrawOnly.has(name)) {
-    writeLink();
-    drawResults();
-  } else if (name === "pair") {
-    show("pair-now").textContent = value("pair");
-    writeLink();
-    drawPositions();
-  } else {
-    clearTimeout(waiting);
-    waiting = setTimeout(settingsChanged, 200);
+  showNumbers();
+  if (viewControls.includes(name)) {
+    if (name === "pair" && !problemOf()) drawPositions();
+    if (name !== "pair") drawResults();
+    clearTimeout(toWrite);
+    toWrite = setTimeout(writeLink, 200);
+    return;
   }
+  if (name === "method") control("w").value = control("g").value = "";   // they were another map's
+  stop();
+  clearTimeout(toRead);
+  toRead = setTimeout(settingsChanged, 200);
 });
 form.addEventListener("submit", event => event.preventDefault());
+
 show("keep").addEventListener("click", () => {
-  if (!results.text) return;
-  kept = { nll: results.text.nll, name: methodName() };
+  if (!reading?.text) return;
+  kept = { nll: reading.text.nll, name: `${reading.name}, ${reading.text.nll.length} tokens` };
   drawText();
 });
 show("forget").addEventListener("click", () => {
   kept = null;
-  drawText();
+  showKept();
+  if (reading?.text) drawText();
 });
 
 // ---- The walk -----------------------------------------------------------------------------------
 
 const steps = [...document.querySelectorAll("#walk li")];
 
-// Shows the step whose link this is; with settings of the reader's own, the last one stays.
-function showStep(link) {
-  const found = steps.findIndex(step => step.dataset.link === link);
+// Shows the step with these settings; with the reader's own, the last step stays, dimmed. Which
+// layer, head or pair is looked at does not matter.
+function showStep() {
+  const link = linkOf(...viewControls);
+  const found = steps.findIndex(step => step.dataset.link.replace(/&?pair=\d+/, "") === link);
   if (found >= 0) steps.forEach((step, index) => { step.hidden = index !== found; });
   const now = steps.findIndex(step => !step.hidden);
   show("back").disabled = now === 0;
   show("next").disabled = now === steps.length - 1;
-  show("step-now").textContent = `Step ${now + 1} of ${steps.length}`;
+  const others = found < 0 ? " has other settings" : "";
+  show("step-now").textContent = `Step ${now + 1} of ${steps.length}${others}`;
   show("walk").classList.toggle("left", found < 0);
   show("return").hidden = found >= 0;
 }
 
+// Back, next, or again.
 function walk(by) {
   const now = steps.findIndex(step => !step.hidden);
   location.hash = steps[now + by].dataset.link;
@@ -341,9 +401,12 @@ show("return").addEventListener("click", () => walk(0));
 
 // ---- Begin --------------------------------------------------------------------------------------
 
-// Follows the address: without settings in it, the walk's first step.
+// Follows the address: without settings in it, the walk's first step. A text of the reader's own
+// stays in its field.
 function arrive() {
-  for (const one of form.elements) if (one.name) one.value = one.dataset.first;
+  for (const one of form.elements) {
+    if (one.name && one.name !== "own") one.value = one.dataset.first;
+  }
   settingsChanged(followLink());
 }
 
@@ -353,7 +416,9 @@ window.addEventListener("resize", () => {
   drawPositions();
   drawResults();
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawPositions);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  if (!problemOf()) drawPositions();
+});
 steps.forEach((step, index) => { step.hidden = index !== 0; });
 show("all-settings").open = matchMedia("(min-width: 62rem)").matches;
 arrive();

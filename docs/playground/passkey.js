@@ -29,7 +29,7 @@ class PasskeyPrompts {
   // `place`. depth: 0 at the start of the garbage, 1 at its end.
   build(key, length, depth) {
     const fill = length - this.shortest(key);
-    const before = Math.round(depth * fill);
+    const before = halfToEven(depth * fill);
     const prompt = [...this.introduction, ...this.filler(before), ...this.information(key),
                     ...this.filler(fill - before), ...this.question];
     return { prompt, place: this.introduction.length + before };
@@ -39,6 +39,12 @@ class PasskeyPrompts {
   filler(n) {
     return Array.from({ length: n }, (_, i) => this.garbage[i % this.garbage.length]);
   }
+}
+
+// Rounds as Python does: 18.5 is 18, and 19.5 is 20.
+function halfToEven(number) {
+  const rounded = Math.round(number);
+  return rounded - number === 0.5 && rounded % 2 === 1 ? rounded - 1 : rounded;
 }
 
 // The first number of a text; null while it may go on, or has not begun.

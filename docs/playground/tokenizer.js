@@ -15,11 +15,13 @@ class Tokenizer {
     this.firstByte = this.ids.get("<0x00>");
   }
 
-  // The ids of a text, at most `most` of them (and those of the word in which the last one is).
+  // The ids of a text; of a long one the first `most`, and some more. No piece is longer than 16
+  // characters.
   encode(text, most = Infinity) {
     const ids = [];
+    if (text.length > 16 * (most + 64)) text = text.slice(0, 16 * (most + 64));
     for (const part of this.parts(text)) {
-      ids.push(...this.encodePart(part));
+      for (const id of this.encodePart(part)) ids.push(id);
       if (ids.length >= most) break;
     }
     return ids;
@@ -28,7 +30,16 @@ class Tokenizer {
   // No piece goes on past a space, so that a text may be cut in front of single spaces. A literal
   // SPACE stands alone: it is a character without a piece.
   parts(text) {
-    return text.split(new RegExp(`(${SPACE})|(?<=[^ ])(?= [^ ])`)).filter(Boolean);
+    const parts = [];
+    let start = 0;
+    for (let i = 1; i < text.length; i++) {
+      const single = text[i] === " " && text[i - 1] !== " " && text[i + 1] !== " ";
+      const literal = text[i] === SPACE || text[i - 1] === SPACE;
+      if (!single && !literal) continue;
+      parts.push(text.slice(start, i));
+      start = i;
+    }
+    return [...parts, text.slice(start)];
   }
 
   encodePart(text) {
