@@ -24,7 +24,11 @@ function linear(x, weight, I) {
         sumC += value * weight[c + i];
         sumD += value * weight[d + i];
       }
-      out.set([sumA, sumB, sumC, sumD], t * O + o);
+      const at = t * O + o;
+      out[at] = sumA;
+      out[at + 1] = sumB;
+      out[at + 2] = sumC;
+      out[at + 3] = sumD;
     }
   }
   return out;
@@ -68,10 +72,8 @@ function attention(q, k, v, rope, config) {
   const last = [];
   for (let head = 0; head < C; head += D) {                        // where the head's columns begin
     for (let t = 0; t < T; t++) {
-      const shares = softmax(scoresOf(t, S - T + t, head, bands, S, C, D));
-      for (let n = 0; n < S; n++) {
-        if (shares[n] > 0) addScaled(out, t * C + head, v, n * C + head, shares[n], D);
-      }
+      const shares = softmax(scoresOf(t, S - T + t, head, bands, C, D));
+      out.set(weightedSum(shares, v, head, C, D), t * C + head);
       if (t === T - 1) last.push(shares);
     }
   }
@@ -91,14 +93,15 @@ function rotatedBands(q, k, rope, T, S, D) {
     keys: rotate(k, n.map(band.k), rope.frequencies, D, keyScale) }));
 }
 
-// q . k / sqrt(D) of the query at m with every key: [S], -Infinity where it is in no band.
-function scoresOf(t, m, head, bands, S, C, D) {
-  const scores = new Float64Array(S).fill(-Infinity);
+// q . k / sqrt(D) of the query at m with all keys up to itself: [m + 1], -Infinity where a key is
+// in no band.
+function scoresOf(t, m, head, bands, C, D) {
+  const scores = new Float64Array(m + 1).fill(-Infinity);
   for (const band of bands) {
+    const { queries, keys } = band;
     const [first, stop] = keysOf(band, m);
     for (let n = first; n < stop; n++) {
-      const product = dot(band.queries, t * C + head, band.keys, n * C + head, D);
-      scores[n] = product / Math.sqrt(D);
+      scores[n] = dot(queries, t * C + head, keys, n * C + head, D) / Math.sqrt(D);
     }
   }
   return scores;
@@ -106,27 +109,35 @@ function scoresOf(t, m, head, bands, S, C, D) {
 
 // The scalar product of D numbers of a, from the index i, and of b, from j.
 function dot(a, i, b, j, D) {
-  let sum = 0;
-  for (let d = 0; d < D; d++) sum += a[i + d] * b[j + d];
-  return sum;
-}
-
-// Adds share * v to out, D numbers from their indices on.
-function addScaled(out, i, v, j, share, D) {
-  for (let d = 0; d < D; d++) out[i + d] += share * v[j + d];
+  let even = 0, odd = 0;                          // two sums, which the processor makes at once
+  for (let d = 0; d < D; d += 2) {
+    even += a[i + d] * b[j + d];
+    odd += a[i + d + 1] * b[j + d + 1];
+  }
+  return even + odd;
 }
 
 // exp(score) / their sum
 function softmax(scores) {
+  const shares = new Float64Array(scores.length);
   let highest = -Infinity;
-  for (const score of scores) highest = Math.max(highest, score);
-  let sum = 0;
-  const shares = scores.map(score => {
-    const power = Math.exp(score - highest);
-    sum += power;
-    return power;
-  });
-  return shares.map(power => power / sum);
+  for (let n = 0; n < scores.length; n++) highest = Math.max(highest, scores[n]);
+  let total = 0;
+  for (let n = 0; n < scores.length; n++) {
+    shares[n] = Math.exp(scores[n] - highest);
+    total += shares[n];
+  }
+  for (let n = 0; n < scores.length; n++) shares[n] /= total;
+  return shares;
+}
+
+// The sum of a head's values, each times its share: [D]
+function weightedSum(shares, v, head, C, D) {
+  const total = new Float64Array(D);
+  for (let n = 0; n < shares.length; n++) {
+    for (let d = 0; d < D; d++) total[d] += shares[n] * v[n * C + head + d];
+  }
+  return total;
 }
 
 // ---- The model ----------------------------------------------------------------------------------

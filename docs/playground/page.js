@@ -356,6 +356,13 @@ document.addEventListener("input", event => {      // some controls stand beside
   clearTimeout(toRead);
   toRead = setTimeout(settingsChanged, 200);
 });
+
+// Of changes that wait for the reader to stop.
+function forgetChanges() {
+  clearTimeout(toRead);
+  clearTimeout(toWrite);
+}
+
 form.addEventListener("submit", event => event.preventDefault());
 
 show("keep").addEventListener("click", () => {
@@ -391,6 +398,7 @@ function showStep() {
 // Back, next, or again.
 function walk(by) {
   const now = steps.findIndex(step => !step.hidden);
+  forgetChanges();
   location.hash = steps[now + by].dataset.link;
   if (show("walk").getBoundingClientRect().top < 0) show("walk").scrollIntoView();
 }
@@ -404,6 +412,7 @@ show("return").addEventListener("click", () => walk(0));
 // Follows the address: without settings in it, the walk's first step. A text of the reader's own
 // stays in its field.
 function arrive() {
+  forgetChanges();
   for (const one of form.elements) {
     if (one.name && one.name !== "own") one.value = one.dataset.first;
   }
