@@ -39,20 +39,13 @@ def exit_status(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def at_the_side():
-    """For preexec_fn: a group of its own, which conftest.py can end, and the core that is idle. (In
-    a session of its own it would get half of the machine, however nice it is.)"""
-    os.setpgrp()
-    os.nice(10)
-
-
 def begin_script(script, folder, actions):
     """Start these actions of a test file, beside the tests. finish_script waits for them."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with open(folder / "statuses", "w") as out, open(folder / "errors", "w") as errors:
         return subprocess.Popen([sys.executable, "-u", script, folder, *actions], env=environment,
-                                stdout=out, stderr=errors, preexec_fn=at_the_side)
+                                stdout=out, stderr=errors, start_new_session=True)
 
 
 def finish_script(process, folder):

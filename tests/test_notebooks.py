@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from forks import at_the_side
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 NAMES = ["tour", "solutions"]
@@ -155,7 +153,7 @@ def begin(folder):
     environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     with open(folder / "errors", "w") as errors:
         return subprocess.Popen([sys.executable, __file__, folder], env=environment, stderr=errors,
-                                preexec_fn=at_the_side)
+                                start_new_session=True)
 
 
 @pytest.fixture(scope="module")
