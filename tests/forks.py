@@ -43,7 +43,7 @@ def begin_script(script, folder, actions):
     """Start these actions of a test file, beside the tests. finish_script waits for them."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    with open(folder / "statuses", "w") as out, open(folder / "errors", "w") as errors:
+    with open(folder / "statuses", "wb") as out, open(folder / "errors", "wb") as errors:
         return subprocess.Popen([sys.executable, "-u", script, folder, *actions], env=environment,
                                 stdout=out, stderr=errors, start_new_session=True)
 

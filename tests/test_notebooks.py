@@ -151,7 +151,7 @@ def begin(folder):
         return None
     places = dict.fromkeys(("TMPDIR", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR"), str(folder))
     environment = {**os.environ, **places, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    with open(folder / "errors", "w") as errors:
+    with open(folder / "errors", "wb") as errors:
         return subprocess.Popen([sys.executable, __file__, folder], env=environment, stderr=errors,
                                 start_new_session=True)
 

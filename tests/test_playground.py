@@ -231,6 +231,7 @@ def test_far_beyond_the_window_the_last_steps_hold(tiny_tokenizer):
         inside, beyond, answer = losses_and_answer(tiny_tokenizer, rope, 2048)
         assert beyond < inside + 0.25
         assert ("31415" in answer) == found
+    assert losses_and_answer(tiny_tokenizer, yarn, 2048)[2].lstrip().startswith("3141")
     assert "31415" not in losses_and_answer(tiny_tokenizer, yarn, 256)[2]
     gentle = {**yarn, "factor": 2, "temperature": "none"}
     unsharpened = losses_and_answer(tiny_tokenizer, gentle, 512)
@@ -242,6 +243,9 @@ def test_the_last_token_looks_at_the_key_where_it_is_found(loaded):
     """The head that the page shows at first is the one that finds the key."""
     read(loaded, "method=yarn&tokens=512")
     assert "73 % on the key's sentence" in text_of(loaded, "attention-words")
+    read(loaded, "method=yarn&factor=8")                 # step 5: not dilution, but blur
+    assert "100 % on the key's sentence. Strongest: \"1\"" in text_of(loaded, "attention-words")
+    assert text_of(loaded, "verdict").startswith("Lost")
     read(loaded, "method=linear&tokens=512")
     assert "3 % on the key's sentence" in text_of(loaded, "attention-words")
 

@@ -124,7 +124,7 @@ function followLink() {
   return refused.join(" ");
 }
 
-// What stands behind the # of the address: all that is not as at first, but for `left out`.
+// What stands behind the # of the address: all that is not as at first. leftOut: names.
 function linkOf(...leftOut) {
   const all = new URLSearchParams();
   for (const { name, value: chosen, dataset } of form.elements) {

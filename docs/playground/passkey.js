@@ -49,6 +49,6 @@ function halfToEven(number) {
 
 // The first number of a text; null while it may go on, or has not begun.
 function firstNumber(text) {
-  const found = /(\d+)\D/s.exec(text);
+  const found = /(\d+)\D/.exec(text);
   return found ? found[1] : null;
 }

@@ -44,7 +44,7 @@ class Tokenizer {
 
   encodePart(text) {
     if (text === SPACE) return this.bytesOf(text);
-    let symbols = Array.from(text, character => character === " " ? SPACE : character);
+    const symbols = Array.from(text, character => character === " " ? SPACE : character);
     for (;;) {
       let best = Infinity;
       let at = -1;

@@ -101,10 +101,10 @@ function drawAttention(svg, shares, span, tokenText, L) {
   const name = size === 1 ? "share of attention" : `share, of ${size} tokens a bar`;
   const ticks = [0, highest / 2, highest];
   const { x, y } = axes(svg, S, highest, name, ticks, [[S - L, "L tokens back"]]);
-  const bar = (name, from, to, height) => svg.append(shape("rect", {
-    class: name, x: x(from), y: y(height), width: x(to) - x(from), height: y(0) - y(height) }));
+  const bar = (className, from, to, share) => svg.append(shape("rect", {
+    class: className, x: x(from), width: x(to) - x(from), y: y(share), height: y(0) - y(share) }));
   if (span) bar("span", ...span, highest);
-  bars.forEach((height, i) => bar("bar", i * size, Math.min(S, (i + 0.9) * size), height));
+  bars.forEach((share, i) => bar("bar", i * size, Math.min(S, (i + 0.9) * size), share));
 
   const strongest = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 3);
   const named = strongest.map(

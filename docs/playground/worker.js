@@ -32,7 +32,8 @@ function readPlain(job, progress) {
   postMessage({ kind: "plain", nll: losses(model.logits(states), tokens) });
 }
 
-// The model answers token by token, until a number has ended or cannot be the key's any more.
+// The model answers token by token, until a number has ended, or the answer is longer than the key
+// and what may stand before it.
 function findKey(job, progress) {
   const shortest = prompts.shortest(job.key);
   if (shortest > job.length) {
