@@ -37,7 +37,7 @@ from weights.extension import (baseline_rope, changes_positions, complete_flags,
                                prepare_corpus, print_phases, rope_flag, row_length,
                                training_batches)
 from weights.size import parameter_count
-from weights.training_run import planned_gpus, print_header
+from weights.plan import planned_gpus, print_header
 
 
 @dataclass
@@ -63,8 +63,7 @@ class FinetuneConfig(FitConfig):
     positions: str = field("own", "of training rows. contiguous: 0 .. L'-1; pose: L tokens that "
                            "skip and so reach L'; own: the method's own way",
                            choices=["own", "contiguous", "pose"])
-    row_length: int | None = field(None, "tokens of a training row [L', or L with pose]. Shorter "
-                                   "rows than L' take pose")
+    row_length: int | None = field(None, "tokens of a row [L', L with pose]; fewer take pose")
     lora_rank: int = field(0, "train A and B of LoRA with this rank r; 0 trains everything "
                            "(LongLoRA has 8)")
     lora_alpha: float = field(16.0, "W x + (alpha / r) B A x")
@@ -129,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for e in experiments:
         model = None  # one at a time: the next may need the memory
-        model = load_extended(config.model, e.rope, L, window, device, config.attention, e.training)
+        model = load_extended(config.model, e.rope, L, window, device, config.attention, e.training,
+                              config.offload)
         seconds = 0.0
         if e.training:
             progress.next()
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.eval:
             if e.training:  # what is measured is what was saved
                 model = None
-                model = load_saved(e.training.out, device, config.attention)
+                model = load_saved(e.training.out, device, config.attention, config.offload)
             progress.next()
             measured = measure_lengths(model, tokenizer, texts, lengths, config.depths,
                                        config.trials, cache=cache)

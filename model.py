@@ -338,6 +338,7 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config, self.attention, self.recompute = config, attention, recompute
         self.context: ContextShard | None = None
+        self.offloaded_from: torch.device | None = None     # the GPU, if weights wait beside it
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -358,7 +359,8 @@ class LLaMA(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.tok_embeddings.weight.device
+        """Where it computes."""
+        return self.offloaded_from or self.tok_embeddings.weight.device
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                cache: KVCache | None = None, last: int | None = None) -> Tensor:

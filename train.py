@@ -19,7 +19,7 @@ from torch import Tensor
 from common.cli import field, parse, run_command
 from common.device import choose_device, choose_dtype, keep_freed_memory
 from common.distributed import (context_shard, is_sharded, join_process_group, mean_over_ranks,
-                                shard_weights, share_rows, wait_for_all_ranks, whole)
+                                share_rows, wait_for_all_ranks, whole)
 from common.errors import UserError
 from data.batches import Batches, prefetch
 from data.corpus import TokenFile, corpus_for, ensure_corpus
@@ -28,7 +28,8 @@ from methods import RopeConfig, parse_rope_flag, training_positions
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
 from weights.load import empty_model
-from weights.training_run import (TrainingRun, check_ranks, print_header, require_memory,
+from weights.plan import print_header, require_memory
+from weights.training_run import (TrainingRun, check_ranks, shard_for_training, trains_sharded,
                                   validate_settings)
 
 
@@ -61,6 +62,8 @@ class FitConfig:
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")
+    offload: bool = field(False, "keep weights, gradients and AdamW's moments in the computer's "
+                          "memory, on the GPU those of one block at a time: slower")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
@@ -69,7 +72,7 @@ class FitConfig:
     # A run may be resumed with other values of these; all other settings have to be the same.
     may_change_on_resume: ClassVar[set[str]] = {
         "out", "log_every", "eval_every", "save_every", "device", "attention", "compile",
-        "recompute", "context_parallel", "fresh", "dry_run", "gpus", "waits"}
+        "recompute", "offload", "context_parallel", "fresh", "dry_run", "gpus", "waits"}
 
 
 @dataclass
@@ -118,11 +121,11 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     validate_settings(config)
     if model.device.type == "cpu":
         keep_freed_memory()
-    rank, world = join_process_group()  # joins at the first call only; 0, 1 without torchrun
+    rank = join_process_group()[0]  # joins at the first call only; 0 without torchrun
     model.attention, model.recompute = config.attention, config.recompute
     model.context = context_shard(config.context_parallel)  # None if a row belongs to one GPU
-    if world > 1 and not is_sharded(model):
-        shard_weights(model, model.device, choose_dtype(config.dtype, model.device))
+    if trains_sharded(config) and not is_sharded(model):
+        model.to(shard_for_training(model, config, model.device))
     optimizer = make_optimizer(model, config)
     run = TrainingRun(model, optimizer, config, evaluate, tokenizer, progress)
     if config.compile:
@@ -266,13 +269,11 @@ def rope_of_training(config: TrainConfig) -> RopeConfig:
 def new_model(shape: ModelConfig, config: TrainConfig, device: torch.device) -> LLaMA:
     """A model with random weights. Several GPUs share those that the first one drew."""
     torch.manual_seed(config.seed)
-    rank, world = join_process_group()
-    if world == 1:
+    if not trains_sharded(config):
         return LLaMA(shape).to(device)
-    drawn = LLaMA(shape).state_dict() if rank == 0 else {}
+    drawn = LLaMA(shape).state_dict() if join_process_group()[0] == 0 else {}
     model = empty_model(shape)
-    shard_weights(model, device, choose_dtype(config.dtype, device))
-    share_rows(model.to_empty(device=device), drawn)
+    share_rows(model.to_empty(device=shard_for_training(model, config, device)), drawn)
     return model
 
 

@@ -34,18 +34,22 @@ def join_process_group() -> tuple[int, int]:
     if world_size() == 1:
         return 0, 1
     if not dist.is_initialized():
-        backend = "gloo"
         if torch.cuda.is_available():
-            if not dist.is_nccl_available():
-                raise UserError("this PyTorch was built without NCCL, by which GPUs talk to each "
-                                "other: install one that has it, or give --device cpu")
-            backend = "cpu:gloo,cuda:nccl"
             gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if gpu >= gpus:
                 raise UserError(f"more processes than GPUs: give torchrun --nproc-per-node {gpus}")
             torch.cuda.set_device(gpu)
-        dist.init_process_group(backend)
+        dist.init_process_group(backend())
     return dist.get_rank(), dist.get_world_size()
+
+
+def backend() -> str:
+    if not torch.cuda.is_available():
+        return "gloo"
+    if not dist.is_nccl_available():
+        raise UserError("this PyTorch was built without NCCL, by which GPUs talk to each other: "
+                        "install one that has it, or give --device cpu")
+    return "cpu:gloo,cuda:nccl"     # gloo for what --offload keeps in the computer's memory
 
 
 def wait_for_all_ranks() -> None:
@@ -79,18 +83,6 @@ def of_all_ranks(value: Any) -> list[Any]:
 def of_first_rank(value: Any) -> Any:
     """What rank 0 has, on every rank."""
     return of_all_ranks(value)[0]
-
-
-def require_same(settings: dict[str, Any]) -> None:
-    """A UserError, on every rank, if one was started with other settings."""
-    if join_process_group()[1] == 1:
-        return
-    ours = of_first_rank(settings)
-    for other, theirs in enumerate(of_all_ranks(settings)):
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise UserError(f"process {other} was started with {name} {theirs.get(name)}, "
-                                f"process 0 with {value}: start all with the same command")
 
 
 # ---- A text shared by several GPUs ---------------------------------------------------------------
@@ -165,25 +157,34 @@ def context_shard(size: int) -> ContextShard | None:
 # ---- Weights shared by all GPUs ------------------------------------------------------------------
 
 def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype,
-                  called: str = "loss") -> None:
+                  called: str = "loss", offload: bool = False) -> torch.device:
     """Each rank keeps its rows of every weight: of N ranks, rank r has the r-th of N equal pieces.
 
     A block's weights are gathered for its forward pass, thrown away, and gathered again for its
     backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
     other. dtype: of a block's gathered weights; gradients are averaged in float32. called: the
     method used in place of forward(): FSDP gathers weights for registered methods only.
+    offload: rows, gradients and moments wait in the computer's memory, and AdamW runs there.
+    Returns the device that the rows have to be on.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                        register_fsdp_forward_method)
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard, register_fsdp_forward_method)
+    if not dist.is_initialized():       # one GPU that offloads: a group of one
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    kept, kept_on = OffloadPolicy(), device
+    if offload:     # pinned memory is copied to the GPU without a stop
+        kept, kept_on = CPUOffloadPolicy(device.type == "cuda"), torch.device("cpu")
+        model.offloaded_from = device
     mesh = init_device_mesh(device.type, (join_process_group()[1],))    # those of a row, too
     # States between blocks stay float32, as under autocast: nothing is cast on the way in.
     outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=in_blocks)
-    fully_shard(model, mesh=mesh, mp_policy=outside)
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks, offload_policy=kept)
+    fully_shard(model, mesh=mesh, mp_policy=outside, offload_policy=kept)
     register_fsdp_forward_method(model, called)
+    return kept_on
 
 
 def own_rows(tensor: Tensor) -> Tensor:

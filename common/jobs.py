@@ -47,9 +47,9 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
     On a CPU each core takes a job of its own, as many as 2 GiB hold (job_bytes: the largest job).
     One job on all cores would be slower: after every operation they wait for the slowest. On a GPU
     a second thread queues the next pass while the first one fetches its result. Several ranks share
-    the jobs.
+    the jobs. FSDP gathers weights for one pass at a time.
     """
-    if join_process_group()[1] > 1:
+    if join_process_group()[1] > 1 or is_sharded(model):
         yield from shared_map(function, jobs, model, cache)
         return
     threads = torch.get_num_threads()

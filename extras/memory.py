@@ -42,7 +42,7 @@ from train import fit
 from weights import load_config
 from weights.memory import GIB, training_memory
 from weights.size import parameter_count
-from weights.training_run import plan_of
+from weights.plan import plan_of
 
 PROC_STATUS = Path("/proc/self/status")
 

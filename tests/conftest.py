@@ -23,8 +23,9 @@ os.fsync = lambda file: None
 
 # ---- Long work at the side -----------------------------------------------------------------------
 #
-# A test file with a function begin(folder) starts processes that take a minute. They begin before
-# the first test of all, on the core that the other tests leave idle, and its own tests come last.
+# A test file with a function begin(folder) starts processes that take minutes. They begin before
+# the first test of all, and its own tests come last. One core is kept from them, for the other
+# tests: these would get a fifth of it beside a dozen processes, and be left alone at the end.
 
 BEGUN = {}  # test module: (the process that begin() returned, its folder)
 
@@ -41,7 +42,19 @@ def pytest_collection_finish(session):
     waiting = [item.module for item in session.items if "begun" in item.fixturenames]
     for module in dict.fromkeys(waiting):
         folder = Path(tempfile.mkdtemp(prefix=f"{module.__name__}-"))
-        BEGUN[module.__name__] = module.begin(folder), folder
+        with on_all_cores_but_one():
+            BEGUN[module.__name__] = module.begin(folder), folder
+
+
+@contextlib.contextmanager
+def on_all_cores_but_one():
+    """Where processes begin meanwhile, if the system can say so (Linux)."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores - {min(cores)})
+    yield
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="module")

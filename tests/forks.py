@@ -3,6 +3,7 @@ side, forked from one process that has imported everything.
 
 It sees no GPU: autograd with a GPU cannot be forked, and ranks on one machine shall use gloo.
 """
+import gc
 import os
 import socket
 import subprocess
@@ -64,13 +65,14 @@ def be_the_script(table, prepare):
     """The script's side: `FOLDER ACTION ...`, each in a child that prints into ACTION.txt.
 
     table: {name: function(FOLDER/name)}. prepare(FOLDER) comes first: what the first step of all
-    imports takes seconds, once here and not in every child."""
+    imports takes seconds, once here and not in every child, and no child looks it through."""
     torch.set_num_threads(1)
     # It is for power failures: files of a killed process stay written, and these tests save often.
     os.fsync = lambda file: None
     folder, *names = sys.argv[1:]
     folder = Path(folder)
     prepare(folder)
+    gc.freeze()
 
     def act(name):
         with open(folder / f"{name}.txt", "w", encoding="utf-8") as printed:

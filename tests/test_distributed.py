@@ -23,7 +23,7 @@ from common.cli import run_command
 from common.errors import UserError
 from common.jobs import parallel_map
 from data.tokenizer import open_tokenizer
-from eval import measure_lengths
+from eval import measure_lengths, perplexity
 from finetune import FinetuneConfig
 from methods import RopeConfig, training_positions
 from methods.lora import LoRA, add_lora, lora_of_flags
@@ -210,6 +210,57 @@ def test_every_split_is_one_run(finish, name, world, C):
     weights = dict(load_model(alone).named_parameters())
     for n, p in load_model(shared).named_parameters():
         assert torch.linalg.vector_norm(p - weights[n]) <= 1e-4 * torch.linalg.vector_norm(p), n
+
+
+@action
+def offload(folder):
+    """Weights, gradients and moments that wait in the computer's memory: the same run, by one
+    process without torchrun, which stops halfway, and by two."""
+    case = MAIN_CASES["linear-sdpa"]
+
+    def alone():
+        train(folder / "1", case, offload=True, steps=10, schedule="constant")
+        train(folder / "1", case, offload=True, schedule="constant")
+        train(folder / "as-it-was", case, schedule="constant")
+        train(folder / "lora", CASES["lora"], offload=True)
+    assert exit_status(forked(alone)) == 0
+    together(2, lambda rank: train(folder / "2", case, world=2, context_parallel=2, offload=True))
+
+    def loaded():
+        config = FinetuneConfig(offload=True, dtype="float32")
+        device = torch.device("cpu:0")      # where it computes; what waits is on "cpu"
+        for training in (config, None):
+            model = load_extended(str(folder / "2"), ROPES["linear"], L, T, device, "auto",
+                                  training, offload=True)
+            assert model.device == device and ranks.is_sharded(model)
+            assert_equal_weights(model, load_model(folder / "2"))
+            assert {p.device for p in model.parameters()} == {torch.device("cpu")}
+            if not training:        # in inference mode, by several threads if it could
+                texts, plain = [np.arange(n) % V for n in range(4, T)], load_model(folder / "2")
+                torch.set_num_threads(4)
+                here, there = (perplexity(m, texts, T, progress=False) for m in (model, plain))
+                torch.set_num_threads(1)
+                assert here["nll"] == pytest.approx(there["nll"], abs=1e-6)
+            work = "loss" if training else "hidden"      # what FSDP gathers the weights for
+            batch = rows_of({})(0)[:1 + bool(training)]
+            with torch.no_grad():
+                here, there = (getattr(m, work)(*batch) for m in (model, load_model(folder / "2")))
+            assert torch.allclose(here, there, atol=1e-5)
+    assert exit_status(forked(loaded)) == 0
+
+
+@pytest.mark.parametrize("name, same_run", [
+    ("1", "offload/as-it-was"), ("2", "one/linear-sdpa"), ("lora", "one/lora")])
+def test_offloaded_it_is_the_same_run(finish, name, same_run):
+    offloaded, _ = finish("offload")
+    finish("one")
+    here, there = offloaded / name, offloaded.parent / same_run
+    for a, b in zip(read_metrics(here), read_metrics(there), strict=True):
+        assert a["step"] == b["step"] and a.get("loss") == pytest.approx(b.get("loss"), abs=1e-5)
+    weights = dict(load_model(there).named_parameters())
+    for n, p in load_model(here).named_parameters():
+        assert torch.linalg.vector_norm(p - weights[n]) <= 1e-4 * torch.linalg.vector_norm(p), n
+    assert saved_states(here), "a state of shards, whoever trained"
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------

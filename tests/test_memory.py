@@ -17,7 +17,7 @@ from weights.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_tab
                             would_fit)
 from weights.presets import preset_config
 from weights.size import parameter_count
-from weights.training_run import plan_of
+from weights.plan import plan_of
 
 F32, BF16 = torch.float32, torch.bfloat16
 # C = 8, 3 layers, H = 2, K = 1, D = 4, F = 24, V = 10
@@ -89,6 +89,19 @@ def test_frozen_weights_have_no_gradient_and_no_moments():
     assert all_learn.block - m.block == (4 + 4) * (BLOCK - 16)
 
 
+def test_what_is_offloaded_is_in_the_computers_memory():
+    """One GPU then gathers what it computes with, as one of several does."""
+    here, there = parts(dtype=BF16), parts(dtype=BF16, offload=True)
+    assert (there.weights, there.gradients, there.optimiser) == (0, 0, 0)
+    assert there.computer == 16 * P and here.computer == 0
+    assert there.gathered == 4 * ROOT + 4 * 80 + 2 * 80 + 2 * 2 * BLOCK
+    assert there.block == (2 + 4) * BLOCK
+    assert there.activations == parts(dtype=BF16, gpus=2).activations
+    assert parts(gpus=2, offload=True).computer == 8 * P
+    lora = parts(trainable=100, frozen=3 * (BLOCK - 16), offload=True)
+    assert lora.computer == 16 * 100 + 2 * 3 * (BLOCK - 16)
+
+
 def test_moments_of_eight_bits():
     assert parts(moment_bytes=2).optimiser == 2 * P
     assert "AdamW" in memory_table(parts())
@@ -135,9 +148,13 @@ def test_what_would_fit_does_fit_and_nothing_cheaper_does():
     assert found[48] == plan(gpus=8, recompute=True)
     assert found[24] == plan(gpus=8, context_shards=2, recompute=True)
     assert not fits(training_memory(config, plan(gpus=8, recompute=True)), 24)
-    assert would_fit(config, plan(gpus=1), 48) is None
+    offloaded = plan(gpus=1, recompute=True, offload=True)
+    assert would_fit(config, plan(gpus=1), 48) == offloaded
+    assert "--recompute --offload" in describe_fit(config, plan(gpus=1))
+    assert would_fit(config, plan(gpus=1, rows=64), 24) is None
     large = preset_config("llama-2-70b")
-    assert would_fit(large, start, 24) is None
+    assert would_fit(large, start, 24) == plan(gpus=8, context_shards=4, recompute=True,
+                                               offload=True)
     assert would_fit(large, plan(gpus=64, seq_len=131072), 48) == plan(
         gpus=64, seq_len=131072, context_shards=32, recompute=True)
     long = plan(gpus=64, seq_len=131072, context_shards=16, recompute=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.device import choose_device, choose_dtype, memory_per_rank
+from common.device import choose_device, memory_per_rank
 from common.distributed import (join_process_group, on_any_rank, shard_weights,
                                 wait_for_all_ranks)
 from common.errors import UserError
@@ -26,7 +26,9 @@ from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_config, load_model, with_rope
 from weights.size import evaluation_flops, flops_per_token, parameter_count
-from weights.training_run import check_ranks, planned_gpus, require_memory, validate_settings
+from weights.plan import planned_gpus, require_memory
+from weights.training_run import (check_ranks, shard_for_training, trains_sharded,
+                                  validate_settings)
 
 DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
@@ -154,16 +156,18 @@ def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
 
 
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
-                  attention: str, training: Any = None) -> LLaMA:
+                  attention: str, training: Any = None, offload: bool = False) -> LLaMA:
     """A pretrained model with other positions and the window that it is to have. training: the
     FinetuneConfig, if it is to be trained: by LoRA if that asks for it. Several GPUs share the
-    weights of a model to be trained, and of a large one, as they are read."""
+    weights of a model to be trained, and of a large one, as they are read. offload: they stay in
+    the computer's memory."""
     forget_sharded_models()
     lora = lora_of_flags(training)
     if training:
         shape = dataclasses.replace(load_config(path), max_seq_len=window)
         require_memory(shape, training, device, row_length(training, rope, L, window))
-    shard = shard_to_train(training, device) if training else shard_to_measure(path, device)
+    shard = (shard_to_train(training, device) if training
+             else shard_to_measure(path, device, offload))
     # LoRA freezes in a dtype of its own: each matrix goes there from the one that it is stored in.
     model = load_model(path, rope={"original_max_position_embeddings": L} | rope, device=device,
                        dtype=None if lora else torch.float32, attention=attention, shard=shard)
@@ -171,27 +175,40 @@ def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: 
         freeze(model, lora)
     if lora:
         init_lora(model, training.seed)
+    if offload and not training:
+        prepare_inference(model)
     model.config.max_seq_len = window
     # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
     model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)
     return model
 
 
-def shard_to_train(training: Any, device: torch.device) -> Callable[[LLaMA], None] | None:
-    """How the GPUs share the weights of a model to be trained; None for one GPU."""
-    def shard(model: LLaMA) -> None:
+def shard_to_train(training: Any, device: torch.device) -> Callable[[LLaMA], torch.device] | None:
+    """How the GPUs share the weights of a model to be trained; None for one GPU that has them."""
+    def shard(model: LLaMA) -> torch.device:
         lora = lora_of_flags(training)
         if lora:
             freeze(model, lora)
-        shard_weights(model, device, choose_dtype(training.dtype, device))
-    return shard if join_process_group()[1] > 1 else None
+        return shard_for_training(model, training, device)
+    return shard if trains_sharded(training) else None
 
 
-def load_saved(folder: str, device: torch.device, attention: str) -> LLaMA:
+def load_saved(folder: str, device: torch.device, attention: str, offload: bool = False) -> LLaMA:
     """A model as it was saved, shared among the GPUs if it is too large for one."""
     forget_sharded_models()
-    return load_model(folder, device=device, attention=attention,
-                      shard=shard_to_measure(folder, device))
+    model = load_model(folder, device=device, attention=attention,
+                       shard=shard_to_measure(folder, device, offload))
+    if offload:
+        prepare_inference(model)
+    return model
+
+
+def prepare_inference(model: LLaMA) -> None:
+    """Gather all weights once. On one GPU, FSDP keeps the tensors that it gathers into, and those
+    made in inference mode could not be written again."""
+    for part in [*model.layers, model]:
+        part.unshard()
+        part.reshard()
 
 
 def forget_sharded_models() -> None:
@@ -201,16 +218,21 @@ def forget_sharded_models() -> None:
         gc.collect()
 
 
-def shard_to_measure(path: str, device: torch.device) -> Callable[[LLaMA], None] | None:
+def shard_to_measure(path: str, device: torch.device, offload: bool = False
+                     ) -> Callable[[LLaMA], torch.device] | None:
     """How the GPUs share the weights of a model to be measured that would take more than half of
     one GPU's memory: all then compute each pass together. None where each has a model of its own,
     and takes its share of the passes."""
+    shard = functools.partial(shard_weights, device=device, dtype=torch.float32, called="hidden",
+                              offload=offload)
+    if offload:
+        return shard
     if join_process_group()[1] == 1:
         return None
     size = 4 * parameter_count(load_config(path))       # bytes, in float32
     if not on_any_rank(size > memory_per_rank(device) / 2):     # they may have different GPUs
         return None
-    return functools.partial(shard_weights, device=device, dtype=torch.float32, called="hidden")
+    return shard
 
 
 def prepare_corpus(config: Any, tokenizer: Tokenizer, held_out: int, rank: int) -> str:

@@ -29,14 +29,16 @@ from weights.save import SAVED, find_file
 @torch.no_grad()
 def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
                device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32,
-               attention: str = "auto", shard: Callable[[LLaMA], None] | None = None) -> LLaMA:
+               attention: str = "auto",
+               shard: Callable[[LLaMA], torch.device] | None = None) -> LLaMA:
     """The model of a folder or .gguf file: model(tokens [B, T]) -> logits [B, T, V].
 
     rope: None keeps the model's own; a RopeConfig or a dict replaces it (with_rope).
     device: a name, as for --device, or a torch.device.
     dtype: of all weights; None leaves each as it is stored.
-    shard: prepares the model, still empty, to share its weights among GPUs (shard_weights of
-        common/distributed.py); each then reads its rows only, in the dtype that it gave them.
+    shard: prepares the model, still empty, to share its weights among GPUs and returns the device
+        to keep them on (shard_weights of common/distributed.py); each GPU then reads its rows only,
+        in the dtype that it gave them.
     Every tensor goes from the memory-mapped file straight to its place, dtype and device. At the
     peak there are the model, one tensor, and a sixteenth of a file. UserErrors name file, tensor
     and remedy.
@@ -56,8 +58,7 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
               for name, parameter in model.named_parameters() if name not in untrained}
     tensors = dict(untrained)
     if shard is not None:       # this rank's rows are made, and are filled in place
-        shard(model)
-        tensors = dict(model.to_empty(device=device).named_parameters())
+        tensors = dict(model.to_empty(device=shard(model)).named_parameters())
         for name, tensor in untrained.items():
             part, own = own_part(tensors[name], (), tensor)
             part.copy_(own)
@@ -85,7 +86,7 @@ def empty_model(config: ModelConfig, attention: str = "auto") -> LLaMA:
 
 def load_adapted(folder: str | Path, rope: RopeConfig | dict | None, device: torch.device,
                  dtype: torch.dtype | None, attention: str,
-                 shard: Callable[[LLaMA], None] | None) -> LLaMA:
+                 shard: Callable[[LLaMA], torch.device] | None) -> LLaMA:
     """load_model for what LoRA left: its base, with the adapter merged into it."""
     config = with_rope(load_config(folder), rope)
     model = load_model(base_of(folder), config.rope, device, None, attention, shard)

@@ -8,6 +8,7 @@ gathered whole only while it works. (Zhao et al. 2023, arXiv 2304.11277; Rajbhan
 arXiv 1910.02054, stage 3.) The GPUs that share a row gather its keys and values in each layer.
 """
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,17 @@ class Plan:
     gpus: int = 1                             # N
     context_shards: int = 1                   # S
     recompute: bool = False
+    offload: bool = False                     # what is sharded waits in the computer's memory
     trainable: int | None = None              # parameters that learn, in float32 [all of them]
     frozen: int = 0                           # those of the blocks that do not (LoRA)
     frozen_bytes: int = 2                     # of each of these: bfloat16
     frozen_outside: int = 0                   # those outside that do not, in float32
     moment_bytes: int = 8                     # AdamW's two moments of a parameter; 2 in 8 bits
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a GPU puts weights together that lie elsewhere."""
+        return self.gpus > 1 or self.offload
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Memory:
     logits: int
     block: int                  # while a block works in the backward pass
     accumulated: bool = False   # gradients of earlier micro-batches lie beside the activations
+    computer: int = 0           # not on the GPU but in the computer's memory
 
     @property
     def peak(self) -> int:
@@ -75,6 +83,7 @@ def training_memory(config: ModelConfig, plan: Plan) -> Memory:
                       with recompute; b + 4 for their gradients, in one. 0 if no row is shared
         logits        three float32 copies of a chunk
         block         see block_bytes
+        computer      with offload: weights, gradients and moments, which the GPU then has not
     """
     learning = parameter_count(config) if plan.trainable is None else plan.trainable
     float32 = learning + plan.frozen_outside
@@ -89,20 +98,25 @@ def training_memory(config: ModelConfig, plan: Plan) -> Memory:
         keys = plan.rows * plan.seq_len * numbers * (layers * b + b + 4)
     tokens = plan.rows * plan.seq_len // plan.context_shards
     logits = 3 * 4 * min(LOSS_CHUNK, tokens * config.vocab_size)
+    computer = 0
+    if plan.offload:
+        computer = weights + gradients + optimiser
+        weights = gradients = optimiser = 0
     return Memory(weights, gradients, optimiser, gathered_bytes(config, plan),
                   activation_bytes(config, plan), keys, logits, block_bytes(config, plan),
-                  plan.accumulate > 1)
+                  plan.accumulate > 1, computer)
 
 
 def gathered_bytes(config: ModelConfig, plan: Plan) -> int:
-    """What FSDP gathers whole, on each of several GPUs, in bytes. b: of a number of `dtype`.
+    """What FSDP gathers whole, on each GPU, in bytes. b: of a number of `dtype`. 0 on a GPU that
+    keeps all there is.
 
         embedding, output, last norm   4 a parameter from forward to backward; 4 for the gradient of
                                        the output, which is reduced last, with the embedding's; b
                                        for the output's copy, if it is in bfloat16
         blocks                         b a parameter, of two: one works, the next is on its way
     """
-    if plan.gpus == 1:
+    if not plan.gathers:
         return 0
     b = plan.dtype.itemsize
     block = block_parameters(config)
@@ -144,7 +158,7 @@ def layer_bytes(config: ModelConfig, plan: Plan) -> int:
 def copied_bytes(config: ModelConfig, plan: Plan) -> int:
     """Copies in bfloat16 that autocast makes of all matrices that learn, on one GPU."""
     b = plan.dtype.itemsize
-    if plan.gpus > 1 or b == 4:
+    if plan.gathers or b == 4:
         return 0
     return b * max(0, matrix_parameters(config) - plan.frozen - plan.frozen_outside)
 
@@ -152,13 +166,13 @@ def copied_bytes(config: ModelConfig, plan: Plan) -> int:
 def block_bytes(config: ModelConfig, plan: Plan) -> int:
     """What is there only while one block works in the backward pass, in bytes.
 
-        several GPUs   b for the whole gradient of each parameter that learns, and 4 to reduce it
+        gathered       b for the whole gradient of each parameter that learns, and 4 to reduce it
         recompute      the layer's activations; autocast's copies are gone by then
         naive          2 H T float32 more
     """
     tokens = plan.rows * plan.seq_len // plan.context_shards
     size = 0
-    if plan.gpus > 1:
+    if plan.gathers:
         learning = block_parameters(config) - plan.frozen // config.n_layers
         size += (plan.dtype.itemsize + 4) * learning
     if plan.recompute:
@@ -174,14 +188,17 @@ def fits(memory: Memory, gigabytes: int) -> bool:
 
 def would_fit(config: ModelConfig, plan: Plan, gigabytes: int) -> Plan | None:
     """The first plan for the same GPUs that fits: rows are shared by as few as possible, and
-    recomputed only where they have to be. None if there is no such plan."""
+    recomputed only where they have to be; last of all weights leave the GPU. None if there is no
+    such plan."""
     shards = [n for n in range(1, plan.gpus + 1)
               if plan.gpus % n == 0 and plan.seq_len % (2 * n) == 0]
-    for context_shards in [plan.context_shards, *shards]:
-        for recompute in (plan.recompute, True):
-            tried = dataclasses.replace(plan, context_shards=context_shards, recompute=recompute)
-            if fits(training_memory(config, tried), gigabytes):
-                return tried
+    choices = itertools.product((plan.offload, True), [plan.context_shards, *shards],
+                                (plan.recompute, True))
+    for offload, context_shards, recompute in choices:
+        tried = dataclasses.replace(plan, context_shards=context_shards, recompute=recompute,
+                                    offload=offload)
+        if fits(training_memory(config, tried), gigabytes):
+            return tried
     return None
 
 
@@ -192,6 +209,8 @@ def changed_flags(plan: Plan, other: Plan) -> str:
         flags.append(f"--context-parallel {other.context_shards}")
     if other.recompute and not plan.recompute:
         flags.append("--recompute")
+    if other.offload and not plan.offload:
+        flags.append("--offload")
     return " ".join(flags)
 
 
@@ -215,7 +234,11 @@ def describe_fit(config: ModelConfig, plan: Plan) -> str:
             continue
         answers.append(f"{size} GB: no")
         found = would_fit(config, plan, size)
-        remedies.append(f"{size} GB: {changed_flags(plan, found) if found else 'more GPUs'}")
+        remedy = changed_flags(plan, found) if found else "more GPUs"
+        if found and found.offload and not plan.offload:
+            computer = training_memory(config, found).computer / GIB
+            remedy += f" ({computer:,.0f} GiB of RAM each)"
+        remedies.append(f"{size} GB: {remedy}")
     lines = [f"fits in    {', '.join(answers)} (in {USABLE:.0%} of it: CUDA and fragments take the "
              "rest)"]
     if remedies:

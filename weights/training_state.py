@@ -137,8 +137,8 @@ def resume_run(model: LLaMA, optimizer: torch.optim.Optimizer, config: Any,
                         f"no longer there: {RUN_REMEDY}")
     of_one_process = path.parent == Path(config.out)
     if of_one_process and is_sharded(model):
-        raise UserError(f"{config.out} holds a run of one process: go on without torchrun, or "
-                        f"{RUN_REMEDY}")
+        raise UserError(f"{config.out} holds a run of one process: go on without torchrun and "
+                        f"--offload, or {RUN_REMEDY}")
     with readable(path):
         if of_one_process:
             model.load_state_dict(state["model"], strict=lora_of(model) is None)
