@@ -15,8 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Tensors here are tiny: handing them to a second thread costs more than it brings.
+# Tensors here are tiny: handing them to a second thread costs more than it brings. The same in
+# commands that tests start: their threads would wait for each other, busily, on a core that works.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # It is for power failures: what a killed process has written stays. Tests save some 6,000 files.
 os.fsync = lambda file: None
 
@@ -24,8 +26,7 @@ os.fsync = lambda file: None
 # ---- Long work at the side -----------------------------------------------------------------------
 #
 # A test file with a function begin(folder) starts processes that take minutes. They begin before
-# the first test of all, and its own tests come last. One core is kept from them, for the other
-# tests: these would get a fifth of it beside a dozen processes, and be left alone at the end.
+# the first test of all, beside the other tests, and its own tests come last.
 
 BEGUN = {}  # test module: (the process that begin() returned, its folder)
 
@@ -42,19 +43,7 @@ def pytest_collection_finish(session):
     waiting = [item.module for item in session.items if "begun" in item.fixturenames]
     for module in dict.fromkeys(waiting):
         folder = Path(tempfile.mkdtemp(prefix=f"{module.__name__}-"))
-        with on_all_cores_but_one():
-            BEGUN[module.__name__] = module.begin(folder), folder
-
-
-@contextlib.contextmanager
-def on_all_cores_but_one():
-    """Where processes begin meanwhile, if the system can say so (Linux)."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
-    if len(cores) > 1:
-        os.sched_setaffinity(0, cores - {min(cores)})
-    yield
-    if len(cores) > 1:
-        os.sched_setaffinity(0, cores)
+        BEGUN[module.__name__] = module.begin(folder), folder
 
 
 @pytest.fixture(scope="module")

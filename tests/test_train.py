@@ -253,6 +253,7 @@ def test_speed_is_that_of_all_steps_and_ranks_since_the_last_line(tmp_path, monk
     clock = itertools.count()
     monkeypatch.setattr(training_run.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(training_run, "join_process_group", lambda: (0, world))
+    monkeypatch.setattr(train, "trains_sharded", lambda config: False)
     monkeypatch.setattr(training_run, "on_any_rank", lambda flag: False)
     monkeypatch.setattr(training_run, "of_first_rank", lambda value: value)
     config = settings(tmp_path, steps=11, log_every=4, save_every=100)
