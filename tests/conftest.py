@@ -26,7 +26,9 @@ os.fsync = lambda file: None
 # ---- Long work at the side -----------------------------------------------------------------------
 #
 # A test file with a function begin(folder) starts processes that take minutes. They begin before
-# the first test of all, beside the other tests, and its own tests come last.
+# the first test of all, and its own tests come last. One core is kept from their dozen processes.
+# Beside them the other tests would get a fifth of it, and later be alone; and ranks that wait for
+# each other on two cores take half as much time again.
 
 BEGUN = {}  # test module: (the process that begin() returned, its folder)
 
@@ -43,7 +45,19 @@ def pytest_collection_finish(session):
     waiting = [item.module for item in session.items if "begun" in item.fixturenames]
     for module in dict.fromkeys(waiting):
         folder = Path(tempfile.mkdtemp(prefix=f"{module.__name__}-"))
-        BEGUN[module.__name__] = module.begin(folder), folder
+        with on_all_cores_but_one():
+            BEGUN[module.__name__] = module.begin(folder), folder
+
+
+@contextlib.contextmanager
+def on_all_cores_but_one():
+    """Where processes begin meanwhile, if the system can say so (Linux)."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores - {min(cores)})
+    yield
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="module")

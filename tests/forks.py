@@ -3,7 +3,6 @@ side, forked from one process that has imported everything.
 
 It sees no GPU: autograd with a GPU cannot be forked, and ranks on one machine shall use gloo.
 """
-import contextlib
 import gc
 import os
 import socket
@@ -42,29 +41,12 @@ def exit_status(pid):
 
 
 def begin_script(script, folder, actions):
-    """Start these actions of a test file, beside the tests. finish_script waits for them.
-
-    One core is kept from their dozen processes. Other tests would get a fifth of it beside them, and
-    later be alone; and ranks that wait for each other on two cores take half as much time again.
-    """
+    """Start these actions of a test file, beside the tests. finish_script waits for them."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with open(folder / "statuses", "wb") as out, open(folder / "errors", "wb") as errors:
-        with on_all_cores_but_one():
-            return subprocess.Popen([sys.executable, "-u", script, folder, *actions],
-                                    env=environment, stdout=out, stderr=errors,
-                                    start_new_session=True)
-
-
-@contextlib.contextmanager
-def on_all_cores_but_one():
-    """Where processes begin meanwhile, if the system can say so (Linux)."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
-    if len(cores) > 1:
-        os.sched_setaffinity(0, cores - {min(cores)})
-    yield
-    if len(cores) > 1:
-        os.sched_setaffinity(0, cores)
+        return subprocess.Popen([sys.executable, "-u", script, folder, *actions], env=environment,
+                                stdout=out, stderr=errors, start_new_session=True)
 
 
 def finish_script(process, folder):
