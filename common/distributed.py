@@ -34,12 +34,13 @@ def join_process_group() -> tuple[int, int]:
     if world_size() == 1:
         return 0, 1
     if not dist.is_initialized():
+        engine = backend()
         if torch.cuda.is_available():
             gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if gpu >= gpus:
                 raise UserError(f"more processes than GPUs: give torchrun --nproc-per-node {gpus}")
             torch.cuda.set_device(gpu)
-        dist.init_process_group(backend())
+        dist.init_process_group(engine)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -59,8 +60,7 @@ def wait_for_all_ranks() -> None:
 
 
 def on_any_rank(flag: bool) -> bool:
-    """Whether `flag` is true in any process. Ranks have to stop after the same step: one that went
-    on alone would wait for the others for ever."""
+    """Whether `flag` is true in any process: one that went on alone would wait for ever."""
     return bool(mean_over_ranks(torch.tensor(float(flag))))
 
 
@@ -163,9 +163,8 @@ def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dty
     A block's weights are gathered for its forward pass, thrown away, and gathered again for its
     backward pass; those outside the blocks (embedding, last norm, output) stay from the one to the
     other. dtype: of a block's gathered weights; gradients are averaged in float32. called: the
-    method used in place of forward(): FSDP gathers weights for registered methods only.
-    offload: rows, gradients and moments wait in the computer's memory, and AdamW runs there.
-    Returns the device that the rows have to be on.
+    method used in place of forward(), for which FSDP gathers. offload: rows, gradients and moments
+    wait in the computer's memory, and AdamW runs there. Returns the device that rows have to be on.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
