@@ -2,21 +2,27 @@
 
     python bench.py             # attention, training and generation; two minutes on a laptop
     python bench.py --what maps --lengths 4096       # distance maps beside plain tiled attention
+    python bench.py --what training --dtype bfloat16 --compile
+    python bench.py --what generation --model M --batch-size 1 --prompt 2048
+    python bench.py --what attention --attention tiled --lengths 2048 8192 32768 --repeat 1
     python bench.py --what perplexity --model M --text book.txt --window 2048 --stride 256 \\
         --tokens 16384 --matmul highest medium
 
 Transformers (pip install transformers safetensors) gets our weights through `python -m weights
 export`; without it our numbers stand alone. Times are medians of alternating repetitions, so that a
 slow moment of the machine meets both sides. Perplexity runs once on each side, one after the other.
-Compare the ratios. On a GPU the peak of its memory is measured too.
+Compare the ratios. On a CPU training is measured twice: like for like, both sides in this process;
+and as users run it, each in a process of its own, ours with train.py's use of memory.
 """
 import dataclasses
 import math
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +33,10 @@ from tqdm import tqdm
 
 from common.cli import field, parse, run_command
 from common.device import (choose_device, choose_dtype, describe_device, dtype_name,
-                           matmul_precision)
+                           keep_freed_memory, matmul_precision)
 from common.errors import UserError
 from common.files import check_output, write_json
+from common.meter import peak_bytes
 from common.results import result
 from data.corpus import corpus_for, ensure_corpus, read_documents, validation_documents
 from eval import perplexity, window_and_stride
@@ -39,7 +46,7 @@ from model import ATTENTION, LLaMA, TiledAttention, attention, generate
 from rope import apply_rope
 from weights import load_model, load_tokenizer
 from weights.export import export
-from weights.size import parameter_count
+from weights.size import flops_per_token, parameter_count
 
 WHAT = ["attention", "training", "generation", "perplexity", "maps"]
 PeerLoader = Callable[[], torch.nn.Module] | None  # None: transformers is not installed
@@ -50,6 +57,11 @@ class BenchConfig:
     what: list[str] = field(WHAT[:3], f"what to measure: {', '.join(WHAT)}", choices=WHAT)
     model: str = field("data/tiny", "model folder or file")
     lengths: list[int] = field([512, 2048], "attention and maps: tokens")
+    attention: list[str] = field([*ATTENTION], f"attention: which of {', '.join(ATTENTION)}",
+                                 choices=[*ATTENTION])
+    compile: bool = field(False, "training: torch.compile every block, on both sides")
+    prompt: int | None = field(None, "generation: tokens of the prompt [half the window, at most "
+                               "1024]")
     batch_size: int = field(4, "training and generation: rows")
     repeat: int = field(5, "repetitions, of which the median counts")
     text: list[str] = field([], "perplexity: UTF-8 files, a document each, instead of the default "
@@ -66,28 +78,25 @@ class BenchConfig:
     out: str = field("out/bench.json", "JSON file to write")
 
 
-def time_sides(sides: dict[str, Callable[[], Any]], device: torch.device, repeat: int
-               ) -> dict[str, dict]:
-    """{name: function} -> {name: {"seconds": median, "bytes": peak of a GPU's memory above what lay
-    there before, else None}}."""
+def time_sides(sides: dict[str, Callable[[], Any]], device: torch.device, repeat: int,
+               weigh: bool = False) -> dict[str, dict]:
+    """{name: function} -> {name: {"seconds": median, "bytes": peak of memory above what lay there
+    before}}. bytes: on a GPU; on a CPU only if asked to `weigh`, else None."""
     on_gpu = device.type == "cuda"
     times = {name: [] for name in sides}
-    peaks = dict.fromkeys(sides)
     for n in range(repeat + 1):
         for name, function in sides.items():
             if on_gpu:
                 torch.cuda.synchronize(device)
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
             started = time.perf_counter()
             function()
             if on_gpu:
                 torch.cuda.synchronize(device)
-                peaks[name] = torch.cuda.max_memory_allocated(device) - before
             if n > 0:  # the first time is warm-up
                 times[name].append(time.perf_counter() - started)
-    return {name: {"seconds": float(np.median(times[name])), "bytes": peaks[name]}
-            for name in sides}
+    return {name: {"seconds": float(np.median(times[name])),
+                   "bytes": peak_bytes(function, device) if weigh or on_gpu else None}
+            for name, function in sides.items()}
 
 
 def make_rows(title: str, unit: str, amount: float, found: dict[str, dict], peer: str
@@ -104,13 +113,19 @@ def make_rows(title: str, unit: str, amount: float, found: dict[str, dict], peer
 
 
 def bench_attention(c: BenchConfig, model: LLaMA, dtype: torch.dtype) -> list[dict]:
-    """Our three attentions, forward and backward, with the heads of the model."""
-    rows = []
+    """Our three attentions, forward and backward, with the heads of the model. growth: the exponent
+    with which memory grows from the length before, 1 if linear, ln(bytes ratio) / ln(T ratio)."""
+    rows, before = [], {}
     H, D = model.config.n_heads, model.config.head_dim
-    for T in c.lengths:
+    for T in sorted(c.lengths):
         q, k, v = random_heads(c, model, T, dtype)
-        sides = {name: partial(attention_step, name, q, k, v) for name in ATTENTION}
-        found = time_sides(sides, model.device, c.repeat)
+        sides = {name: partial(attention_step, name, q, k, v) for name in c.attention}
+        found = time_sides(sides, model.device, c.repeat, weigh=True)
+        for name, measured in found.items():
+            if name in before:
+                shorter, size = before[name]
+                measured["growth"] = math.log(measured["bytes"] / size) / math.log(T / shorter)
+            before[name] = T, measured["bytes"]
         flops = 3.5 * 4 * H * D * T * (T + 1) / 2    # backward costs 2.5 times as much as forward
         rows += make_rows(f"attention, {T} tokens", "gflops", flops / 1e9, found, "sdpa")
     return rows
@@ -157,6 +172,9 @@ def attention_step(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     attention(q, k, v, implementation=name).sum().backward()
 
 
+# ---- Training ------------------------------------------------------------------------------------
+
+
 def training_step(loss_function: Callable[[], Tensor], optimizer: torch.optim.Optimizer,
                   device: torch.device, dtype: torch.dtype) -> None:
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -168,45 +186,110 @@ def training_step(loss_function: Callable[[], Tensor], optimizer: torch.optim.Op
 
 def bench_training(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: torch.dtype
                    ) -> list[dict]:
-    """Forward, backward and a fused AdamW on rows of the window."""
+    """Forward, backward and a fused AdamW on rows of the window. On a CPU also with each side in a
+    process of its own: what one frees and keeps would be the other's, too.
+
+    tflops: operations of the model a second. MFU = tflops / those that the device does at most.
+    """
     T = c.window or model.config.max_seq_len
-    ids = np.random.default_rng(c.seed).integers(0, model.config.vocab_size, (c.batch_size, T + 1))
-    x = torch.from_numpy(ids).to(model.device)
-    ours = LLaMA(model.config).to(model.device)
-    ours.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
-    models = {"ours": ours}
-    losses = {"ours": lambda: ours.loss(x[:, :-1], x[:, 1:])}
+    title = f"training step, {c.batch_size} x {T} tokens, {dtype_name(dtype)}"
+    if c.compile:
+        title += ", compiled"
+    peers = {"ours": None}
     if load_peer is not None:
-        peer = load_peer().to(model.device, torch.float32).train()
-        models["transformers"] = peer
-        # transformers shifts the labels itself
-        losses["transformers"] = lambda: peer(x[:, :-1], labels=x[:, :-1]).loss
-    sides = {}
-    for name, module in models.items():
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
-        sides[name] = partial(training_step, losses[name], optimizer, model.device, dtype)
-    found = time_sides(sides, model.device, c.repeat)
-    title = f"training step, {c.batch_size} x {T} tokens"
-    return make_rows(title, "tokens_per_second", c.batch_size * T, found, "transformers")
+        peers["transformers"] = load_peer
+    steps = {name: partial(training_side, c, T, peer, model.device, dtype)
+             for name, peer in peers.items()}
+    found = time_sides({name: step() for name, step in steps.items()}, model.device, c.repeat)
+    rows = make_rows(title, "tokens_per_second", c.batch_size * T, found, "transformers")
+    if load_peer is not None and model.device.type == "cpu":
+        alone = {name: InProcess(partial(step, as_users_run=True)) for name, step in steps.items()}
+        found = time_sides(alone, model.device, c.repeat)
+        rows += make_rows(f"{title}, as users run it", "tokens_per_second", c.batch_size * T, found,
+                          "transformers")
+    for row in rows:
+        row["tflops"] = row["tokens_per_second"] * flops_per_token(model.config, T) / 1e12
+    return rows
+
+
+def training_side(c: BenchConfig, T: int, load_peer: PeerLoader, device: torch.device,
+                  dtype: torch.dtype, as_users_run: bool = False) -> Callable[[], None]:
+    """A training step of the peer, or if there is none of ours."""
+    if load_peer is None:
+        if as_users_run:
+            keep_freed_memory()     # as train.py does
+        model = load_model(c.model, device=device)
+        blocks, vocab_size = model.layers, model.config.vocab_size
+    else:
+        model = load_peer().to(device, torch.float32).train()
+        blocks, vocab_size = model.model.layers, model.config.vocab_size
+    ids = np.random.default_rng(c.seed).integers(0, vocab_size, (c.batch_size, T + 1))
+    x = torch.from_numpy(ids).to(device)
+
+    def loss() -> Tensor:
+        if load_peer is None:
+            return model.loss(x[:, :-1], x[:, 1:])
+        return model(x[:, :-1], labels=x[:, :-1]).loss      # it shifts the labels itself
+    if c.compile:
+        for block in blocks:
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    return partial(training_step, loss, optimizer, device, dtype)
+
+
+class InProcess:
+    """build()() in a process of its own: it builds at once, and works whenever it is called."""
+
+    def __init__(self, build: Callable[[], Callable[[], None]]):
+        start = multiprocessing.get_context("spawn")
+        self.work, there = start.Pipe()
+        self.process = start.Process(target=work_when_told, args=(there, build), daemon=True)
+        self.process.start()
+
+    def __call__(self) -> None:
+        self.work.send("once")
+        self.work.recv()
+
+
+def work_when_told(orders: Connection, build: Callable[[], Callable[[], None]]) -> None:
+    function = build()
+    while orders.recv():
+        function()
+        orders.send("done")
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
 
 
 def bench_generation(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: torch.dtype,
                      new: int = 64) -> list[dict]:
-    """Greedy tokens after prompts of half the window, with the key/value cache."""
-    T = max(1, min(model.config.max_seq_len // 2, 1024))
+    """Greedy tokens after a prompt, with the key/value cache. The time of the prompt and of the
+    first token is measured alone, and taken off.
+
+    bandwidth: how fast weights are read for each token, as a share of a sum over all of them.
+    """
+    T = c.prompt or max(1, min(model.config.max_seq_len // 2, 1024))
     ids = np.random.default_rng(c.seed).integers(3, model.config.vocab_size, (c.batch_size, T))
     prompt = torch.from_numpy(ids).to(model.device)
-    sides = {"ours": partial(generate, model, prompt, new)}
+    sides = {"ours": lambda n: generate(model, prompt, n)}
     if load_peer is not None:
         peer = load_peer().to(model.device, dtype).eval()
         peer.generation_config.eos_token_id = None
-        sides["transformers"] = partial(
-            peer.generate, prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
-            min_new_tokens=new, do_sample=False, pad_token_id=0)
+        sides["transformers"] = lambda n: peer.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
+            do_sample=False, pad_token_id=0)
+    calls = {(name, n): partial(side, n) for name, side in sides.items() for n in (1, 1 + new)}
+    calls["sum"] = lambda: [weight.sum() for weight in model.parameters()]
     with torch.inference_mode():
-        found = time_sides(sides, model.device, max(1, c.repeat // 2))
-    title = f"generation, {c.batch_size} x {new} tokens after {T}"
-    return make_rows(title, "tokens_per_second", c.batch_size * new, found, "transformers")
+        found = time_sides(calls, model.device, max(1, c.repeat // 2))
+    decoding = {}
+    for name in sides:
+        seconds = found[name, 1 + new]["seconds"] - found[name, 1]["seconds"]
+        decoding[name] = found[name, 1 + new] | {
+            "seconds": seconds, "bandwidth": new * found["sum"]["seconds"] / seconds}
+    title = f"generation, {c.batch_size} x {new} tokens after {T}, {dtype_name(dtype)}"
+    return make_rows(title, "tokens_per_second", c.batch_size * new, decoding, "transformers")
 
 
 def held_out_documents(c: BenchConfig, model: LLaMA) -> tuple[list[np.ndarray], int, int]:
@@ -288,9 +371,15 @@ def print_row(row: dict) -> None:
     rate = f"{row.get('tokens_per_second', 0):,.0f} tok/s"
     if "gflops" in row:
         rate = f"{row['gflops']:.0f} GFLOP/s"
-    line = f"{row['name']:<72}{1e3 * row['seconds']:>10,.1f} ms   {rate:>16}"
+    line = f"{row['name']:<80}{1e3 * row['seconds']:>10,.1f} ms   {rate:>16}"
     if row["bytes"] is not None:
-        line += f"   {row['bytes'] / 2**20:,.0f} MiB"
+        line += f"   {row['bytes'] / 2**20:,.1f} MiB"
+    if "growth" in row:
+        line += f" (grows by T^{row['growth']:.3f})"
+    if "tflops" in row:
+        line += f"   {row['tflops']:.3f} TFLOP/s"
+    if "bandwidth" in row:
+        line += f"   {row['bandwidth']:.0%} of the bandwidth of a sum"
     if "ratio" in row:
         line += f"   {row['ratio']:.2f} x {row['peer']}"
     if "perplexity" in row:
@@ -300,10 +389,11 @@ def print_row(row: dict) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     c = parse(BenchConfig, __doc__, argv)
-    window = 1 if c.window is None else c.window
-    if min(c.repeat, c.batch_size, *c.lengths, window) < 1 or c.tokens < 0:
-        raise UserError("--repeat, --batch-size, --lengths and --window have to be at least 1, "
-                        "--tokens at least 0 (all)")
+    counts = [c.repeat, c.batch_size, *c.lengths]
+    counts += [n for n in (c.window, c.prompt) if n is not None]
+    if min(counts) < 1 or c.tokens < 0:
+        raise UserError("--repeat, --batch-size, --lengths, --window and --prompt have to be at "
+                        "least 1, --tokens at least 0 (all)")
     check_output(c.out)
     device = choose_device(c.device)
     dtype = choose_dtype(c.dtype, device)

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from cases import IMPLEMENTATIONS
-from meter import Meter, peak_bytes
+from common.meter import Meter, peak_bytes
 
 from common.errors import UserError
 from common.key_range import CausalRange, KeyRange

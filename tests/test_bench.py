@@ -2,7 +2,11 @@
 anything is timed. No time is tested."""
 import importlib.util
 import json
+import math
+import multiprocessing
+import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from common.errors import UserError
 from extras.long_window import MAPS
 from model import LLaMA, ModelConfig
 from weights import save_model
+from weights.size import flops_per_token
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,7 @@ def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypa
     found = []
     note_precision(monkeypatch, "perplexity", found)
     note_precision(monkeypatch, "transformers_loop", found)
+    monkeypatch.setattr(bench, "InProcess", lambda build: build())      # see below
     result = measured("--what", *(w for w in bench.WHAT if w != "maps"), "--matmul", "highest",
                       "medium")
     assert found == ["highest", "highest", "medium", "medium"]
@@ -61,12 +67,20 @@ def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypa
     assert list(rows) == [
         "attention, 8 tokens, naive", "attention, 8 tokens, tiled", "attention, 8 tokens, sdpa",
         "attention, 16 tokens, naive", "attention, 16 tokens, tiled", "attention, 16 tokens, sdpa",
-        "training step, 2 x 24 tokens, ours", "training step, 2 x 24 tokens, transformers",
-        "generation, 2 x 64 tokens after 16, ours",
-        "generation, 2 x 64 tokens after 16, transformers",
+        "training step, 2 x 24 tokens, float32, ours",
+        "training step, 2 x 24 tokens, float32, transformers",
+        "training step, 2 x 24 tokens, float32, as users run it, ours",
+        "training step, 2 x 24 tokens, float32, as users run it, transformers",
+        "generation, 2 x 64 tokens after 16, float32, ours",
+        "generation, 2 x 64 tokens after 16, float32, transformers",
         f"{scored}, ours", f"{scored}, transformers",
         f"{scored}, ours, matmul medium", f"{scored}, transformers, matmul medium"]
     assert all(r["seconds"] > 0 for r in rows.values())
+    grown = rows["attention, 16 tokens, tiled"]
+    shorter = rows["attention, 8 tokens, tiled"]
+    assert grown["growth"] == pytest.approx(math.log2(grown["bytes"] / shorter["bytes"]))
+    assert "growth" not in shorter and 0 < shorter["bytes"] < grown["bytes"]
+    assert 0 < rows["generation, 2 x 64 tokens after 16, float32, ours"]["bandwidth"]
     for name, r in rows.items():
         if ", ours" in name:
             peer = rows[name.replace("ours", "transformers")]
@@ -120,13 +134,46 @@ def test_mistakes_are_told_before_the_peer_is_made(measured, monkeypatch, flags,
 
 
 def test_work_is_counted_per_second(monkeypatch):
-    """FLOPs of causal attention, 4 H D T(T+1)/2 forward and 2.5 times as many backward."""
-    monkeypatch.setattr(bench, "time_sides",
-                        lambda sides, *_: {name: {"seconds": 0.5, "bytes": None} for name in sides})
+    """FLOPs of causal attention, 4 H D T(T+1)/2 forward and 2.5 times as many backward. The prompt
+    and the first token, here 0.1 s, are no part of a generation's time."""
+    def half_a_second(sides, *_, **__):
+        first = [name for name in sides if name == ("ours", 1)]
+        return {name: {"seconds": 0.1 if name in first else 0.6 if first else 0.5, "bytes": None}
+                for name in sides}
+    monkeypatch.setattr(bench, "time_sides", half_a_second)
     model = LLaMA(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=64, max_seq_len=32))
     rows = bench.bench_attention(bench.BenchConfig(lengths=[10]), model, torch.float32)
     assert all(r["gflops"] == pytest.approx(14 * 4 * 8 * 55 / 0.5 / 1e9) for r in rows)
     row, = bench.bench_training(bench.BenchConfig(batch_size=3), model, None, torch.float32)
     assert row["tokens_per_second"] == 3 * 32 / 0.5
+    assert row["tflops"] == row["tokens_per_second"] * flops_per_token(model.config, 32) / 1e12
     row, = bench.bench_generation(bench.BenchConfig(batch_size=3), model, None, torch.float32)
-    assert row["tokens_per_second"] == 3 * 64 / 0.5
+    assert row["tokens_per_second"] == pytest.approx(3 * 64 / 0.5)
+    assert row["bandwidth"] == pytest.approx(64 * 0.6 / 0.5)
+
+
+def test_each_side_in_a_process_of_its_own():
+    """It works only when it is called, and then in turns."""
+    here, there = multiprocessing.Pipe()
+    sides = [bench.InProcess(partial(sending, there, n)) for n in range(2)]
+    for n in (0, 1, 1, 0):
+        assert not here.poll(0.05)
+        sides[n]()
+        number, pid = here.recv()
+        assert number == n and pid == sides[n].process.pid != os.getpid()
+
+
+def sending(pipe, number):
+    return lambda: pipe.send((number, os.getpid()))
+
+
+def test_compiled_on_both_sides(measured, monkeypatch):
+    """Every block of both; nothing is compiled in this test."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    monkeypatch.setattr(bench, "InProcess", lambda build: build())
+    rows = measured("--what", "training", "--compile")["bench"]
+    names = [kind.__name__ for kind in compiled]
+    sides = ["Block"] * 2 + ["LlamaDecoderLayer"] * 2
+    assert names == sides + sides, "like for like, and as users run it"
+    assert rows[0]["name"] == "training step, 2 x 24 tokens, float32, compiled, ours"

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from cases import build, config_of, draw_tokens
-from meter import peak_bytes
+from common.meter import peak_bytes
 
 import finetune
 import train

@@ -9,7 +9,7 @@ import reference
 import torch
 from cases import (DYNAMIC, IMPLEMENTATIONS, LLAMA3, ROPES, VOCAB, build, draw_tokens as draw,
                    every_rope, implementations_for)
-from meter import Meter
+from common.meter import Meter
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as llama

@@ -2,6 +2,8 @@
 are measured with it."""
 import math
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,12 +23,13 @@ class Meter(TorchDispatchMode):
     see peak_bytes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live, self.alive = {}, 0
         self.peak, self.largest, self.products = 0, 0, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         # a view or an in-place result is nothing new
         given = {storage._cdata for storage in storages((args, kwargs))}
@@ -38,7 +41,7 @@ class Meter(TorchDispatchMode):
             self.products += math.prod(args[0].shape) * args[1].shape[-1]
         return out
 
-    def watch(self, storage):
+    def watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.live or storage.nbytes() == 0:
             return
@@ -48,17 +51,17 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
         self.largest = max(self.largest, size)
 
-    def forget(self, key, size):
+    def forget(self, key: int, size: int) -> None:
         del self.live[key]
         self.alive -= size
 
 
-def storages(tree):
+def storages(tree: Any) -> list[torch.UntypedStorage]:
     leaves = torch.utils._pytree.tree_leaves(tree)
     return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def peak_bytes(run, device="cpu"):
+def peak_bytes(run: Callable[[], Any], device: str | torch.device = "cpu") -> int:
     """Peak memory in bytes of run() above what is allocated before: by the Meter, or by CUDA's own
     counter where device is a GPU."""
     if torch.device(device).type == "cuda":
