@@ -70,7 +70,7 @@ LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).ti
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
-              implementation: str = "auto", block_q: int = 128, block_k: int = 128) -> Tensor:
+              implementation: str = "auto", block_q: int = 256, block_k: int = 256) -> Tensor:
     """Causal attention by one of the three; `auto` is sdpa. The block sizes are tiled's."""
     if implementation not in ("auto", *ATTENTION):
         raise UserError(f"attention '{implementation}' is unknown: choose auto, "
@@ -170,12 +170,12 @@ class TiledAttention(torch.autograd.Function):
         for rows, key_tiles in seen.tiles(block_q, block_k):
             q_tile = group_heads(q[:, :, rows], k.shape[1])                     # [B, K, G*bq, D]
             m = torch.full_like(q_tile[..., :1], LOWEST, dtype=torch.float32)   # [B, K, G*bq, 1]
-            row_sum = torch.zeros_like(m)
+            zero = row_sum = torch.zeros_like(m)
             acc = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
-                scores = tile_scores(q_tile, q, k, bias, seen, rows, keys)      # [B, K, G*bq, bk]
+                scores = tile_scores(q_tile, q, k, bias, seen, rows, keys, zero)
                 m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
-                p = torch.exp(scores - m_new)
+                p = scores.sub_(m_new).exp_()       # in place: tiles stay in the processor's cache
                 shrink = torch.exp(m - m_new)
                 row_sum = shrink * row_sum + p.sum(dim=-1, keepdim=True)
                 acc = shrink * acc + (p.type_as(v) @ v[:, :, keys]).float()
@@ -203,11 +203,9 @@ class TiledAttention(torch.autograd.Function):
             delta_tile = group_heads(delta[:, :, rows, None], K)
             dq_tile = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
-                scores = tile_scores(q_tile, q, k, bias, ctx.seen, rows, keys)
-                p = torch.exp(scores - lse_tile)
+                p = tile_scores(q_tile, q, k, bias, ctx.seen, rows, keys, lse_tile).exp_()
                 dv[:, :, keys] += (p.type_as(v).transpose(-2, -1) @ dout_tile).float()
-                dp = (dout_tile @ v[:, :, keys].transpose(-2, -1)).float()
-                ds = (p * (dp - delta_tile)).type_as(q)
+                ds = product_minus(dout_tile, v[:, :, keys], delta_tile).mul_(p).type_as(q)
                 dq_tile += (ds @ k[:, :, keys]).float() * scale
                 dk[:, :, keys] += (ds.transpose(-2, -1) @ q_tile).float() * scale
             dq[:, :, rows] = ungroup_heads(dq_tile, q.shape[1]).type_as(q)
@@ -215,23 +213,29 @@ class TiledAttention(torch.autograd.Function):
 
 
 def group_heads(x: Tensor, K: int) -> Tensor:
-    """The G query heads that share a key head as rows of one matrix:
-    [B, H, T, D] -> [B, K, G*T, D]."""
+    """Query heads that share a key head, as rows of one matrix: [B, H, T, D] -> [B, K, G*T, D]."""
     return x.unflatten(1, (K, -1)).flatten(2, 3)
 
 
 def ungroup_heads(x: Tensor, H: int) -> Tensor:
     """The inverse: [B, K, G*T, D] -> [B, H, T, D]."""
-    G = H // x.shape[1]
-    return x.unflatten(2, (G, -1)).flatten(1, 2)
+    return x.unflatten(2, (H // x.shape[1], -1)).flatten(1, 2)
+
+
+def product_minus(a: Tensor, b: Tensor, c: Tensor, scale: float = 1.0) -> Tensor:
+    """scale a b^T - c in float32: [B, K, n, D], [B, K, m, D], [B, K, n, 1] -> [B, K, n, m]."""
+    if a.dtype != torch.float32:
+        return (a @ b.transpose(-2, -1)).float() * scale - c
+    flat = [x.flatten(0, 1) for x in (-c, a, b.transpose(-2, -1))]
+    return torch.baddbmm(*flat, alpha=scale).unflatten(0, a.shape[:2])    # a tile is written once
 
 
 def tile_scores(q_tile: Tensor, q: Tensor, k: Tensor, bias: Tensor | None,
-                seen: CausalRange | KeyRange, rows: slice, keys: slice) -> Tensor:
-    """Scaled, biased and masked scores of one tile in float32: [B, K, G*bq, bk]."""
+                seen: CausalRange | KeyRange, rows: slice, keys: slice, minus: Tensor) -> Tensor:
+    """Scaled, biased, masked scores of a tile, less `minus`, in float32: [B, K, G*bq, bk]."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    scores = (q_tile @ k[:, :, keys].transpose(-2, -1)).float() / math.sqrt(D)
+    scores = product_minus(q_tile, k[:, :, keys], minus, 1 / math.sqrt(D))
     if bias is not None:
         bias = bias.float().expand(B, H, T, S)                                # copies nothing
         own = bias.diagonal(S - T, -2, -1)[:, :, rows, None].clamp(min=-1e30)     # see causal_bias
@@ -359,7 +363,6 @@ class LLaMA(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
         return self.offloaded_from or self.tok_embeddings.weight.device
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,

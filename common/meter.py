@@ -37,8 +37,9 @@ class Meter(TorchDispatchMode):
             if storage._cdata not in given:
                 self.watch(storage)
         name = function.overloadpacket.__name__
-        if name in ("mm", "bmm"):
-            self.products += math.prod(args[0].shape) * args[1].shape[-1]
+        if name in ("mm", "bmm", "baddbmm"):
+            a, b = args[-2:]
+            self.products += math.prod(a.shape) * b.shape[-1]
         return out
 
     def watch(self, storage: torch.UntypedStorage) -> None:

@@ -160,8 +160,8 @@ def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInpu
     if q.is_cuda and implementation != "tiled":
         parts = [flex_part(*in_band(q, k, v, band), band.keys) for band in bands]
     else:
-        block_k = 128 * 128 // min(q.shape[2], 128)                            # few queries: wide
-        parts = [tiled(*in_band(q, k, v, band), None, band.keys, 128, block_k) for band in bands]
+        block_k = 256 * 256 // min(q.shape[2], 256)                            # few queries: wide
+        parts = [tiled(*in_band(q, k, v, band), None, band.keys, 256, block_k) for band in bands]
     return merge_outputs(*zip(*parts))
 
 

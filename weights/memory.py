@@ -168,7 +168,8 @@ def block_bytes(config: ModelConfig, plan: Plan) -> int:
 
         gathered       b for the whole gradient of each parameter that learns, and 4 to reduce it
         recompute      the layer's activations; autocast's copies are gone by then
-        naive          2 H T float32 more
+        naive          2 H T float32 more for each token
+        tiled          four tiles of 256 x 256 float32 for each head and row
     """
     tokens = plan.rows * plan.seq_len // plan.context_shards
     size = 0
@@ -179,6 +180,8 @@ def block_bytes(config: ModelConfig, plan: Plan) -> int:
         size += max(0, tokens * layer_bytes(config, plan) - copied_bytes(config, plan))
     if plan.attention == "naive":
         size += tokens * 2 * config.n_heads * plan.seq_len * 4
+    if plan.attention == "tiled":
+        size += plan.rows * config.n_heads * 4 * min(plan.seq_len, 256)**2 * 4
     return size
 
 
