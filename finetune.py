@@ -36,8 +36,8 @@ from weights.extension import (baseline_rope, changes_positions, complete_flags,
                                has_short_rows, load_extended, load_saved, phases,
                                prepare_corpus, print_phases, rope_flag, row_length,
                                training_batches)
-from weights.size import parameter_count
 from weights.plan import planned_gpus, print_header
+from weights.size import parameter_count
 
 
 @dataclass
@@ -63,7 +63,7 @@ class FinetuneConfig(FitConfig):
     positions: str = field("own", "of training rows. contiguous: 0 .. L'-1; pose: L tokens that "
                            "skip and so reach L'; own: the method's own way",
                            choices=["own", "contiguous", "pose"])
-    row_length: int | None = field(None, "tokens of a row [L', L with pose]; fewer take pose")
+    row_length: int | None = field(None, "a row's tokens [L', L with pose]; shorter rows take pose")
     lora_rank: int = field(0, "train A and B of LoRA with this rank r; 0 trains everything "
                            "(LongLoRA has 8)")
     lora_alpha: float = field(16.0, "W x + (alpha / r) B A x")

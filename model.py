@@ -342,7 +342,7 @@ class LLaMA(nn.Module):
         super().__init__()
         self.config, self.attention, self.recompute = config, attention, recompute
         self.context: ContextShard | None = None
-        self.offloaded_from: torch.device | None = None     # the GPU, if weights wait beside it
+        self.offloaded_from: torch.device | None = None     # the GPU, if weights wait in the RAM
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)

@@ -63,7 +63,7 @@ class FitConfig:
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")
     offload: bool = field(False, "keep weights, gradients and AdamW's moments in the computer's "
-                          "memory, on the GPU those of one block at a time: slower")
+                          "memory; blocks come to the GPU one by one: slower")
     fresh: bool = field(False, "start again although --out holds a run, which is then replaced")
     dry_run: bool = field(False, "only say what it would take: parameters, memory, operations")
     gpus: int | None = field(None, "plan with so many GPUs, with --dry-run only [those of "
@@ -119,7 +119,7 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     logged step. Stopped: after Ctrl-C, with all steps saved.
     """
     validate_settings(config)
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" or config.offload:
         keep_freed_memory()
     rank = join_process_group()[0]  # joins at the first call only; 0 without torchrun
     model.attention, model.recompute = config.attention, config.recompute
@@ -273,7 +273,8 @@ def new_model(shape: ModelConfig, config: TrainConfig, device: torch.device) -> 
         return LLaMA(shape).to(device)
     drawn = LLaMA(shape).state_dict() if join_process_group()[0] == 0 else {}
     model = empty_model(shape)
-    share_rows(model.to_empty(device=shard_for_training(model, config, device)), drawn)
+    kept_on = shard_for_training(model, config, device)
+    share_rows(model.to_empty(device=kept_on), drawn)
     return model
 
 

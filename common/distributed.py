@@ -1,4 +1,5 @@
-"""Many GPUs: one process (rank) for each, started by torchrun. Nothing here acts on a single GPU.
+"""Many GPUs: one process (rank) for each, started by torchrun. Nothing here acts on a single GPU,
+unless it offloads: then it is a group of one.
 
     torchrun --nproc-per-node 8 finetune.py --context-parallel 4 ...
 
@@ -34,13 +35,13 @@ def join_process_group() -> tuple[int, int]:
     if world_size() == 1:
         return 0, 1
     if not dist.is_initialized():
-        engine = backend()
+        communication = backend()
         if torch.cuda.is_available():
             gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if gpu >= gpus:
                 raise UserError(f"more processes than GPUs: give torchrun --nproc-per-node {gpus}")
             torch.cuda.set_device(gpu)
-        dist.init_process_group(engine)
+        dist.init_process_group(communication)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -60,7 +61,8 @@ def wait_for_all_ranks() -> None:
 
 
 def on_any_rank(flag: bool) -> bool:
-    """Whether `flag` is true in any process: one that went on alone would wait for ever."""
+    """Whether `flag` is true in any process. Ranks have to stop after the same step: one that went
+    on alone would wait for the others for ever."""
     return bool(mean_over_ranks(torch.tensor(float(flag))))
 
 
@@ -169,19 +171,17 @@ def shard_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dty
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                         fully_shard, register_fsdp_forward_method)
-    if not dist.is_initialized():       # one GPU that offloads: a group of one
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
-    kept, kept_on = OffloadPolicy(), device
-    if offload:     # pinned memory is copied to the GPU without a stop
-        kept, kept_on = CPUOffloadPolicy(device.type == "cuda"), torch.device("cpu")
-        model.offloaded_from = device
+    policy, kept_on = OffloadPolicy(), device
+    if offload:     # pinned: copied to the GPU without a wait of the CPU
+        policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        model.offloaded_from, kept_on = device, torch.device("cpu")
     mesh = init_device_mesh(device.type, (join_process_group()[1],))    # those of a row, too
     # States between blocks stay float32, as under autocast: nothing is cast on the way in.
     outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=in_blocks, offload_policy=kept)
-    fully_shard(model, mesh=mesh, mp_policy=outside, offload_policy=kept)
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks, offload_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=outside, offload_policy=policy)
     register_fsdp_forward_method(model, called)
     return kept_on
 

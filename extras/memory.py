@@ -41,8 +41,8 @@ from model import LLaMA, ModelConfig
 from train import fit
 from weights import load_config
 from weights.memory import GIB, training_memory
-from weights.size import parameter_count
 from weights.plan import plan_of
+from weights.size import parameter_count
 
 PROC_STATUS = Path("/proc/self/status")
 

@@ -26,9 +26,9 @@ os.fsync = lambda file: None
 # ---- Long work at the side -----------------------------------------------------------------------
 #
 # A test file with a function begin(folder) starts processes that take minutes. They begin before
-# the first test of all, and its own tests come last. One core is kept from their dozen processes.
-# Beside them the other tests would get a fifth of it, and later be alone; and ranks that wait for
-# each other on two cores take half as much time again.
+# the first test of all, and its own tests come last. One core is kept for the other tests: beside a
+# dozen processes they would get a fifth of it. And ranks that wait for each other on two cores take
+# half as much time again.
 
 BEGUN = {}  # test module: (the process that begin() returned, its folder)
 
@@ -55,9 +55,11 @@ def on_all_cores_but_one():
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
     if len(cores) > 1:
         os.sched_setaffinity(0, cores - {min(cores)})
-    yield
-    if len(cores) > 1:
-        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if len(cores) > 1:
+            os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="module")

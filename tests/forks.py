@@ -65,7 +65,8 @@ def be_the_script(table, prepare):
     """The script's side: `FOLDER ACTION ...`, each in a child that prints into ACTION.txt.
 
     table: {name: function(FOLDER/name)}. prepare(FOLDER) comes first: what the first step of all
-    imports takes seconds, once here and not in every child, and no child looks it through."""
+    imports takes seconds, once here and not in every child. No child's garbage collector then looks
+    through all that was imported."""
     torch.set_num_threads(1)
     # It is for power failures: files of a killed process stay written, and these tests save often.
     os.fsync = lambda file: None

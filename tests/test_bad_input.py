@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import bench
 import eval as eval_script
@@ -23,9 +24,11 @@ from data.sources import text_files
 from toy_training import (Died, dying, fingerprint, read_metrics, read_state, settings, tiny_model,
                           toy_batches, train_tiny)
 from train import fit
-from weights import load_model, load_tokenizer, save_model
+from weights import load_model, load_tokenizer, plan, save_model
 from weights.export import export
+from weights.memory import GIB, Memory
 from weights.presets import fetch_smollm2
+from weights.training_run import prepare_offload
 
 ROOT = Path(__file__).resolve().parent.parent
 NESTED = '{"a":' * 3000 + "1" + "}" * 3000
@@ -63,6 +66,31 @@ def test_a_training_beyond_all_memory(corpus_folder, tokenizer, tmp_path, flags)
         train.main([*flags, "--corpus", str(corpus_folder), "--tokenizer", str(tokenizer.path),
                     "--max-seq-len", "128", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--optimizer", "adamw8bit"], "adamw8bit: keeps its moments on one GPU: leave out torchrun"),
+    (["--lora-rank", "8", "--base-dtype", "int8"], "int8: several GPUs, and --offload, gather"),
+    ([], "--offload needs 101 GiB of RAM for each GPU, and there are 100: .* --lora-rank")])
+def test_what_does_not_go_with_offload(tmp_path, monkeypatch, flags, words):
+    """The last: for activations the arithmetic has a margin, for what stays in RAM it has none."""
+    needed = Memory(0, 0, 0, 0, 120 * GIB, 0, 0, 0, computer=101 * GIB)
+    monkeypatch.setattr(plan, "training_memory", lambda shape, plan: needed)
+    monkeypatch.setattr(plan, "memory_per_rank", lambda device: 100 * GIB)
+    (tmp_path / "text.txt").write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        finetune.main(["--text", str(tmp_path / "text.txt"), "--rope", "linear", "--factor", "2",
+                       "--steps", "1", "--out", str(tmp_path / "out"), "--no-eval", "--device",
+                       "cpu", "--no-baseline", "--offload", *flags])
+
+
+def test_offload_without_torchrun_needs_a_gpu_and_a_new_pytorch(monkeypatch):
+    with pytest.raises(UserError, match="--offload: for NVIDIA's GPUs"):
+        prepare_offload(torch.device("mps"))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    with pytest.raises(UserError, match="needs PyTorch 2.13, and this is 2.12.1"):
+        prepare_offload(torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_cache_beyond_all_memory(capsys):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -220,6 +221,7 @@ def offload(folder):
     case = MAIN_CASES["linear-sdpa"]
 
     def alone():
+        train(folder / "tied-accumulate", CASES["tied-accumulate"], offload=True)
         train(folder / "1", case, offload=True, steps=10, schedule="constant")
         train(folder / "1", case, offload=True, schedule="constant")
         train(folder / "as-it-was", case, schedule="constant")
@@ -230,9 +232,11 @@ def offload(folder):
     def loaded():
         config = FinetuneConfig(offload=True, dtype="float32")
         device = torch.device("cpu:0")      # where it computes; what waits is on "cpu"
+        before = []
         for training in (config, None):
             model = load_extended(str(folder / "2"), ROPES["linear"], L, T, device, "auto",
                                   training, offload=True)
+            assert all(model() is None for model in before), "one at a time is in memory"
             assert model.device == device and ranks.is_sharded(model)
             assert_equal_weights(model, load_model(folder / "2"))
             assert {p.device for p in model.parameters()} == {torch.device("cpu")}
@@ -247,11 +251,16 @@ def offload(folder):
             with torch.no_grad():
                 here, there = (getattr(m, work)(*batch) for m in (model, load_model(folder / "2")))
             assert torch.allclose(here, there, atol=1e-5)
+            before.append(weakref.ref(model))
+            model = None
+        with pytest.raises(UserError, match="go on without torchrun and --offload"):
+            train(folder / "as-it-was", case, offload=True, schedule="constant")
     assert exit_status(forked(loaded)) == 0
 
 
 @pytest.mark.parametrize("name, same_run", [
-    ("1", "offload/as-it-was"), ("2", "one/linear-sdpa"), ("lora", "one/lora")])
+    ("1", "offload/as-it-was"), ("2", "one/linear-sdpa"), ("lora", "one/lora"),
+    ("tied-accumulate", "one/tied-accumulate")])
 def test_offloaded_it_is_the_same_run(finish, name, same_run):
     offloaded, _ = finish("offload")
     finish("one")

@@ -16,8 +16,8 @@ from weights import load_config
 from weights.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table, training_memory,
                             would_fit)
 from weights.presets import preset_config
-from weights.size import parameter_count
 from weights.plan import plan_of
+from weights.size import parameter_count
 
 F32, BF16 = torch.float32, torch.bfloat16
 # C = 8, 3 layers, H = 2, K = 1, D = 4, F = 24, V = 10
@@ -93,13 +93,17 @@ def test_what_is_offloaded_is_in_the_computers_memory():
     """One GPU then gathers what it computes with, as one of several does."""
     here, there = parts(dtype=BF16), parts(dtype=BF16, offload=True)
     assert (there.weights, there.gradients, there.optimiser) == (0, 0, 0)
-    assert there.computer == 16 * P and here.computer == 0
+    # 8 x 8, 4 x 8 and 24 x 8 numbers of 4 bytes; pinned, 768 bytes take 1,024
+    block, table = 2 * 256 + 2 * 128 + 3 * 1024, 512                # and 10 x 8 numbers take 512
+    assert there.computer == 8 * P + 2 * (3 * block + 2 * table) and here.computer == 0
     assert there.gathered == 4 * ROOT + 4 * 80 + 2 * 80 + 2 * 2 * BLOCK
-    assert there.block == (2 + 4) * BLOCK
+    assert there.block == (2 + 4 + 4) * BLOCK
     assert there.activations == parts(dtype=BF16, gpus=2).activations
-    assert parts(gpus=2, offload=True).computer == 8 * P
+    of_two = parts(gpus=2, offload=True)
+    assert of_two.computer == 4 * P + (3 * block + 2 * table)
+    assert of_two.block == (4 + 4 + 2) * BLOCK
     lora = parts(trainable=100, frozen=3 * (BLOCK - 16), offload=True)
-    assert lora.computer == 16 * 100 + 2 * 3 * (BLOCK - 16)
+    assert lora.computer == 8 * 100 + 3 * block // 2 + 2 * 2 * table
 
 
 def test_moments_of_eight_bits():
@@ -152,6 +156,8 @@ def test_what_would_fit_does_fit_and_nothing_cheaper_does():
     assert would_fit(config, plan(gpus=1), 48) == offloaded
     assert "--recompute --offload" in describe_fit(config, plan(gpus=1))
     assert would_fit(config, plan(gpus=1, rows=64), 24) is None
+    for refused in ({"moment_bytes": 2}, {"frozen": 1, "frozen_bytes": 1}):     # see check_ranks
+        assert would_fit(config, plan(gpus=1, **refused), 24) is None
     large = preset_config("llama-2-70b")
     assert would_fit(large, start, 24) == plan(gpus=8, context_shards=4, recompute=True,
                                                offload=True)

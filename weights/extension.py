@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from common.device import choose_device, memory_per_rank
 from common.distributed import (join_process_group, on_any_rank, shard_weights,
@@ -25,10 +26,10 @@ from methods.lora import MATRICES, freeze, init_lora, lora_of_flags
 from model import LLaMA, ModelConfig
 from weights.flags import warn_if_shorter
 from weights.load import load_config, load_model, with_rope
-from weights.size import evaluation_flops, flops_per_token, parameter_count
 from weights.plan import planned_gpus, require_memory
-from weights.training_run import (check_ranks, shard_for_training, trains_sharded,
-                                  validate_settings)
+from weights.size import evaluation_flops, flops_per_token, parameter_count
+from weights.training_run import (check_ranks, prepare_offload, shard_for_training,
+                                  trains_sharded, validate_settings)
 
 DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person
@@ -99,9 +100,9 @@ def check_lora(config: Any, rope_type: str) -> None:
     if not set(matrices) <= set(MATRICES) or len(set(matrices)) < len(matrices):
         raise UserError(f"--lora-matrices {' '.join(matrices)}: give some of {' '.join(MATRICES)}, "
                         "each once")
-    if config.base_dtype == "int8" and planned_gpus(config) > 1:
-        raise UserError("--base-dtype int8: several GPUs gather the weights in the dtype of the "
-                        "products; give bfloat16")
+    if config.base_dtype == "int8" and (planned_gpus(config) > 1 or config.offload):
+        raise UserError("--base-dtype int8: several GPUs, and --offload, gather the weights in the "
+                        "dtype of the products; give bfloat16")
     if METHODS[rope_type].mechanism == "network":
         raise UserError(f"--lora-rank with --rope {rope_type}: an adapter has no place for the "
                         "network that this method trains: choose another method, or no LoRA")
@@ -214,18 +215,19 @@ def prepare_inference(model: LLaMA) -> None:
 def forget_sharded_models() -> None:
     """Free those that nobody uses any more: FSDP's models are in cycles, and may still fill the
     memory that the next one needs."""
-    if join_process_group()[1] > 1:
+    if dist.is_initialized():
         gc.collect()
 
 
 def shard_to_measure(path: str, device: torch.device, offload: bool = False
                      ) -> Callable[[LLaMA], torch.device] | None:
     """How the GPUs share the weights of a model to be measured that would take more than half of
-    one GPU's memory: all then compute each pass together. None where each has a model of its own,
-    and takes its share of the passes."""
+    one GPU's memory, or is offloaded: all then compute each pass together. None where each has a
+    model of its own, and takes its share of the passes."""
     shard = functools.partial(shard_weights, device=device, dtype=torch.float32, called="hidden",
                               offload=offload)
     if offload:
+        prepare_offload(device)
         return shard
     if join_process_group()[1] == 1:
         return None

@@ -58,7 +58,8 @@ def load_model(path: str | Path, rope: RopeConfig | dict | None = None,
               for name, parameter in model.named_parameters() if name not in untrained}
     tensors = dict(untrained)
     if shard is not None:       # this rank's rows are made, and are filled in place
-        tensors = dict(model.to_empty(device=shard(model)).named_parameters())
+        kept_on = shard(model)
+        tensors = dict(model.to_empty(device=kept_on).named_parameters())
         for name, tensor in untrained.items():
             part, own = own_part(tensors[name], (), tensor)
             part.copy_(own)

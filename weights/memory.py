@@ -9,6 +9,7 @@ arXiv 1910.02054, stage 3.) The GPUs that share a row gather its keys and values
 """
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def training_memory(config: ModelConfig, plan: Plan) -> Memory:
                       with recompute; b + 4 for their gradients, in one. 0 if no row is shared
         logits        three float32 copies of a chunk
         block         see block_bytes
-        computer      with offload: weights, gradients and moments, which the GPU then has not
+        computer      with offload, see computer_bytes; the GPU then has none of these
     """
     learning = parameter_count(config) if plan.trainable is None else plan.trainable
     float32 = learning + plan.frozen_outside
@@ -100,11 +101,28 @@ def training_memory(config: ModelConfig, plan: Plan) -> Memory:
     logits = 3 * 4 * min(LOSS_CHUNK, tokens * config.vocab_size)
     computer = 0
     if plan.offload:
-        computer = weights + gradients + optimiser
+        computer = computer_bytes(config, plan, optimiser)
         weights = gradients = optimiser = 0
     return Memory(weights, gradients, optimiser, gathered_bytes(config, plan),
                   activation_bytes(config, plan), keys, logits, block_bytes(config, plan),
                   plan.accumulate > 1, computer)
+
+
+def computer_bytes(config: ModelConfig, plan: Plan, optimiser: int) -> int:
+    """What --offload keeps in the computer's memory for each GPU, in bytes: the moments, and its
+    rows of weights and gradients. These are pinned, and PyTorch hands out pinned memory in powers
+    of two, tensor by tensor. Without norms and LoRA's small matrices."""
+    C, F = config.dim, config.ffn_dim
+    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    in_block = [(queries, C), (keys, C), (keys, C), (C, queries), (F, C), (F, C), (C, F)]
+    outside = [(config.vocab_size, C)] * (1 if config.tied else 2)
+
+    def pinned(shapes: list[tuple[int, int]], size: int) -> int:
+        parts = [math.ceil(rows / plan.gpus) * columns * size for rows, columns in shapes]
+        return sum(1 << (part - 1).bit_length() for part in parts)
+    block = pinned(in_block, plan.frozen_bytes) if plan.frozen else 2 * pinned(in_block, 4)
+    rest = pinned(outside, 4) * (1 if plan.frozen_outside else 2)
+    return optimiser + config.n_layers * block + rest
 
 
 def gathered_bytes(config: ModelConfig, plan: Plan) -> int:
@@ -166,7 +184,8 @@ def copied_bytes(config: ModelConfig, plan: Plan) -> int:
 def block_bytes(config: ModelConfig, plan: Plan) -> int:
     """What is there only while one block works in the backward pass, in bytes.
 
-        gathered       b for the whole gradient of each parameter that learns, and 4 to reduce it
+        gathered       b for the whole gradient of each parameter that learns, and 4 to reduce it;
+                       4 / N for what is reduced, if it then goes to the computer's memory
         recompute      the layer's activations; autocast's copies are gone by then
         naive          2 H T float32 more for each token
         tiled          four tiles of 256 x 256 float32 for each head and row
@@ -176,6 +195,7 @@ def block_bytes(config: ModelConfig, plan: Plan) -> int:
     if plan.gathers:
         learning = block_parameters(config) - plan.frozen // config.n_layers
         size += (plan.dtype.itemsize + 4) * learning
+        size += 4 * learning // plan.gpus if plan.offload else 0
     if plan.recompute:
         size += max(0, tokens * layer_bytes(config, plan) - copied_bytes(config, plan))
     if plan.attention == "naive":
@@ -195,7 +215,8 @@ def would_fit(config: ModelConfig, plan: Plan, gigabytes: int) -> Plan | None:
     such plan."""
     shards = [n for n in range(1, plan.gpus + 1)
               if plan.gpus % n == 0 and plan.seq_len % (2 * n) == 0]
-    choices = itertools.product((plan.offload, True), [plan.context_shards, *shards],
+    may_offload = plan.moment_bytes == 8 and plan.frozen_bytes > 1
+    choices = itertools.product((plan.offload, may_offload), [plan.context_shards, *shards],
                                 (plan.recompute, True))
     for offload, context_shards, recompute in choices:
         tried = dataclasses.replace(plan, context_shards=context_shards, recompute=recompute,

@@ -70,17 +70,18 @@ def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int
 
 def require_memory(shape: ModelConfig, config: Any, device: torch.device, row: int) -> None:
     """A UserError, before memory is filled, for a training that takes far more than there is. The
-    arithmetic may be a fifth too high."""
+    arithmetic of activations may be a fifth too high."""
     memory = training_memory(shape, plan_of(shape, config, choose_dtype(config.dtype, device), row))
-    needed = {device: memory.peak, torch.device("cpu"): memory.computer}
-    if device.type == "cpu":
-        needed = {device: memory.peak + memory.computer}
-    for kept_on, size in needed.items():
-        there = memory_per_rank(kept_on)
-        if on_any_rank(size > 1.25 * there):
-            raise UserError(f"{size / GIB:,.0f} GiB are needed, and there are {there / GIB:,.0f}: "
-                            "give a smaller --batch-size or model, or --recompute; --dry-run shows "
-                            "what it is for")
+    needed, there = memory.peak, memory_per_rank(device)
+    if on_any_rank(needed > 1.25 * there):
+        raise UserError(f"{needed / GIB:,.0f} GiB are needed, and there are {there / GIB:,.0f}: "
+                        "give a smaller --batch-size or model, or --recompute; --dry-run shows "
+                        "what it is for")
+    needed, there = memory.computer, memory_per_rank(torch.device("cpu"))
+    if on_any_rank(needed > there):
+        raise UserError(f"--offload needs {needed / GIB:,.0f} GiB of RAM for each GPU, and there "
+                        f"are {there / GIB:,.0f}: give a smaller model, --lora-rank, or more "
+                        "computers")
 
 
 def describe_lora(shape: ModelConfig, lora: LoRA) -> str:

@@ -1,9 +1,11 @@
 """All of a training but the learning: its settings checked, its log and checkpoints, and how it
 stops."""
+import atexit
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +14,16 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from common.cache import weight_sample
 from common.device import choose_dtype, describe_device, matmul_precision
-from common.distributed import (is_sharded, join_process_group, of_all_ranks, of_first_rank,
-                                on_any_rank, own_rows, shard_weights, wait_for_all_ranks)
-from common.environment import command_line, versions
+from common.distributed import (backend, is_sharded, join_process_group, of_all_ranks,
+                                of_first_rank, on_any_rank, own_rows, shard_weights,
+                                wait_for_all_ranks)
+from common.environment import command_line, usable_cores, versions
 from common.errors import Stopped, UserError
 from common.files import remove, whole_file, write_json
 from common.locks import locked
@@ -175,7 +179,7 @@ class TrainingRun:
     def validate(self) -> None:
         self.model.eval()
         dtype = choose_dtype(self.config.dtype, self.model.device)
-        # Several GPUs gather the weights of a block in this dtype; one alone has float32 ones.
+        # FSDP gathers the weights of a block in this dtype; without it they are float32.
         mixed = is_sharded(self.model) and dtype != torch.float32
         with torch.autocast(self.model.device.type, dtype, enabled=mixed):
             measured = self.evaluate(self.model)
@@ -292,8 +296,8 @@ def check_ranks(config: Any, row: int) -> None:
         raise UserError(f"--context-parallel {C}: a row of {row} tokens cannot be cut into {2 * C} "
                         "equal chunks, two for each process: give another number")
     if config.optimizer == "adamw8bit" and (join_process_group()[1] > 1 or config.offload):
-        raise UserError("--optimizer adamw8bit: for one GPU that keeps the moments; several share "
-                        "those of adamw, and so does --offload")
+        raise UserError("--optimizer adamw8bit: keeps its moments on one GPU: leave out torchrun "
+                        "and --offload, or take adamw")
 
 
 def require_same(settings: dict[str, Any]) -> None:
@@ -316,5 +320,27 @@ def trains_sharded(config: Any) -> bool:
 
 def shard_for_training(model: LLaMA, config: Any, device: torch.device) -> torch.device:
     """shard_weights, as a train.FitConfig asks for it."""
+    if config.offload:
+        prepare_offload(device)
     dtype = choose_dtype(config.dtype, device)
     return shard_weights(model, device, dtype, offload=config.offload)
+
+
+def prepare_offload(device: torch.device) -> None:
+    """The process group of one GPU without torchrun, and the cores for AdamW: torchrun gives each
+    process one thread."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.set_num_threads(max(1, usable_cores() // ranks_here))
+    elif device.type == "mps":
+        raise UserError("--offload: for NVIDIA's GPUs. A Mac's has the computer's memory anyway: "
+                        "leave it out")
+    if dist.is_initialized():
+        return
+    if torch.__version__ < (2, 13):     # its FSDP for one GPU is younger than the rest
+        raise UserError(f"--offload on one GPU needs PyTorch 2.13, and this is "
+                        f"{torch.__version__}: pip install --upgrade torch")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(dist.destroy_process_group)
