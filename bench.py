@@ -14,6 +14,7 @@ slow moment of the machine meets both sides. Perplexity runs once on each side, 
 Compare the ratios. On a CPU training is measured twice: like for like, both sides in this process;
 and as users run it, each in a process of its own, ours with train.py's use of memory.
 """
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -253,9 +255,10 @@ class InProcess:
 
 def work_when_told(orders: Connection, build: Callable[[], Callable[[], None]]) -> None:
     function = build()
-    while orders.recv():
-        function()
-        orders.send("done")
+    with contextlib.suppress(EOFError):     # the other side has ended
+        while orders.recv():
+            function()
+            orders.send("done")
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -267,7 +270,8 @@ def bench_generation(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype:
     """Greedy tokens after a prompt, with the key/value cache. The time of the prompt and of the
     first token is measured alone, and taken off.
 
-    bandwidth: how fast weights are read for each token, as a share of a sum over all of them.
+    products: the time of a token's products with all matrices, alone, as a share of it.
+    bandwidth: how fast the weights are read, as a share of a sum over all of them.
     """
     T = c.prompt or max(1, min(model.config.max_seq_len // 2, 1024))
     ids = np.random.default_rng(c.seed).integers(3, model.config.vocab_size, (c.batch_size, T))
@@ -280,14 +284,19 @@ def bench_generation(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype:
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
             do_sample=False, pad_token_id=0)
     calls = {(name, n): partial(side, n) for name, side in sides.items() for n in (1, 1 + new)}
-    calls["sum"] = lambda: [weight.sum() for weight in model.parameters()]
+    table = None if model.config.tied else model.tok_embeddings.weight      # only looked up
+    weights = [p for p in model.parameters() if p is not table]
+    vectors = {p.shape[-1]: torch.ones(c.batch_size, p.shape[-1]).to(p) for p in weights}
+    calls["sum"] = lambda: [p.sum() for p in weights]
+    calls["products"] = lambda: [F.linear(vectors[p.shape[-1]], p) for p in weights if p.dim() == 2]
     with torch.inference_mode():
-        found = time_sides(calls, model.device, max(1, c.repeat // 2))
+        found = time_sides(calls, model.device, c.repeat)
     decoding = {}
     for name in sides:
         seconds = found[name, 1 + new]["seconds"] - found[name, 1]["seconds"]
         decoding[name] = found[name, 1 + new] | {
-            "seconds": seconds, "bandwidth": new * found["sum"]["seconds"] / seconds}
+            "seconds": seconds, "bandwidth": new * found["sum"]["seconds"] / seconds,
+            "products": new * found["products"]["seconds"] / seconds}
     title = f"generation, {c.batch_size} x {new} tokens after {T}, {dtype_name(dtype)}"
     return make_rows(title, "tokens_per_second", c.batch_size * new, decoding, "transformers")
 
@@ -379,7 +388,7 @@ def print_row(row: dict) -> None:
     if "tflops" in row:
         line += f"   {row['tflops']:.3f} TFLOP/s"
     if "bandwidth" in row:
-        line += f"   {row['bandwidth']:.0%} of the bandwidth of a sum"
+        line += f"   products {row['products']:.0%}, {row['bandwidth']:.0%} of a sum's bandwidth"
     if "ratio" in row:
         line += f"   {row['ratio']:.2f} x {row['peer']}"
     if "perplexity" in row:
