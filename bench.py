@@ -11,8 +11,9 @@
 Transformers (pip install transformers safetensors) gets our weights through `python -m weights
 export`; without it our numbers stand alone. Times are medians of alternating repetitions, so that a
 slow moment of the machine meets both sides. Perplexity runs once on each side, one after the other.
-Compare the ratios. On a CPU training is measured twice: like for like, both sides in this process;
-and as users run it, each in a process of its own, ours with train.py's use of memory.
+Compare the ratios. On a CPU, training beside transformers is measured twice: like for like, both
+sides in this process; and as users run it, each in a process of its own, ours with train.py's use
+of memory.
 """
 import contextlib
 import dataclasses
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -84,21 +86,27 @@ def time_sides(sides: dict[str, Callable[[], Any]], device: torch.device, repeat
                weigh: bool = False) -> dict[str, dict]:
     """{name: function} -> {name: {"seconds": median, "bytes": peak of memory above what lay there
     before}}. bytes: on a GPU; on a CPU only if asked to `weigh`, else None."""
-    on_gpu = device.type == "cuda"
+    weigh = weigh or device.type == "cuda"
     times = {name: [] for name in sides}
     for n in range(repeat + 1):
         for name, function in sides.items():
-            if on_gpu:
-                torch.cuda.synchronize(device)
+            wait_for_device(device)
             started = time.perf_counter()
             function()
-            if on_gpu:
-                torch.cuda.synchronize(device)
+            wait_for_device(device)
             if n > 0:  # the first time is warm-up
                 times[name].append(time.perf_counter() - started)
     return {name: {"seconds": float(np.median(times[name])),
-                   "bytes": peak_bytes(function, device) if weigh or on_gpu else None}
+                   "bytes": peak_bytes(function, device) if weigh else None}
             for name, function in sides.items()}
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Until a GPU has done what was queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def make_rows(title: str, unit: str, amount: float, found: dict[str, dict], peer: str
@@ -114,21 +122,26 @@ def make_rows(title: str, unit: str, amount: float, found: dict[str, dict], peer
     return rows
 
 
+# ---- Attention -----------------------------------------------------------------------------------
+
+
 def bench_attention(c: BenchConfig, model: LLaMA, dtype: torch.dtype) -> list[dict]:
     """Our three attentions, forward and backward, with the heads of the model. growth: the exponent
     with which memory grows from the length before, 1 if linear, ln(bytes ratio) / ln(T ratio)."""
     rows, before = [], {}
     H, D = model.config.n_heads, model.config.head_dim
-    for T in sorted(c.lengths):
+    for T in sorted(set(c.lengths)):
         q, k, v = random_heads(c, model, T, dtype)
         sides = {name: partial(attention_step, name, q, k, v) for name in c.attention}
-        found = time_sides(sides, model.device, c.repeat, weigh=True)
+        found = time_sides(sides, model.device, c.repeat, weigh=model.device.type == "cpu")
         for name, measured in found.items():
-            if name in before:
+            if name in before and measured["bytes"]:
                 shorter, size = before[name]
                 measured["growth"] = math.log(measured["bytes"] / size) / math.log(T / shorter)
             before[name] = T, measured["bytes"]
-        flops = 3.5 * 4 * H * D * T * (T + 1) / 2    # backward costs 2.5 times as much as forward
+        # Forward has 2 products a pair, backward 5, as it computes the scores again. Naive stores
+        # them, and is counted alike.
+        flops = 3.5 * 4 * H * D * T * (T + 1) / 2
         rows += make_rows(f"attention, {T} tokens", "gflops", flops / 1e9, found, "sdpa")
     return rows
 
@@ -189,7 +202,7 @@ def training_step(loss_function: Callable[[], Tensor], optimizer: torch.optim.Op
 def bench_training(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: torch.dtype
                    ) -> list[dict]:
     """Forward, backward and a fused AdamW on rows of the window. On a CPU also with each side in a
-    process of its own: what one frees and keeps would be the other's, too.
+    process of its own: in one process, memory that one side freed would serve the other.
 
     tflops: operations of the model a second. MFU = tflops / those that the device does at most.
     """
@@ -216,7 +229,7 @@ def bench_training(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: t
 
 def training_side(c: BenchConfig, T: int, load_peer: PeerLoader, device: torch.device,
                   dtype: torch.dtype, as_users_run: bool = False) -> Callable[[], None]:
-    """A training step of the peer, or if there is none of ours."""
+    """A training step of the peer, or of ours where there is none."""
     if load_peer is None:
         if as_users_run:
             keep_freed_memory()     # as train.py does
@@ -270,8 +283,8 @@ def bench_generation(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype:
     """Greedy tokens after a prompt, with the key/value cache. The time of the prompt and of the
     first token is measured alone, and taken off.
 
-    products: the time of a token's products with all matrices, alone, as a share of it.
-    bandwidth: how fast the weights are read, as a share of a sum over all of them.
+        products    seconds of a product of each matrix and a vector / seconds of a token
+        bandwidth   seconds of a sum over all weights / seconds of a token
     """
     T = c.prompt or max(1, min(model.config.max_seq_len // 2, 1024))
     ids = np.random.default_rng(c.seed).integers(3, model.config.vocab_size, (c.batch_size, T))
@@ -299,6 +312,9 @@ def bench_generation(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype:
             "products": new * found["products"]["seconds"] / seconds}
     title = f"generation, {c.batch_size} x {new} tokens after {T}, {dtype_name(dtype)}"
     return make_rows(title, "tokens_per_second", c.batch_size * new, decoding, "transformers")
+
+
+# ---- Perplexity ----------------------------------------------------------------------------------
 
 
 def held_out_documents(c: BenchConfig, model: LLaMA) -> tuple[list[np.ndarray], int, int]:
@@ -430,7 +446,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print_row(row)
             rows += new
     report = result(model, c.seed, bench=rows, settings=dataclasses.asdict(c))
-    write_json(c.out, report | {"matmul": c.matmul})
+    if "perplexity" in c.what:
+        report["matmul"] = c.matmul
+    if load_peer is not None:
+        report["versions"] = report["versions"] | {"transformers": metadata.version("transformers")}
+    write_json(c.out, report)
     print(f"wrote {c.out}")
 
 

@@ -152,7 +152,7 @@ class TiledAttention(torch.autograd.Function):
         acc     <- exp(m - m') acc     + sum_j exp(s_j - m') v_j
 
     At the end out = acc / row_sum and lse = m + ln row_sum. Both are returned: where keys are
-    attended to in parts (distance maps), lse is what a part weighs.
+    attended to in parts (distance maps), a part weighs exp(its lse - lse of all).
     Backward recomputes each tile's p = exp(s - lse). With delta = sum_d dout * out - dlse, one
     number a query,
 
@@ -160,7 +160,7 @@ class TiledAttention(torch.autograd.Function):
                                                              dk += ds^T q / sqrt(D)
 
     Memory is linear in T both ways. The G query heads that share a key head are rows of the same
-    tile, so that keys are not repeated.
+    tile, so that keys are not repeated. `seen`: which keys a query sees (common/key_range.py).
     """
 
     @staticmethod
@@ -170,7 +170,7 @@ class TiledAttention(torch.autograd.Function):
         for rows, key_tiles in seen.tiles(block_q, block_k):
             q_tile = group_heads(q[:, :, rows], k.shape[1])                     # [B, K, G*bq, D]
             m = torch.full_like(q_tile[..., :1], LOWEST, dtype=torch.float32)   # [B, K, G*bq, 1]
-            zero = row_sum = torch.zeros_like(m)
+            row_sum, zero = torch.zeros_like(m), torch.zeros_like(m)
             acc = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
                 scores = tile_scores(q_tile, q, k, bias, seen, rows, keys, zero)
@@ -223,11 +223,11 @@ def ungroup_heads(x: Tensor, H: int) -> Tensor:
 
 
 def product_minus(a: Tensor, b: Tensor, c: Tensor, scale: float = 1.0) -> Tensor:
-    """scale a b^T - c in float32: [B, K, n, D], [B, K, m, D], [B, K, n, 1] -> [B, K, n, m]."""
+    """scale a b^T - c, in float32: [B, K, n, D], [B, K, m, D], [B, K, n, 1] -> [B, K, n, m]."""
     if a.dtype != torch.float32:
-        return (a @ b.transpose(-2, -1)).float() * scale - c
-    flat = [x.flatten(0, 1) for x in (-c, a, b.transpose(-2, -1))]
-    return torch.baddbmm(*flat, alpha=scale).unflatten(0, a.shape[:2])    # a tile is written once
+        return (a @ b.mT).float() * scale - c
+    tile = torch.baddbmm(-c.flatten(0, 1), a.flatten(0, 1), b.mT.flatten(0, 1), alpha=scale)
+    return tile.unflatten(0, a.shape[:2])           # one call; several would each go over the tile
 
 
 def tile_scores(q_tile: Tensor, q: Tensor, k: Tensor, bias: Tensor | None,

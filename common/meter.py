@@ -16,7 +16,7 @@ class Meter(TorchDispatchMode):
     peak      bytes of such tensors alive at the same time, at most; tensors that existed before do
               not count
     largest   bytes of the largest of them
-    products  multiply-adds of all matrix products
+    products  multiply-adds of mm, bmm and baddbmm; those of a fused kernel are not seen
 
     It sees what PyTorch allocates for results, forward and backward, not the scratch memory inside
     one kernel. The backward pass of the CPU runs in the caller's thread and is seen too; on CUDA
@@ -66,12 +66,12 @@ def peak_bytes(run: Callable[[], Any], device: str | torch.device = "cpu") -> in
     """Peak memory in bytes of run() above what is allocated before: by the Meter, or by CUDA's own
     counter where device is a GPU."""
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     with Meter() as meter:
         run()
     return meter.peak

@@ -24,7 +24,7 @@ from data.sources import text_files
 from toy_training import (Died, dying, fingerprint, read_metrics, read_state, settings, tiny_model,
                           toy_batches, train_tiny)
 from train import fit
-from weights import load_model, load_tokenizer, plan, save_model
+from weights import load_model, load_tokenizer, plan, save_model, training_run
 from weights.export import export
 from weights.memory import GIB, Memory
 from weights.presets import fetch_smollm2
@@ -91,6 +91,19 @@ def test_offload_without_torchrun_needs_a_gpu_and_a_new_pytorch(monkeypatch):
     with pytest.raises(UserError, match="needs PyTorch 2.13, and this is 2.12.1"):
         prepare_offload(torch.device("cpu"))
     assert not torch.distributed.is_initialized()
+
+
+def test_the_gpu_of_a_device_without_a_number_is_the_first(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(training_run.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(training_run, "backend", lambda: "")
+    monkeypatch.setattr(training_run.atexit, "register", lambda function: None)
+    threads = torch.get_num_threads()
+    for name in ("cuda", "cuda:1"):
+        prepare_offload(torch.device(name))
+    torch.set_num_threads(threads)
+    assert chosen == [0, 1]
 
 
 def test_a_cache_beyond_all_memory(capsys):

@@ -1,4 +1,4 @@
-"""What a training will be and take, before it begins: its header, and all that --dry-run prints."""
+"""A training before it begins: the size, memory and hours that its header and --dry-run print."""
 import dataclasses
 from typing import Any
 
@@ -110,6 +110,6 @@ def print_costs(shape: ModelConfig, plan: Plan, rows: int) -> None:
     reading = flops_per_token(shape, window, training=False) * window
     print(f"training   {flops:.2e} floating-point operations, {hours:,.3g} hours on {plan.gpus} "
           f"GPU{'s' if plan.gpus > 1 else ''} at {ASSUMED_THROUGHPUT / 1e12:.0f} TFLOP/s each "
-          "(assumed: 40 % of an H100's 989)")
+          "(assumed: 40 % of an H100's 989)" + (", copying not counted" if plan.offload else ""))
     print(f"then       to read {window} tokens in bfloat16: weights {weights / 2**20:,.0f} MiB, "
           f"keys and values {cache / 2**20:,.0f} MiB, {reading:.2e} operations")

@@ -327,8 +327,8 @@ def shard_for_training(model: LLaMA, config: Any, device: torch.device) -> torch
 
 
 def prepare_offload(device: torch.device) -> None:
-    """The process group of one GPU without torchrun, and the cores for AdamW: torchrun gives each
-    process one thread."""
+    """Start the process group that FSDP needs, also of one GPU alone. Give AdamW the CPU's cores:
+    torchrun leaves each process one thread."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.set_num_threads(max(1, usable_cores() // ranks_here))
@@ -341,6 +341,6 @@ def prepare_offload(device: torch.device) -> None:
         raise UserError(f"--offload on one GPU needs PyTorch 2.13, and this is "
                         f"{torch.__version__}: pip install --upgrade torch")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(dist.destroy_process_group)
