@@ -72,14 +72,13 @@ def test_a_training_beyond_all_memory(corpus_folder, tokenizer, tmp_path, flags)
     (["--optimizer", "adamw8bit"], "adamw8bit: keeps its moments on one GPU: leave out torchrun"),
     (["--lora-rank", "8", "--base-dtype", "int8"], "int8: several GPUs, and --offload, gather"),
     ([], "--offload needs 101 GiB of RAM for each GPU, and there are 100: .* --lora-rank")])
-def test_what_does_not_go_with_offload(tmp_path, monkeypatch, flags, words):
+def test_what_does_not_go_with_offload(corpus_folder, tmp_path, monkeypatch, flags, words):
     """The last: for activations the arithmetic has a margin, for what stays in RAM it has none."""
     needed = Memory(0, 0, 0, 0, 120 * GIB, 0, 0, 0, computer=101 * GIB)
     monkeypatch.setattr(plan, "training_memory", lambda shape, plan: needed)
     monkeypatch.setattr(plan, "memory_per_rank", lambda device: 100 * GIB)
-    (tmp_path / "text.txt").write_text("A window in want of tokens.\n" * 900, encoding="utf-8")
     with pytest.raises(UserError, match=words):
-        finetune.main(["--text", str(tmp_path / "text.txt"), "--rope", "linear", "--factor", "2",
+        finetune.main(["--corpus", str(corpus_folder), "--rope", "linear", "--factor", "2",
                        "--steps", "1", "--out", str(tmp_path / "out"), "--no-eval", "--device",
                        "cpu", "--no-baseline", "--offload", *flags])
 
