@@ -61,11 +61,9 @@ class BenchConfig:
     what: list[str] = field(WHAT[:3], f"what to measure: {', '.join(WHAT)}", choices=WHAT)
     model: str = field("data/tiny", "model folder or file")
     lengths: list[int] = field([512, 2048], "attention and maps: tokens")
-    attention: list[str] = field([*ATTENTION], f"attention: which of {', '.join(ATTENTION)}",
-                                 choices=[*ATTENTION])
+    attention: list[str] = field([*ATTENTION], "attention: which ones", choices=[*ATTENTION])
     compile: bool = field(False, "training: torch.compile every block, on both sides")
-    prompt: int | None = field(None, "generation: tokens of the prompt [half the window, at most "
-                               "1024]")
+    prompt: int | None = field(None, "generation: tokens of the prompt [half the window, <= 1024]")
     batch_size: int = field(4, "training and generation: rows")
     repeat: int = field(5, "repetitions, of which the median counts")
     text: list[str] = field([], "perplexity: UTF-8 files, a document each, instead of the default "
@@ -103,10 +101,8 @@ def time_sides(sides: dict[str, Callable[[], Any]], device: torch.device, repeat
 
 def wait_for_device(device: torch.device) -> None:
     """Until a GPU has done what was queued."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def make_rows(title: str, unit: str, amount: float, found: dict[str, dict], peer: str
@@ -207,19 +203,18 @@ def bench_training(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: t
     tflops: operations of the model a second. MFU = tflops / those that the device does at most.
     """
     T = c.window or model.config.max_seq_len
-    title = f"training step, {c.batch_size} x {T} tokens, {dtype_name(dtype)}"
-    if c.compile:
-        title += ", compiled"
-    peers = {"ours": None}
-    if load_peer is not None:
-        peers["transformers"] = load_peer
+    compiled = ", compiled" if c.compile else ""
+    title = f"training step, {c.batch_size} x {T} tokens, {dtype_name(dtype)}{compiled}"
+    peers = {"ours": None, "transformers": load_peer} if load_peer else {"ours": None}
     steps = {name: partial(training_side, c, T, peer, model.device, dtype)
              for name, peer in peers.items()}
     found = time_sides({name: step() for name, step in steps.items()}, model.device, c.repeat)
     rows = make_rows(title, "tokens_per_second", c.batch_size * T, found, "transformers")
     if load_peer is not None and model.device.type == "cpu":
-        alone = {name: InProcess(partial(step, as_users_run=True)) for name, step in steps.items()}
+        alone = {name: OwnProcess(partial(step, as_users_run=True)) for name, step in steps.items()}
         found = time_sides(alone, model.device, c.repeat)
+        for side in alone.values():
+            side.end()
         rows += make_rows(f"{title}, as users run it", "tokens_per_second", c.batch_size * T, found,
                           "transformers")
     for row in rows:
@@ -234,11 +229,9 @@ def training_side(c: BenchConfig, T: int, load_peer: PeerLoader, device: torch.d
         if as_users_run:
             keep_freed_memory()     # as train.py does
         model = load_model(c.model, device=device)
-        blocks, vocab_size = model.layers, model.config.vocab_size
     else:
         model = load_peer().to(device, torch.float32).train()
-        blocks, vocab_size = model.model.layers, model.config.vocab_size
-    ids = np.random.default_rng(c.seed).integers(0, vocab_size, (c.batch_size, T + 1))
+    ids = np.random.default_rng(c.seed).integers(0, model.config.vocab_size, (c.batch_size, T + 1))
     x = torch.from_numpy(ids).to(device)
 
     def loss() -> Tensor:
@@ -246,13 +239,13 @@ def training_side(c: BenchConfig, T: int, load_peer: PeerLoader, device: torch.d
             return model.loss(x[:, :-1], x[:, 1:])
         return model(x[:, :-1], labels=x[:, :-1]).loss      # it shifts the labels itself
     if c.compile:
-        for block in blocks:
+        for block in model.layers if load_peer is None else model.model.layers:
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     return partial(training_step, loss, optimizer, device, dtype)
 
 
-class InProcess:
+class OwnProcess:
     """build()() in a process of its own: it builds at once, and works whenever it is called."""
 
     def __init__(self, build: Callable[[], Callable[[], None]]):
@@ -262,8 +255,16 @@ class InProcess:
         self.process.start()
 
     def __call__(self) -> None:
-        self.work.send("once")
-        self.work.recv()
+        try:
+            self.work.send("once")
+            self.work.recv()
+        except (EOFError, OSError):
+            raise UserError("the process of one side has ended; what it printed says why") from None
+
+    def end(self) -> None:
+        """Free its memory for what is measured next."""
+        self.process.terminate()
+        self.process.join()
 
 
 def work_when_told(orders: Connection, build: Callable[[], Callable[[], None]]) -> None:
@@ -275,7 +276,6 @@ def work_when_told(orders: Connection, build: Callable[[], Callable[[], None]]) 
 
 
 # ---- Generation ----------------------------------------------------------------------------------
-
 
 
 def bench_generation(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: torch.dtype,

@@ -7,10 +7,10 @@ import pytest
 import reference
 import torch
 from cases import IMPLEMENTATIONS
-from common.meter import Meter, peak_bytes
 
 from common.errors import UserError
 from common.key_range import CausalRange, KeyRange
+from common.meter import Meter, peak_bytes
 from model import ATTENTION, attention, causal_bias, group_heads, ungroup_heads
 
 BLOCK = 16

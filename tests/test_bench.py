@@ -57,7 +57,7 @@ def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypa
     found = []
     note_precision(monkeypatch, "perplexity", found)
     note_precision(monkeypatch, "transformers_loop", found)
-    monkeypatch.setattr(bench, "InProcess", lambda build: build())      # see below
+    monkeypatch.setattr(bench, "OwnProcess", Here)
     result = measured("--what", *(w for w in bench.WHAT if w != "maps"), "--matmul", "highest",
                       "medium")
     assert found == ["highest", "highest", "medium", "medium"]
@@ -81,7 +81,7 @@ def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypa
     assert grown["growth"] == pytest.approx(math.log2(grown["bytes"] / shorter["bytes"]))
     assert "growth" not in shorter and 0 < shorter["bytes"] < grown["bytes"]
     decoding = rows["generation, 2 x 64 tokens after 16, float32, ours"]
-    assert decoding["bandwidth"] > 0 < decoding["products"]
+    assert decoding["bandwidth"] > 0 and decoding["products"] > 0
     for name, r in rows.items():
         if ", ours" in name:
             peer = rows[name.replace("ours", "transformers")]
@@ -137,11 +137,9 @@ def test_mistakes_are_told_before_the_peer_is_made(measured, monkeypatch, flags,
 def test_work_is_counted_per_second(monkeypatch):
     """FLOPs of causal attention, 4 H D T(T+1)/2 forward and 2.5 times as many backward. The prompt
     and the first token, here 0.1 s, are no part of a generation's time."""
-    def half_a_second(sides, *_, **__):
-        first = [name for name in sides if name == ("ours", 1)]
-        return {name: {"seconds": 0.1 if name in first else 0.6 if first else 0.5, "bytes": None}
-                for name in sides}
-    monkeypatch.setattr(bench, "time_sides", half_a_second)
+    seconds = {("ours", 1): 0.1, ("ours", 65): 0.6}     # of a generation; all else takes 0.5
+    monkeypatch.setattr(bench, "time_sides", lambda sides, *_, **__: {
+        name: {"seconds": seconds.get(name, 0.5), "bytes": None} for name in sides})
     model = LLaMA(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=64, max_seq_len=32))
     rows = bench.bench_attention(bench.BenchConfig(lengths=[10]), model, torch.float32)
     assert all(r["gflops"] == pytest.approx(14 * 4 * 8 * 55 / 0.5 / 1e9) for r in rows)
@@ -150,18 +148,36 @@ def test_work_is_counted_per_second(monkeypatch):
     assert row["tflops"] == row["tokens_per_second"] * flops_per_token(model.config, 32) / 1e12
     row, = bench.bench_generation(bench.BenchConfig(batch_size=3), model, None, torch.float32)
     assert row["tokens_per_second"] == pytest.approx(3 * 64 / 0.5)
-    assert row["bandwidth"] == row["products"] == pytest.approx(64 * 0.6 / 0.5)
+    assert row["bandwidth"] == row["products"] == pytest.approx(64 * 0.5 / 0.5)
 
 
 def test_each_side_in_a_process_of_its_own():
     """It works only when it is called, and then in turns."""
     here, there = multiprocessing.Pipe()
-    sides = [bench.InProcess(partial(sending, there, n)) for n in range(2)]
+    sides = [bench.OwnProcess(partial(sending, there, n)) for n in range(2)]
     for n in (0, 1, 1, 0):
         assert not here.poll(0.05)
         sides[n]()
         number, pid = here.recv()
         assert number == n and pid == sides[n].process.pid != os.getpid()
+    for side in sides:
+        side.end()
+        assert not side.process.is_alive()
+        with pytest.raises(UserError, match="process of one side has ended"):
+            side()
+
+
+class Here:
+    """OwnProcess without a process, which would import transformers once more."""
+
+    def __init__(self, build):
+        self.function = build()
+
+    def __call__(self):
+        self.function()
+
+    def end(self):
+        pass
 
 
 def sending(pipe, number):
@@ -172,7 +188,7 @@ def test_compiled_on_both_sides(measured, monkeypatch):
     """Every block of both; nothing is compiled in this test."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
-    monkeypatch.setattr(bench, "InProcess", lambda build: build())
+    monkeypatch.setattr(bench, "OwnProcess", Here)
     rows = measured("--what", "training", "--compile")["bench"]
     names = [kind.__name__ for kind in compiled]
     sides = ["Block"] * 2 + ["LlamaDecoderLayer"] * 2

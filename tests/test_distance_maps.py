@@ -8,13 +8,13 @@ import pytest
 import reference
 import torch
 from cases import build, config_of, draw_tokens
-from common.meter import peak_bytes
 
 import finetune
 import train
 from common.errors import UserError
 from common.key_range import CausalRange, KeyRange
 from common.kv_cache import KVCache
+from common.meter import peak_bytes
 from methods import METHODS, RopeConfig, inv_freq, position_inputs
 from methods.checks import largest_distance
 from methods.distance_maps import Band, attention_in_bands, merge_outputs, without_idle_bands

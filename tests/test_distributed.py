@@ -164,7 +164,6 @@ CASES = MAIN_CASES | {
 }
 SPLITS = [(4, 1), (4, 2), (4, 4), (2, 1), (2, 2)]  # processes, and how many share a row
 RUNS = [(name, *split) for name in CASES for split in SPLITS if name in MAIN_CASES or split[0] == 2]
-RUNS = [run for run in RUNS if run[0] not in ("clex", "no-rope-layers", "naive") or run[2] == 2]
 
 
 # ---- The same run --------------------------------------------------------------------------------

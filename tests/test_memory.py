@@ -8,9 +8,9 @@ import torch
 import finetune
 import train
 from common.errors import UserError
+from common.meter import Meter
 from extras.memory import MemoryConfig, shape_of
 from extras.memory import main as bench_memory
-from common.meter import Meter
 from model import LLaMA, ModelConfig
 from weights import load_config
 from weights.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table, training_memory,

@@ -195,7 +195,8 @@ def block_bytes(config: ModelConfig, plan: Plan) -> int:
     if plan.gathers:
         learning = block_parameters(config) - plan.frozen // config.n_layers
         size += (plan.dtype.itemsize + 4) * learning
-        size += 4 * learning // plan.gpus if plan.offload else 0
+        if plan.offload:
+            size += 4 * learning // plan.gpus
     if plan.recompute:
         size += max(0, tokens * layer_bytes(config, plan) - copied_bytes(config, plan))
     if plan.attention == "naive":
@@ -215,7 +216,7 @@ def would_fit(config: ModelConfig, plan: Plan, gigabytes: int) -> Plan | None:
     such plan."""
     shards = [n for n in range(1, plan.gpus + 1)
               if plan.gpus % n == 0 and plan.seq_len % (2 * n) == 0]
-    may_offload = plan.moment_bytes == 8 and plan.frozen_bytes > 1
+    may_offload = plan.moment_bytes == 8 and plan.frozen_bytes > 1    # 8 bits are refused with it
     choices = itertools.product((plan.offload, may_offload), [plan.context_shards, *shards],
                                 (plan.recompute, True))
     for offload, context_shards, recompute in choices:
@@ -260,8 +261,7 @@ def describe_fit(config: ModelConfig, plan: Plan) -> str:
         found = would_fit(config, plan, size)
         remedy = changed_flags(plan, found) if found else "more GPUs"
         if found and found.offload and not plan.offload:
-            computer = training_memory(config, found).computer / GIB
-            remedy += f" ({computer:,.0f} GiB of RAM each)"
+            remedy += f" ({training_memory(config, found).computer / GIB:,.0f} GiB of RAM each)"
         remedies.append(f"{size} GB: {remedy}")
     lines = [f"fits in    {', '.join(answers)} (in {USABLE:.0%} of it: CUDA and fragments take the "
              "rest)"]
