@@ -42,7 +42,7 @@ from common.errors import UserError
 from common.files import check_output, write_json
 from common.meter import peak_bytes
 from common.results import result
-from data.corpus import corpus_for, ensure_corpus, read_documents, validation_documents
+from data.corpus import ensure_corpus, read_documents, validation_documents
 from eval import perplexity, window_and_stride
 from methods import METHODS, PositionInputs, RopeConfig, inv_freq, position_inputs
 from methods.distance_maps import attention_in_bands
@@ -324,7 +324,7 @@ def held_out_documents(c: BenchConfig, model: LLaMA) -> tuple[list[np.ndarray], 
     if c.text:
         longest = c.tokens + 1 if c.tokens else 0
         return read_documents(c.text, tokenizer, longest, window), window, stride
-    corpus = ensure_corpus(corpus_for("data/corpora/python", tokenizer), tokenizer.path)
+    corpus = ensure_corpus("data/corpora/python", tokenizer.path)
     documents = validation_documents(corpus, 2 * window, c.tokens or 2**62, tokenizer)
     return documents, window, stride
 

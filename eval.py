@@ -8,6 +8,7 @@ The model's folder says which RoPE scaling it was trained with. --rope (a method
 object with its settings) and --factor replace that, to try a scaling without fine-tuning. Each
 command prints its result and the conditions; --out writes both as JSON.
 """
+import functools
 import hashlib
 import math
 import time
@@ -26,7 +27,7 @@ from common.jobs import Window, map_windows
 from common.results import require_number, result
 from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
-from data.ranking import check_rank, rank_passkeys
+from data.ranking import check_candidates, rank_passkeys
 from data.retrieval import retrieve_passkeys
 from data.tokenizer import Tokenizer
 from model import LLaMA, ModelConfig
@@ -81,9 +82,7 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
     hashes = [hashlib.sha256(d.astype(np.int64).tobytes()).hexdigest() for d in documents]
     cache = (cache or ResultCache()).for_model(model, "perplexity", hashes, window, stride, bins)
 
-    def score(batch: Sequence[Window]) -> tuple[list[float], list[int]]:
-        return window_nll(model, documents, batch, window, bins)
-
+    score = functools.partial(window_nll, model, documents, window=window, bins=bins)
     nll, tokens = np.zeros(bins), np.zeros(bins, np.int64)  # sums over all windows, for each bin
     title = f"perplexity, window {window}"
     for batch_nll, batch_tokens in map_windows(score, windows, model, cache, title, progress):
@@ -166,13 +165,14 @@ def passkey(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int] | None = 
             depths: int = 10, trials: int = 10, seed: int = 0, progress: bool = True,
             generation: bool = False, cache: ResultCache | None = None, rank: int = 0) -> dict:
     """Accuracy of greedy passkey retrieval at each length (tokens, the answer counted), for
-    `depths` places of the key from the beginning to the end, and `trials` keys at each place.
+    `depths` places of the key from the beginning to the end, and `trials` keys at each place:
+    accuracy_grid makes the prompts with `build`, and averages what `score` says of the answers.
 
     Also k_max at the longest length. generation: judge by generating every answer instead of by one
     pass, with the same verdicts. rank: generate nothing, ask whether the key is the most probable
     of so many (data/ranking.py). Returns the dict of the JSON file.
     """
-    check_rank(rank)
+    check_candidates(rank)
     prompts = PasskeyPrompts(tokenizer)
     chance = 1 / rank if rank else 0.0
 

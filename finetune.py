@@ -32,10 +32,9 @@ from model import ModelConfig
 from plot import plot_finetune
 from train import FitConfig, fit, validation
 from weights import load_config, load_tokenizer, with_rope
-from weights.extension import (baseline_rope, changes_positions, complete_flags, file_label,
-                               has_short_rows, load_extended, load_saved, phases,
-                               prepare_corpus, print_phases, rope_flag, row_length,
-                               training_batches)
+from weights.extension import (changes_positions, complete_flags, file_label, has_short_rows,
+                               load_extended, load_saved, own_rope, phases, prepare_corpus,
+                               print_phases, rope_flag, row_length, training_batches)
 from weights.plan import planned_gpus, print_header
 from weights.size import parameter_count
 
@@ -60,23 +59,23 @@ class FinetuneConfig(FitConfig):
     passkey_share: float = field(1.0, "share of rows with passkey prompts, none longer than L")
     passkey_packed: bool = field(False, "fill these rows with prompts instead of one each (the "
                                  "model then learns to ignore keys beyond L)")
-    positions: str = field("own", "of training rows. contiguous: 0 .. L'-1; pose: L tokens that "
-                           "skip and so reach L'; own: the method's own way",
+    positions: str = field("own", "positions in training rows. contiguous: 0 .. L'-1; pose: L "
+                           "tokens that skip and so reach L'; own: the method's own way",
                            choices=["own", "contiguous", "pose"])
     row_length: int | None = field(None, "a row's tokens [L', L with pose]; shorter rows take pose")
     lora_rank: int = field(0, "train A and B of LoRA with this rank r; 0 trains everything "
                            "(LongLoRA has 8)")
     lora_alpha: float = field(16.0, "W x + (alpha / r) B A x")
-    lora_matrices: list[str] = field([*ATTENTION_MATRICES], "of every block, that get A and B; "
-                                     "w1 w2 w3 may, too")
+    lora_matrices: list[str] = field([*ATTENTION_MATRICES], "matrices of every block that get A "
+                                     "and B; w1 w2 w3 are possible, too")
     lora_full: bool = field(True, "with LoRA, train embedding, output and norms in full")
-    base_dtype: str = field("bfloat16", "of LoRA's frozen matrices", choices=[*BASE_DTYPES])
+    base_dtype: str = field("bfloat16", "of the frozen matrices, with LoRA", choices=[*BASE_DTYPES])
     text: list[str] = field([], "files and folders to train on; the end of the longest is held out")
     corpus: str = field("data/corpora/python", "token folder; the default one is made if missing")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus")
     baseline: bool | None = field(None, "also fine-tune directly [not if rows have L tokens only]")
     eval: bool = field(True, "measure perplexity and passkeys before and after")
-    lengths: list[int] = field([], "at these lengths [half, one, two and four times L, and L']")
+    lengths: list[int] = field([], "to measure at [half, one, two and four times L, and L']")
     max_tokens: int | None = field(None, "held-out tokens to score [16384, or 2 longest lengths]")
     depths: int = field(10, "passkey: places of the key")
     trials: int = field(5, "passkey: keys at each place; 0 measures no passkey")
@@ -99,37 +98,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(FinetuneConfig, __doc__, argv)
     rank = join_process_group()[0]      # of several GPUs
     device, base = choose_device(config.device), load_config(config.model)
-    # config.rope is the text of the flag, rope the dict that it means.
-    config, rope, direct_out = complete_flags(config, base)
-    L, window = base.original_window, round(base.original_window * config.factor)    # L and L'
-    target = dataclasses.replace(with_rope(base, rope), max_seq_len=window)
-    lengths = sorted(set(config.lengths or [*four_lengths(base), window]))
+    config, rope, direct_out = complete_flags(config, base)     # rope: the dict that --rope means
+    L, target_window = base.original_window, round(base.original_window * config.factor)
+    target = dataclasses.replace(with_rope(base, rope), max_seq_len=target_window)
+    lengths = sorted(set(config.lengths or [*four_lengths(base), target_window]))
     experiments = [e for e in list_experiments(config, rope, direct_out, base)
                    if e.training or config.eval]
     ranks = planned_gpus(config) // config.context_parallel    # that read different rows
     work = phases(config, experiments, target, lengths, ranks)
     if rank == 0:
-        print_header(target, config, device, row_length(config, rope, L, window))
+        print_header(target, config, device, row_length(config, rope, L, target_window))
         print_phases(work)
     if config.dry_run:
         return
     tokenizer = load_tokenizer(config.model, base.vocab_size)
-    config.corpus = prepare_corpus(config, tokenizer, 2 * max(*four_lengths(base), window), rank)
+    config.corpus = prepare_corpus(
+        config, tokenizer, held_out=2 * max(*four_lengths(base), target_window), rank=rank)
     val = TokenFile(config.corpus, "val")
     for e in experiments:
         if e.training:  # made before any training: a bad flag shows before hours of work
             e.training.corpus = config.corpus
             e.batches = training_batches(e.training, e.rope, base, tokenizer, ranks)
     if config.eval:
-        texts, lengths = evaluation_documents(val, lengths, config.max_tokens, tokenizer, rank > 0)
+        texts, lengths = evaluation_documents(val, lengths, config.max_tokens, tokenizer,
+                                              quiet=rank > 0)
 
     cache = ResultCache(config.results if rank == 0 and config.eval else "")
     progress = Progress([(phase.name, phase.flops) for phase in work], quiet=rank > 0)
     rows = []
     for e in experiments:
         model = None  # one at a time: the next may need the memory
-        model = load_extended(config.model, e.rope, L, window, device, config.attention, e.training,
-                              config.offload)
+        # The extension: the same weights, other positions. PI: {"rope_type": "linear", "factor": s}
+        model = load_extended(config.model, e.rope, L, target_window, device, config.attention,
+                              e.training, config.offload)
         seconds = 0.0
         if e.training:
             progress.next()
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                          "steps": config.steps if e.training else 0, "training_seconds": seconds,
                          **measured})
     if rank == 0 and config.eval:  # model is the last experiment's: it gives the conditions
-        report = result(model, config.seed, rows=rows, window=window, lengths=lengths,
+        report = result(model, config.seed, rows=rows, window=target_window, lengths=lengths,
                         parameters=parameter_count(target), documents=len(texts),
                         tokens_scored=sum(len(d) - 1 for d in texts))
         write_report(config, cache, report | {"rope": target.rope.to_dict()})
@@ -158,15 +159,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: str,
                      base: ModelConfig) -> list[Experiment]:
     """The rows of the table. The paper has four: the base model beyond its window, the extended
-    model untrained and fine-tuned, and as a baseline the base model fine-tuned directly.
-
-    If --rope changes nothing (default) there are two: the base model, as it is and fine-tuned.
-    """
-    plain, label = baseline_rope(base), file_label(rope["rope_type"])
-    as_it_is = Experiment("extrapolation", plain)
-    direct = dataclasses.replace(config, rope=rope_flag(plain))
+    model untrained and fine-tuned, and as a baseline the base model fine-tuned directly. If --rope
+    changes nothing (default) there are two: the base model, as it is and fine-tuned."""
+    own, label = own_rope(base), file_label(rope["rope_type"])
+    as_it_is = Experiment("extrapolation", own)
+    direct = dataclasses.replace(config, rope=rope_flag(own))
     if not changes_positions(rope, base):  # then direct is the run itself: it goes to config.out
-        return [as_it_is, Experiment("direct_finetuned", plain, direct)]
+        return [as_it_is, Experiment("direct_finetuned", own, direct)]
     extended = dataclasses.replace(config, rope=rope_flag(rope))
     experiments = [as_it_is,
                    Experiment(f"{label}_zero_shot", rope),
@@ -176,9 +175,10 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
         wants_baseline = config.row_length is not None or not has_short_rows(config, rope)
     if wants_baseline:
         whole_rows = config.row_length in (None, round(base.original_window * config.factor))
-        positions = "contiguous" if whole_rows else "pose"
+        contiguous = whole_rows or config.positions == "contiguous"
+        positions = "contiguous" if contiguous else "pose"
         direct = dataclasses.replace(direct, out=direct_out, positions=positions, waits=True)
-        experiments.append(Experiment("direct_finetuned", plain, direct))
+        experiments.append(Experiment("direct_finetuned", own, direct))
     return experiments
 
 

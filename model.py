@@ -61,8 +61,8 @@ class ModelConfig:
 #
 # One signature, three implementations: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D].
 # Attention is causal, and the T queries are the last T of the S positions: query t sits at position
-# S-T+t and sees keys 0 .. S-T+t. T = S in training; less with a cache or with `last`. Query head
-# h reads key head h // G. `bias` broadcasts to [B, H, T, S], is added to scores, has no gradient.
+# S-T+t and sees keys 0 .. S-T+t. T = S in training, T < S with a cache. Query head h reads key head
+# h // G. `bias` broadcasts to [B, H, T, S] and is added to the scores; it has no gradient.
 # Where several GPUs share a text, the T queries are those of this GPU (attention_in_chunks).
 
 ATTENTION = ("naive", "tiled", "sdpa")
@@ -88,7 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
 def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
                         implementation: str, chunks: Sequence[int]) -> Tensor:
     """The same where several GPUs share a text of equal chunks, and this one has the queries of
-    `chunks` (common/distributed.py): those of chunk c are the last of chunks 0 to c."""
+    `chunks` (common/distributed.py): those of chunk c see chunks 0 to c."""
     outputs = []
     for c, q_chunk in zip(chunks, q.chunk(len(chunks), dim=2)):
         end = (c + 1) * q_chunk.shape[2]
@@ -123,7 +123,7 @@ def causal_bias(bias: Tensor | None, T: int, S: int, device: torch.device) -> Te
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's fused kernels. Training without a bias has no mask: it would rule out flash."""
+    """PyTorch's fused kernels. Training without a bias passes no mask: flash would refuse it."""
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and q.dtype == torch.float32:
@@ -151,8 +151,8 @@ class TiledAttention(torch.autograd.Function):
         row_sum <- exp(m - m') row_sum + sum_j exp(s_j - m')
         acc     <- exp(m - m') acc     + sum_j exp(s_j - m') v_j
 
-    At the end out = acc / row_sum and lse = m + ln row_sum. Both are returned: where keys are
-    attended to in parts (distance maps), a part weighs exp(its lse - lse of all).
+    At the end out = acc / row_sum and lse = m + ln row_sum. Both are returned: distance maps attend
+    to the keys in parts, and a part's out weighs exp(its lse - lse of all).
     Backward recomputes each tile's p = exp(s - lse). With delta = sum_d dout * out - dlse, one
     number a query,
 
@@ -173,7 +173,7 @@ class TiledAttention(torch.autograd.Function):
             row_sum, zero = torch.zeros_like(m), torch.zeros_like(m)
             acc = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
-                scores = tile_scores(q_tile, q, k, bias, seen, rows, keys, zero)
+                scores = tile_scores(q_tile, q, k, bias, seen, rows, keys, minus=zero)
                 m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))
                 p = scores.sub_(m_new).exp_()       # in place: tiles stay in the processor's cache
                 shrink = torch.exp(m - m_new)
@@ -188,7 +188,7 @@ class TiledAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # a second derivative raises: it would miss that lse depends on q and k
+    @once_differentiable  # a second derivative raises: backward takes lse for a constant
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, bias = ctx.saved_tensors
         K, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
@@ -203,7 +203,7 @@ class TiledAttention(torch.autograd.Function):
             delta_tile = group_heads(delta[:, :, rows, None], K)
             dq_tile = torch.zeros_like(q_tile, dtype=torch.float32)
             for keys in key_tiles:
-                p = tile_scores(q_tile, q, k, bias, ctx.seen, rows, keys, lse_tile).exp_()
+                p = tile_scores(q_tile, q, k, bias, ctx.seen, rows, keys, minus=lse_tile).exp_()
                 dv[:, :, keys] += (p.type_as(v).transpose(-2, -1) @ dout_tile).float()
                 ds = product_minus(dout_tile, v[:, :, keys], delta_tile).mul_(p).type_as(q)
                 dq_tile += (ds @ k[:, :, keys]).float() * scale
@@ -223,7 +223,8 @@ def ungroup_heads(x: Tensor, H: int) -> Tensor:
 
 
 def product_minus(a: Tensor, b: Tensor, c: Tensor, scale: float = 1.0) -> Tensor:
-    """scale a b^T - c, in float32: [B, K, n, D], [B, K, m, D], [B, K, n, 1] -> [B, K, n, m]."""
+    """scale a b^T - c in float32: [B, K, n, D], [B, K, m, D], [B, K, n, 1] -> [B, K, n, m]. Forward
+    has c = 0; backward needs scores - lse and dout v^T - delta."""
     if a.dtype != torch.float32:
         return (a @ b.mT).float() * scale - c
     tile = torch.baddbmm(-c.flatten(0, 1), a.flatten(0, 1), b.mT.flatten(0, 1), alpha=scale)
@@ -233,17 +234,16 @@ def product_minus(a: Tensor, b: Tensor, c: Tensor, scale: float = 1.0) -> Tensor
 def tile_scores(q_tile: Tensor, q: Tensor, k: Tensor, bias: Tensor | None,
                 seen: CausalRange | KeyRange, rows: slice, keys: slice, minus: Tensor) -> Tensor:
     """Scaled, biased, masked scores of a tile, less `minus`, in float32: [B, K, G*bq, bk]."""
-    B, H, T, D = q.shape
-    K, S = k.shape[1:3]
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     scores = product_minus(q_tile, k[:, :, keys], minus, 1 / math.sqrt(D))
     if bias is not None:
         bias = bias.float().expand(B, H, T, S)                                # copies nothing
         own = bias.diagonal(S - T, -2, -1)[:, :, rows, None].clamp(min=-1e30)     # see causal_bias
         scores = scores + group_heads(bias[:, :, rows, keys] - own, K)
-    hidden = seen.hidden(rows, keys)                           # [.., 1, bq, bk]; None: all is seen
-    if hidden is not None:
+    masked = seen.masked(rows, keys)                           # [.., 1, bq, bk]; None: all is seen
+    if masked is not None:
         scores = scores.unflatten(2, (H // K, -1))                            # [B, K, G, bq, bk]
-        scores = scores.masked_fill(hidden[..., None, :, :], -torch.inf).flatten(2, 3)
+        scores = scores.masked_fill(masked[..., None, :, :], -torch.inf).flatten(2, 3)
     return scores
 
 
@@ -275,14 +275,14 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, pos: PositionInputs, cache: KVCache | None = None,
-                implementation: str = "auto", n: int | None = None) -> Tensor:
+                implementation: str = "auto", last: int | None = None) -> Tensor:
         """x [B, T, C] -> [B, n, C]: all T tokens give keys, only the last n (default T) queries."""
         B, T, _ = x.shape
-        n = T if n is None else n
+        n = T if last is None else last
         q = self.wq(x[:, -n:]).view(B, n, -1, self.head_dim).transpose(1, 2)      # [B, H, n, D]
         k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
-        pos = pos.last(n)                                             # queries are the last n
+        pos = pos.last(n)
         if pos.bands is None:
             q = apply_rope(q, *pos.q_rope)
             k = apply_rope(k, *pos.k_rope)                            # k_rope differs in xPos only
@@ -326,7 +326,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, pos: PositionInputs, cache: KVCache | None = None,
                 implementation: str = "auto", last: int | None = None) -> Tensor:
         n = x.shape[1] if last is None else last
-        x = x[:, -n:] + self.attention(self.attention_norm(x), pos, cache, implementation, n)
+        x = x[:, -n:] + self.attention(self.attention_norm(x), pos, cache, implementation, last)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -434,7 +434,7 @@ class LLaMA(nn.Module):
             return self.nll(hidden.flatten(0, 1), targets.flatten()).sum() / count
         own = targets[:, self.context.own(targets.shape[1])]
         nll = self.nll(hidden.flatten(0, 1), own.flatten()).sum()
-        return self.context.sum(nll) / count        # of the whole text; backward, of this part
+        return self.context.sum(nll) / count    # value: of the whole text; gradient: of this part
 
 
 # ---- Generation ----------------------------------------------------------------------------------

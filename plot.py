@@ -12,6 +12,7 @@ lines are trained and others not, those that are not are dotted, with hollow mar
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -194,7 +195,7 @@ def method_of_result(result: dict) -> tuple[str, bool]:
     """The method of a result of eval.py, and whether its model was trained with it: not where
     --rope replaced the model's own."""
     words = [result["rope"]["rope_type"], *settings_in_words(result["rope"])]
-    return " ".join(words), " --rope " not in result.get("command", "")
+    return " ".join(words), not re.search(" --rope[ =]", result.get("command", ""))
 
 
 def plot_perplexity(results: list[dict], path: Path) -> Path:
@@ -281,7 +282,7 @@ def plot_compare(result: dict, path: Path) -> Path:
         axis.set_xticks(range(len(lengths)), [f"{n}\n(L)" if n == original else n for n in lengths])
     axes[0, 0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     space = "\n" if len(measured) == 1 else " "
-    figure.suptitle(f"{Path(result['model']).stem}:{space}its frequencies changed, without "
+    figure.suptitle(f"{Path(result['model']).stem}:{space}its positions changed, without "
                     "training", fontsize=11)
     return save_figure(figure, path)
 
@@ -376,19 +377,21 @@ def plot_sweep(result: dict, path: Path) -> Path:
 def plot_real_model(result: dict, path: Path) -> Path:
     """extras/real_model.py: for each kind of text, perplexity by position, untrained and after the
     last step, and perplexity in the last quarter of L' against the steps of fine-tuning."""
-    rows = [r | {"method": f"{sweep_label(r['method'])}, LoRA r = {r['lora_rank']}"}
+    rows = [r | {"method": f"{method_label(r['method'])}, LoRA r = {r['lora_rank']}"}
             if r.get("lora_rank") else r for r in result["rows"]]
     window, kinds = result["window"], list(rows[0]["nll_by_position"])
     methods = list(dict.fromkeys(r["method"] for r in rows))
     last = {method: max(r["steps"] for r in rows if r["method"] == method) for method in methods}
-    figure, axes = plt.subplots(len(kinds), 2, figsize=(10, 3.7 * len(kinds) + 0.6), squeeze=False)
-    for kind, (left, right) in zip(kinds, axes):
+    columns = 2 if max(last.values()) > 0 else 1
+    figure, axes = plt.subplots(len(kinds), columns, squeeze=False,
+                                figsize=(5 * columns, 3.7 * len(kinds) + 0.6))
+    for kind, (left, *right) in zip(kinds, axes):
         for r in rows:
             if r["seed"] != result["seed"] or r["steps"] not in (0, last[r["method"]]):
                 continue
             nll = r["nll_by_position"][kind]
             position = [(i + 0.5) * window / len(nll) for i in range(len(nll))]
-            label = f"{sweep_label(r['method'])}, {r['steps'] or 'no'} steps"
+            label = f"{method_label(r['method'])}, {r['steps'] or 'no'} steps"
             style = line_style(method_numbers(methods)[r["method"]], trained=r["steps"] > 0)
             draw_line(left, dict(zip(position, map(math.exp, nll))), label, style)
         mark_windows(left, {"L": result["original_window"]})
@@ -397,9 +400,10 @@ def plot_real_model(result: dict, path: Path) -> Path:
         perplexity_axis(left)
         points = [(r["method"], r["steps"], last_quarter(r["nll_by_position"][kind]))
                   for r in rows]
-        draw_means(right, points, methods)
-        right.set(xlabel="fine-tuning steps", title=f"{kind}: the last quarter of L' = {window}")
-        perplexity_axis(right)
+        for axis in right:
+            draw_means(axis, points, methods)
+            axis.set(xlabel="fine-tuning steps", title=f"{kind}: the last quarter of L' = {window}")
+            perplexity_axis(axis)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return save_figure(figure, path)
 
@@ -478,11 +482,11 @@ def draw_sweep_by_dims(result: dict, rows: list[dict], methods: list[str],
     """Perplexity at L' against the number of interpolated dimensions, before and after training."""
     rows = [r for r in rows if r["rope"].get("interpolated_dims") is not None]
     name = rows[0]["rope"]["rope_type"]
-    for steps, label in {0: "untrained", max(r["steps"] for r in rows): "fine-tuned"}.items():
+    for steps in sorted({0, max(r["steps"] for r in rows)}):
         points = [(r["rope"]["interpolated_dims"], perplexity_at(r["window"], r))
                   for r in rows if r["steps"] == steps]
         style = line_style(method_numbers([name])[name], trained=steps > 0)
-        draw_line(panels[0], means(points), label, style)
+        draw_line(panels[0], means(points), "fine-tuned" if steps else "untrained", style)
     panels[0].set_xlabel("interpolated dimensions")
     perplexity_axis(panels[0])
 
@@ -517,7 +521,7 @@ def draw_means(axis: Axes, points: list[tuple[str, float, float | None]], method
     for method in methods:
         values = means([(x, y) for name, x, y in points if name == method])
         if any(mean is not None for mean in values.values()):
-            draw_line(axis, values, sweep_label(method), line_style(numbers[method], trained))
+            draw_line(axis, values, method_label(method), line_style(numbers[method], trained))
 
 
 def means(points: list[tuple[float, float | None]]) -> dict[float, float | None]:
@@ -534,8 +538,8 @@ def perplexity_at(length: int, row: dict) -> float | None:
     return first.get(str(length))
 
 
-def sweep_label(method: str) -> str:
-    """A method, which is a name or a JSON object, for the legend."""
+def method_label(method: str) -> str:
+    """A method, which is a name or a JSON object, in a legend or a table."""
     if not method.startswith("{"):
         return {"default": "plain RoPE", "linear": "PI"}.get(method, method)
     rope = json.loads(method)

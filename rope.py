@@ -15,10 +15,14 @@ Position Interpolation (Chen et al. 2023, arXiv 2306.15595) answers: by angles b
     L  original_window      L'  target window      s = L'/L  factor      l  seq_len, tokens so far
 
 A method is a function that returns (inv_freq, attention_factor): its theta_i, the radians that
-each pair turns per token (float64 [D/2]), and a factor of cos and sin. On the way to the model:
---rope, --factor -> methods.RopeConfig -> methods.inv_freq -> methods.position_inputs, which calls
-cos_sin -> model.Attention: apply_rope. The rarer methods, and those that change distances and not
-angles: methods/; derivations: docs/maths.md.
+each pair turns per token (float64 [D/2]; inv_freq is Hugging Face's name for them), and a number
+that multiplies cos and sin, 1 for most. Rarer methods, and those that change distances and not
+angles, are in methods/; formulas in docs/maths.md. From a flag to attention:
+
+    --rope, --factor  ->  RopeConfig                                     methods/config.py
+    LLaMA.hidden      ->  inv_freq looks the method up and calls it      methods/angles.py
+                      ->  inputs_of_layers calls cos_sin                 methods/position_inputs.py
+    Attention.forward ->  apply_rope
 """
 import math
 
@@ -110,9 +114,9 @@ def linear(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:
 
 
 def ntk(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:
-    """NTK-aware: another base, base' = base * s^(D/(D-2)), which makes theta_i * s^(-2i/(D-2)).
-    The first pair keeps its frequency, the last becomes theta/s. (bloc97 2023; Peng et al. 2023,
-    arXiv 2309.00071, section 3.1)"""
+    """NTK-aware: pair i turns at theta_i * s^(-2i/(D-2)), the first as before, the last s times
+    slower. It is RoPE with the base base * s^(D/(D-2)). (bloc97 2023, whom the theory of the neural
+    tangent kernel led to it; Peng et al. 2023, arXiv 2309.00071, section 3.1)"""
     exponent = -2 * pair_numbers(head_dim) / max(head_dim - 2, 1)
     return rope_frequencies(head_dim, base) * factor ** exponent, 1.0
 
@@ -121,11 +125,11 @@ def dynamic(head_dim: int, base: float, factor: float, original_window: int, seq
             ) -> tuple[Tensor, float]:
     """Dynamic NTK: plain RoPE up to L, then NTK-aware with a stretch that grows with the text,
 
-        s = f l/L - (f - 1)        f is `factor`; with f = 1 it is l/L.
-    (emozilla 2023)"""
+        stretch = f l/L - (f - 1)    with f = `factor`; l/L if f = 1.    (emozilla 2023)"""
     if seq_len <= original_window:
         return default(head_dim, base)
-    return ntk(head_dim, base, factor * seq_len / original_window - (factor - 1))
+    stretch = factor * seq_len / original_window - (factor - 1)
+    return ntk(head_dim, base, stretch)
 
 
 # ---- NTK-by-parts, YaRN and LLaMA 3: each pair by the number of turns that it makes within L -----
@@ -139,7 +143,7 @@ def blend(theta: Tensor, factor: float, keep: Tensor) -> Tensor:
     return keep * theta + (1 - keep) * theta / factor
 
 
-def ramp_by_rotations(theta: Tensor, original_window: int, slow: float, fast: float) -> Tensor:
+def ramp_by_turns(theta: Tensor, original_window: int, slow: float, fast: float) -> Tensor:
     """0 below `slow` turns within L, 1 above `fast`, linear in the turns between."""
     turns = original_window * theta / (2 * math.pi)                # L / wavelength
     return ((turns - slow) / (fast - slow)).clamp(0, 1)
@@ -150,7 +154,7 @@ def ntk_by_parts(head_dim: int, base: float, factor: float, original_window: int
     """NTK-by-parts: keep pairs of more than beta_fast turns, interpolate those below beta_slow.
     (Peng et al. 2023, section 3.2, where the two are called beta and alpha)"""
     theta = rope_frequencies(head_dim, base)
-    keep = ramp_by_rotations(theta, original_window, beta_slow, beta_fast)
+    keep = ramp_by_turns(theta, original_window, beta_slow, beta_fast)
     return blend(theta, factor, keep), 1.0
 
 
@@ -174,9 +178,9 @@ def yarn(head_dim: int, base: float, factor: float, original_window: int,
     (Peng et al. 2023, sections 3.2 to 3.4, and the authors' code)"""
     theta = rope_frequencies(head_dim, base)
     if ramp == "turns":
-        keep = ramp_by_rotations(theta, original_window, beta_slow, beta_fast)
+        keep = ramp_by_turns(theta, original_window, beta_slow, beta_fast)
     else:
-        keep = ramp_by_dimension(head_dim, base, original_window, beta_slow, beta_fast, truncate)
+        keep = ramp_by_pair(head_dim, base, original_window, beta_slow, beta_fast, truncate)
     if attention_factor is None:
         attention_factor = yarn_mscale(factor)
         if mscale and mscale_all_dim:
@@ -184,12 +188,12 @@ def yarn(head_dim: int, base: float, factor: float, original_window: int,
     return blend(theta, factor, keep), attention_factor
 
 
-def ramp_by_dimension(head_dim: int, base: float, original_window: int, slow: float, fast: float,
-                      truncate: bool) -> Tensor:
+def ramp_by_pair(head_dim: int, base: float, original_window: int, slow: float, fast: float,
+                 truncate: bool) -> Tensor:
     """1 up to the pair that turns `fast` times within L, 0 from the one that turns `slow` times,
     linear between. The last pair is D/2-1, but YaRN's code clips at D-1, and so does this."""
-    first = pair_with_rotations(head_dim, base, original_window, fast)
-    last = pair_with_rotations(head_dim, base, original_window, slow)
+    first = pair_with_turns(head_dim, base, original_window, fast)
+    last = pair_with_turns(head_dim, base, original_window, slow)
     if truncate:
         first = math.floor(first)
         last = math.ceil(last)
@@ -200,9 +204,9 @@ def ramp_by_dimension(head_dim: int, base: float, original_window: int, slow: fl
     return 1 - ((pair_numbers(head_dim) - first) / (last - first)).clamp(0, 1)
 
 
-def pair_with_rotations(head_dim: int, base: float, window: int, turns: float) -> float:
+def pair_with_turns(head_dim: int, base: float, original_window: int, turns: float) -> float:
     """The pair, as a fraction, with so many turns: i = D ln(L / (2 pi turns)) / (2 ln base)."""
-    return head_dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(base))
+    return head_dim * math.log(original_window / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
@@ -235,15 +239,15 @@ def dprope(head_dim: int, base: float, factor: float, original_window: int,
     (Wu et al. 2024, EMNLP, eqs. 5 to 9)"""
     theta = rope_frequencies(head_dim, base)
     bins = bins or angle_bins(original_window)
-    kept, interpolated = disturbance_of_both(theta.numpy(), factor, original_window, bins)
+    if_kept, if_interpolated = disturbance_of_both(theta.numpy(), factor, original_window, bins)
     pairs = None if interpolated_dims is None else interpolated_dims // 2
-    chosen = torch.from_numpy(pairs_to_interpolate(kept, interpolated, threshold, pairs))
+    chosen = torch.from_numpy(pairs_to_interpolate(if_kept, if_interpolated, threshold, pairs))
     return torch.where(chosen, theta / factor, theta), 1.0
 
 
-def angle_bins(window: int) -> int:
+def angle_bins(original_window: int) -> int:
     """About eleven positions for each arc of the circle, but 360 arcs at most."""
-    return min(360, max(4, round(window * 360 / 4096)))
+    return min(360, max(4, round(original_window * 360 / 4096)))
 
 
 def angle_histogram(theta: np.ndarray, positions: int, bins: int = 360) -> np.ndarray:
@@ -280,16 +284,16 @@ def disturbance_of_both(theta: np.ndarray, factor: float, length: int, bins: int
                         ) -> tuple[np.ndarray, np.ndarray]:
     """Disturbance of each pair at s * length positions, kept and interpolated: two arrays [D/2]."""
     new_length = round(factor * length)
-    kept = angle_disturbance(theta, theta, length, new_length, bins, **options)
-    interpolated = angle_disturbance(theta, theta / factor, length, new_length, bins, **options)
-    return kept, interpolated
+    if_kept = angle_disturbance(theta, theta, length, new_length, bins, **options)
+    if_interpolated = angle_disturbance(theta, theta / factor, length, new_length, bins, **options)
+    return if_kept, if_interpolated
 
 
-def pairs_to_interpolate(kept: np.ndarray, interpolated: np.ndarray, threshold: float = 0.0,
+def pairs_to_interpolate(if_kept: np.ndarray, if_interpolated: np.ndarray, threshold: float = 0.0,
                          pairs: int | None = None) -> np.ndarray:
-    """Which pairs to interpolate, bool [D/2]: all with kept > interpolated + threshold (eq. 9; not
-    a tie, such as 0 = 0 of a pair that stays in one arc), or the `pairs` of greatest difference."""
-    gain = kept - interpolated
+    """Which pairs to interpolate, bool [D/2]: all that gain more than threshold (eq. 9; a tie, such
+    as 0 = 0 of a pair that stays in one arc, is no gain), or the `pairs` that gain most."""
+    gain = if_kept - if_interpolated
     if pairs is None:
         return gain > threshold
     greatest = np.argsort(-gain, kind="stable")[:pairs]

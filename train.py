@@ -43,20 +43,20 @@ class FitConfig:
     context_parallel: int = field(1, "GPUs that share the tokens of each row")
     lr: float = field(3e-3, "peak learning rate")
     schedule: str = field("cosine", "after warm-up", choices=["cosine", "linear", "constant"])
-    min_lr: float = field(0.0, "where cosine and linear end, as a share of the peak")
+    min_lr: float = field(0.0, "end of cosine and linear, as a share of the peak")
     warmup: int = field(100, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.1, "AdamW weight decay, on matrices only")
     optimizer: str = field("adamw", "adamw8bit keeps AdamW's moments in 8 bits, 6 bytes a "
                            "parameter less (torchao)", choices=["adamw", "adamw8bit"])
     beta2: float = field(0.95, "AdamW's second beta (the first is 0.9)")
     clip: float = field(1.0, "gradients of a larger norm are scaled down to it; 0 never clips")
-    seed: int = field(0, "of initialisation and batches")
+    seed: int = field(0, "random seed of initialisation and batches")
     log_every: int = field(10, "steps between lines of metrics.jsonl")
     eval_every: int = field(500, "steps between validations")
     save_every: int = field(500, "steps between checkpoints")
     device: str = field("auto", "auto, cpu, cuda or mps")
-    dtype: str = field("auto", "of the matrix products: bfloat16 is autocast over float32 weights",
-                       choices=["auto", "float32", "bfloat16"])
+    dtype: str = field("auto", "number type of matrix products; bfloat16 is autocast over float32 "
+                       "weights", choices=["auto", "float32", "bfloat16"])
     attention: str = field("auto", "auto takes sdpa; tiled for a distance map",
                            choices=["auto", "naive", "tiled", "sdpa"])
     compile: bool = field(False, "torch.compile every block")
@@ -167,9 +167,9 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
         micro_batch = [tensor[rows].to(device, non_blocking=True) for tensor in batch]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model.loss(*micro_batch)
-        # Its mean becomes its part of the step's mean: divided by 1, or by accumulate, if all rows
-        # have as many targets.
-        loss = loss / float(targets_per_gpu / count_targets(batch[1][rows]))
+        # The step's loss is the mean over all its targets: this micro-batch weighs as much as its
+        # share of them, 1 / accumulate if all rows have equally many.
+        loss = loss * float(count_targets(batch[1][rows]) / targets_per_gpu)
         loss.backward()
         total += loss.detach()
     return mean_over_ranks(total) / config.context_parallel

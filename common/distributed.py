@@ -50,7 +50,7 @@ def backend() -> str:
         return "gloo"
     if not dist.is_nccl_available():
         raise UserError("this PyTorch was built without NCCL, by which GPUs talk to each other: "
-                        "install one that has it, or give --device cpu")
+                        "install one that has it, or hide the GPUs with CUDA_VISIBLE_DEVICES=-1")
     return "cpu:gloo,cuda:nccl"     # gloo for what --offload keeps in the computer's memory
 
 

@@ -155,6 +155,7 @@ def whole_folder(out: str | Path) -> Iterator[Path]:
     saving.mkdir(parents=True)
     try:
         yield saving
+        shutil.rmtree(out / SAVING, ignore_errors=True)     # left by a save that was killed
         os.replace(saving, out)
     except BaseException:
         shutil.rmtree(saving, ignore_errors=True)

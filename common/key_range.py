@@ -29,7 +29,7 @@ class KeyRange(NamedTuple):
         own = torch.arange(S - T, S, device=self.stop.device)
         return bool((self.first == 0).all() and (self.stop == own + 1).all())
 
-    def hidden(self, rows: slice, keys: slice) -> Tensor | None:
+    def masked(self, rows: slice, keys: slice) -> Tensor | None:
         """True where a query of these rows does not see a key, for all heads: [1, rows, keys] or
         [B, 1, rows, keys]. None if each of them sees all, so that most tiles need no mask."""
         first, stop = self.first[..., None, rows, None], self.stop[..., None, rows, None]
@@ -54,7 +54,7 @@ class CausalRange(NamedTuple):
     S: int
     device: torch.device
 
-    def hidden(self, rows: slice, keys: slice) -> Tensor | None:
+    def masked(self, rows: slice, keys: slice) -> Tensor | None:
         first = self.S - self.T + rows.start                       # position of the first row
         if keys.stop - 1 <= first:                                 # on or below the diagonal
             return None

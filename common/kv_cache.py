@@ -31,8 +31,8 @@ class KVCache:
 
     def add_tokens(self, tokens: Tensor, positions: Tensor, frequencies: Tensor,
                    attention_factor: float) -> None:
-        """Make room for T more tokens [B, T]. positions: of the whole text, [S] or [B, S]; the last
-        two say by which angles its keys are rotated."""
+        """Make room for T more tokens [B, T]. positions: of the whole text, [S] or [B, S], whose
+        keys are rotated by `frequencies` and `attention_factor`."""
         end = self.require_room(tokens)
         assert self.length == 0 or torch.equal(frequencies, self.frequencies), \
             "the angles have changed: call forward(), which reads the whole text anew"

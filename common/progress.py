@@ -15,8 +15,8 @@ class Progress:
         self.phases = list(phases)
         self.quiet = quiet
         self.begun = 0  # phases so far
-        self.seconds = 0.0  # of those that were not kept,
-        self.done = 0.0     # and their work
+        self.seconds = 0.0  # of the phases that were not kept from an interrupted run
+        self.done = 0.0     # the work of these
         self.last = 0.0     # when the phase in hand began
 
     def next(self) -> None:

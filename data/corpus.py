@@ -163,10 +163,12 @@ def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: 
     if not chosen:
         chosen = sorted(corpus.documents(longest + 1), key=len)[-1:]
     if not chosen:
-        starts = range(0, count * wanted, wanted)
-        pieces = [corpus.read(i, i + wanted) for i in starts]
-        chosen = [np.concatenate([[tokenizer.bos_id], piece])[:wanted]
-                  for piece in pieces if len(piece) == wanted]
+        ids = corpus.read(0, count * wanted)
+        ids = ids[ids != tokenizer.bos_id]                  # BOS stands once, at the start of each
+        size = min(wanted - 1, len(ids))
+        pieces = [ids[i:i + size] for i in range(0, len(ids), size)]
+        chosen = [np.concatenate([[tokenizer.bos_id], piece])
+                  for piece in pieces if len(piece) == size]
         notes.append(f"no document has {wanted:,} tokens: shorter ones are joined")
     fitting = [n for n in lengths if n < len(chosen[0])]
     if not fitting:

@@ -301,7 +301,7 @@ def replaced_folder(out: Path) -> Iterator[Path]:
             os.rename(old, out)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         try:
             yield temporary
             with contextlib.suppress(FileNotFoundError):

@@ -21,7 +21,7 @@ from model import LLaMA
 MOST_CANDIDATES = 100
 
 
-def check_rank(rank: int) -> None:
+def check_candidates(rank: int) -> None:
     if rank != 0 and not 2 <= rank <= MOST_CANDIDATES:
         raise UserError(f"--rank {rank}: give the number of candidates, from 2 to "
                         f"{MOST_CANDIDATES}, or 0 to generate answers")

@@ -169,10 +169,11 @@ class JsonTokenizer(Tokenizer):
         if not self.pieces:
             raise UserError(f"{path}: has no pieces: copy it again")
         self.vocab_size = self.padded_size = max(self.pieces.values()) + 1
-        # Byte-level BPE cuts a text into words first. With add_prefix_space every part would get a
-        # space of its own.
-        pre_tokenizer = json.dumps(json.loads(data).get("pre_tokenizer"))
-        adds_space = '"add_prefix_space": true' in pre_tokenizer
+        # Byte-level BPE cuts a text into words first. Where a text begins with a space that is not
+        # its own, every part would get one.
+        pre_tokenizer, normalizer = (json.dumps(json.loads(data).get(step))
+                                     for step in ("pre_tokenizer", "normalizer"))
+        adds_space = '"add_prefix_space": true' in pre_tokenizer or '"Prepend"' in normalizer
         self.cuttable = '"ByteLevel"' in pre_tokenizer and not adds_space
         # Byte-level BPE writes a space as "Ġ" (U+0120).
         self.dummy_prefix = bool(first) and first[0].startswith((SPACE, "\u0120"))

@@ -54,7 +54,7 @@ def variants(config: ModelConfig, factors: Sequence[float],
     `chosen` (names or JSON objects), at every factor. A row that would measure the same as one
     before is left out."""
     name = "default" if config.rope.rope_type == "default" else "as it is"
-    rows = [(name, config.rope.to_dict())]
+    rows = [(name, config.rope.to_dict() | {"factor": config.rope.factor})]
     for rope in [parse_rope_flag(text) for text in chosen] or suitable_methods(config):
         rows += at_factors(rope, factors)
     different, seen = [], []
@@ -71,12 +71,13 @@ def suitable_methods(config: ModelConfig) -> list[dict]:
     own = config.rope.rope_type
     if not METHODS[own].extends_rope:
         return [{"rope_type": own}]
+    whole_heads = config.rope.partial_rotary_factor == 1    # as a temperature needs them
     methods = []
     for name, method in METHODS.items():
         if name == "streaming":  # which sees no more keys than L: nothing to restore
             methods.append({"rope_type": name})
         elif method.distance_map is not None:
-            methods.append({"rope_type": name, "temperature": "log_n"})
+            methods.append({"rope_type": name, "temperature": "log_n" if whole_heads else "none"})
         elif method.extends_rope and not method.needs_settings:
             share = {"partial_rotary_factor": turning_share(config)} if method.full_head else {}
             methods.append({"rope_type": name, **share})

@@ -28,16 +28,16 @@ from common.cli import field, parse, run_command
 from common.device import choose_device
 from common.errors import UserError
 from common.files import check_output, read_json
-from common.results import result
+from common.results import require_number, result
 from common.tables import format_accuracy
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
-from extras.sweep_tables import markdown, method_label
+from extras.sweep_tables import markdown
 from methods import METHODS, parse_rope_flag
 from methods.checks import check_attention
 from model import ModelConfig
-from plot import plot_long_window
+from plot import method_label, plot_long_window
 from weights import load_config, load_tokenizer, with_rope
 from weights.flags import ModelFlags, load_from_flags
 
@@ -86,12 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = ResultCache(flags.out)
     started = time.perf_counter()
     rows = []
+    model = None
     for method in flags.methods:
         row = {"method": method, "perplexity": {}, "passkey": {}}
         for n in lengths:
             first = not rows and n == lengths[0]
+            del model  # one at a time: the next may need the memory
             model, _ = load_from_flags(at_length(flags, method, n / L), quiet=not first)
-            row["perplexity"][n] = perplexity(model, documents, n, cache=cache)["perplexity"]
+            measured = perplexity(model, documents, n, cache=cache)
+            require_number(measured["nll"])
+            row["perplexity"][n] = measured["perplexity"]
             row["passkey"][n] = share_of_keys(model, tokenizer, n, flags, cache)
             print(f"{method_label(method)}, {n} tokens: perplexity {row['perplexity'][n]:.2f}, "
                   f"passkey {format_accuracy(row['passkey'][n])}", flush=True)
@@ -109,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_flags(flags: LongWindowFlags, base: ModelConfig, lengths: Sequence[int]) -> None:
-    if flags.rope is not None or flags.factor is not None:
+    if flags.rope is not None or flags.factor is not None or flags.seed != 0:
         raise UserError("long_window tries methods itself: name them with --methods; their factor "
-                        "is that of the length")
+                        "is that of the length. Its keys have --seeds")
     if min(flags.multiples) < 1 or flags.places < 0 or not flags.seeds:
         raise UserError("--multiples have to be at least 1, --places at least 0, --seeds at least "
                         "one number")

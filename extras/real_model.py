@@ -16,6 +16,11 @@ LoRA beside full fine-tuning, at equal tokens:
 
     python extras/real_model.py --methods linear --lora-rank 0 8
 
+Without any training, for methods that need none:
+
+    python extras/real_model.py --steps 0 --keys 3 --methods default yarn \\
+        '{"rope_type": "self_extend", "temperature": "log_n"}'
+
 Every training saves itself and every measurement is kept: after an interruption the same command
 goes on. It goes on, too, with more --steps, --methods, --seeds, --lora-rank or --keys than before.
 Rows that --out holds already are not measured again, so that the work may be done in pieces. A
@@ -47,11 +52,11 @@ from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, passkey, perplexity
 from extras.sweep import Run, corpus_label, is_past, load_tokenizer_once, weight_digest
-from extras.sweep_tables import Table, cell, markdown, method_label
+from extras.sweep_tables import Table, cell, markdown
 from finetune import FinetuneConfig
 from methods import ALIASES, parse_rope_flag
 from model import LLaMA
-from plot import plot_real_model
+from plot import method_label, plot_real_model
 from train import fit
 from weights import load_config
 from weights.extension import load_extended, training_batches
@@ -70,7 +75,8 @@ class RealModelConfig:
                                "fine-tuning")
     untrained: list[str] = field([], "methods that are only measured, without training")
     factor: float = field(2.0, "s = L'/L")
-    steps: list[int] = field([10, 25], "measured after so many optimiser steps, and untrained")
+    steps: list[int] = field([10, 25], "measured after so many optimiser steps, and untrained; 0 "
+                             "trains nothing")
     seeds: list[int] = field([0], "of the order of the training rows, and of the keys")
     batch_size: int = field(4, "rows of a step")
     row_length: int = field(1024, "tokens of a row")
@@ -103,17 +109,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     L, window = base.original_window, round(base.original_window * c.factor)
     tokenizer = load_tokenizer_once(c.model)
     c.corpus = str(ensure_corpus(c.corpus, tokenizer.path, c.corpus_mb))
-    for run in itertools.product(c.methods, c.seeds, c.lora_rank):
+    trained = [steps for steps in c.steps if steps > 0]
+    for run in itertools.product(c.methods, c.seeds, c.lora_rank) if trained else []:
         # Another training in a folder is refused now, not after hours.
-        is_past(settings_of_run(c, *run, c.steps[-1]), c.steps[-1])
+        is_past(settings_of_run(c, *run, trained[-1]), trained[-1])
     documents = documents_to_measure(c, tokenizer, window)
     tokens = c.batch_size * c.row_length
     print(f"device     {describe_device(device)}\n"
           f"model      {c.model}, window {L} -> {window}\n"
           f"step       {c.batch_size} rows x {c.row_length} = {tokens:,} tokens, at positions up "
           f"to {window - 1}\n"
-          f"measured   on {', '.join(documents)}: untrained and after "
-          f"{', '.join(map(str, c.steps))} steps", flush=True)
+          f"measured   on {', '.join(documents)}: untrained"
+          + (f" and after {', '.join(map(str, trained))} steps" if trained else ""), flush=True)
 
     report = {
         "model": c.model, "rope": base.rope.to_dict(), "original_window": L, "window": window,
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [(method, c.seeds[0], 0, [0]) for method in c.untrained if method not in c.methods]
     for seed, rank, method in itertools.product(c.seeds, c.lora_rank, c.methods):
         is_first = (seed, rank) == (c.seeds[0], c.lora_rank[0])
-        runs.append((method, seed, rank, [0, *c.steps] if is_first else c.steps))
+        runs.append((method, seed, rank, [0, *trained] if is_first else trained))
     for method, seed, rank, steps in runs:
         rows += run_method(c, method, seed, rank, steps, documents, tokenizer, device, known)
         seconds = time.perf_counter() - started
@@ -147,8 +154,10 @@ def check_request(c: RealModelConfig) -> None:
     if not (1 < c.factor and math.isfinite(c.factor)):
         raise UserError(f"--factor {c.factor}: give a number above 1")
     window = round(load_config(c.model).original_window * c.factor)
-    if min(c.steps) < 1 or min(c.keys, *c.seeds, *c.lora_rank) < 0:
-        raise UserError("--steps have to be at least 1, --keys, --seeds and --lora-rank at least 0")
+    if min(c.keys, *c.steps, *c.seeds, *c.lora_rank) < 0:
+        raise UserError("--steps, --keys, --seeds and --lora-rank have to be at least 0")
+    if c.steps == [0] and len(c.seeds) > 1:
+        raise UserError("--seeds: untrained there is one row a method: give one of them")
     if c.batch_size < 1 or not (c.lr > 0 and math.isfinite(c.lr)):
         raise UserError("--batch-size has to be at least 1, --lr above 0")
     if not 1 <= c.row_length <= window:
@@ -258,7 +267,7 @@ def train_and_find_keys(settings: FinetuneConfig, steps: int, keys: int, tokeniz
 
 
 def training_folder(c: RealModelConfig, method: str, seed: int, rank: int) -> Path:
-    name = Run(method, c.factor, seed, tuple(c.steps)).name
+    name = Run(method, c.factor, seed, steps=()).name
     return Path(c.folder) / (f"{name}-lora{rank}" if rank else name)
 
 

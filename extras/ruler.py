@@ -47,7 +47,7 @@ from common.jobs import rows_per_pass
 from common.results import result
 from data.corpus import ensure_corpus, validation_documents
 from data.passkey import GARBAGE, encode_inside
-from data.ranking import check_rank, log_likelihoods, wins
+from data.ranking import check_candidates, log_likelihoods, wins
 from data.sources import read_text
 from data.tokenizer import Tokenizer
 from eval import k_max
@@ -480,7 +480,7 @@ def ruler(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int], tasks: Seq
     rank: candidates to rank a right answer among, 0 to generate answers; notes: more entries of the
     result. Returns the dict of the JSON file.
     """
-    check_rank(rank)
+    check_candidates(rank)
     started = time.perf_counter()
     lengths = sorted(set(lengths))
     template = TEMPLATES.get(template, template)

@@ -41,21 +41,20 @@ from common.device import choose_device, choose_dtype, describe_device
 from common.environment import command_line, usable_cores, versions
 from common.errors import UserError
 from common.files import check_output, read_json, write_json
-from data.batches import Batches
-from data.corpus import TokenFile, ensure_corpus, read_documents, validation_documents
+from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts
 from data.sources import read_text
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, four_lengths, passkey, perplexity
 from extras.sweep_tables import markdown, sweep_tables
 from finetune import FinetuneConfig
-from methods import (ALIASES, METHODS, RopeConfig, depends_on_length, inv_freq, parse_rope_flag,
-                     training_positions)
+from methods import ALIASES, METHODS, RopeConfig, depends_on_length, inv_freq, parse_rope_flag
 from model import LLaMA, ModelConfig
 from plot import plot_sweep
 from rope import angle_bins, angle_disturbance
 from train import fit
 from weights import load_config, load_model, load_tokenizer, with_rope
+from weights.extension import row_length, training_batches
 from weights.size import parameter_count
 from weights.training_state import open_state, resumable_settings
 
@@ -103,9 +102,9 @@ def dprope_flag(**settings: int) -> str:
     return json.dumps({"rope_type": "dprope", **settings})
 
 
-# Every method that stretches RoPE by a factor alone. Others (longrope, proportional, resonance)
-# need settings, or they are one of these; distance maps are for models that are not fine-tuned:
-# --methods names them.
+# Every method that stretches RoPE by a factor alone and trains on rows of L' tokens. Others need
+# settings (longrope, proportional), train on other rows (clex, drope), or are for models that are
+# not fine-tuned (distance maps): --methods names them.
 BY_FACTOR = ["default"] + [
     name for name, method in METHODS.items()
     if name != "default" and method.extends_rope and method.trained_on == "target"
@@ -189,16 +188,18 @@ def run_folder(c: SweepConfig, run: Run) -> Path:
 
 def training_settings(c: SweepConfig, run: Run, steps: int) -> FinetuneConfig:
     """The settings of a run's training, which tell it from others in the same folder."""
-    _, window = original_and_target(c, run.factor)
     scratch = c.plan == "scratch"
-    return FinetuneConfig(
+    settings = FinetuneConfig(
         model=c.model, rope=run.method, factor=run.factor, out=str(run_folder(c, run)),
-        steps=steps, batch_size=max(1, c.step_tokens // window), lr=c.lr,
+        steps=steps, lr=c.lr,
         schedule="cosine" if scratch else "constant", warmup=100 if scratch else 20,
         weight_decay=0.1 if scratch else 0.0, seed=run.seed, passkey_share=c.passkey_share,
         passkey_packed=scratch, corpus=c.corpus, device=c.device, dtype=c.dtype,
         compile=c.compile, recompute=c.recompute, save_every=10**6 if steps < 200 else 200,
         eval_every=10**6, log_every=25)
+    row = row_length(settings, parse_rope_flag(run.method), *original_and_target(c, run.factor))
+    settings.batch_size = max(1, c.step_tokens // row)
+    return settings
 
 
 def starting_model(c: SweepConfig, run: Run, device: torch.device,
@@ -214,6 +215,8 @@ def starting_model(c: SweepConfig, run: Run, device: torch.device,
     rope = scaled_rope(c, run.method, run.factor)
     model = load_model(c.model, rope=rope, device=device, dtype=dtype)
     model.config.max_seq_len = window
+    # Also where nothing is scaled: the folder of a direct fine-tuning has to know L.
+    model.config.rope = dataclasses.replace(model.config.rope, original_max_position_embeddings=L)
     return model
 
 
@@ -289,14 +292,12 @@ def trained_model(c: SweepConfig, run: Run, steps: int) -> tuple[LLaMA, float]:
     dtype = choose_dtype(c.dtype, device) if device.type == "cuda" else torch.float32
     if steps == 0:
         return starting_model(c, run, device, dtype), 0.0
-    L, window = original_and_target(c, run.factor)
     tokenizer = load_tokenizer_once(c.model)
     model = starting_model(c, run, device)
     settings = training_settings(c, run, steps)
     settings.fresh = is_past(settings, steps)
-    batches = Batches(TokenFile(c.corpus, "train"), tokenizer, settings.batch_size, window,
-                      settings.passkey_share, L, settings.passkey_packed, settings.seed,
-                      training_positions(model.config.rope, L, window))
+    batches = training_batches(settings, scaled_rope(c, run.method, run.factor),
+                               load_config(c.model), tokenizer, ranks=1)
     seconds = fit(model, settings, batches, None, tokenizer, progress=False)
     del model  # its trained weights are in the folder: one model at a time
     return load_model(settings.out, device=device, dtype=dtype), seconds  # as the folder gives it
@@ -515,7 +516,7 @@ def check_sweep(c: SweepConfig) -> None:
                         "rename one of them")
     base = load_config(c.model)
     for method in [*c.methods, *c.zero_shot]:
-        if len(c.factors) > 1 and "factor" in parse_rope_flag(method):
+        if any(parse_rope_flag(method).get("factor", factor) != factor for factor in c.factors):
             raise UserError(f"{method}: its own factor contradicts --factors {listed(c.factors)}: "
                             "give one of them")
         for factor in c.factors:

@@ -1,8 +1,9 @@
 """The tables of a sweep, in the form of the papers'. Its rows are those of extras/sweep.py."""
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+
+from plot import method_label
 
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows of text
 
@@ -18,14 +19,6 @@ def cell(values: Sequence[float | None], digits: int) -> str:
     if len(values) > 1 and math.isfinite(mean):
         text += f" ±{(max(values) - min(values)) / 2:.{digits}f}"
     return text
-
-
-def method_label(method: str) -> str:
-    """A method, a name or JSON, in a table."""
-    if not method.startswith("{"):
-        return {"default": "plain RoPE", "linear": "PI"}.get(method, method)
-    rope = json.loads(method)
-    return " ".join([rope.pop("rope_type"), *(f"{key}={value}" for key, value in rope.items())])
 
 
 def sweep_tables(result: dict) -> list[Table]:

@@ -12,7 +12,7 @@ from rope import rope_frequencies
 
 def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
              network: CLEX | None = None) -> tuple[Tensor, float]:
-    """The angle that each pair turns per token, and the factor of cos and sin.
+    """The angle that each pair turns per token, and what multiplies cos and sin.
 
     config: the method and its settings. head_dim: D, even. seq_len: tokens seen so far, for methods
     that depend on it. network: a model's trained CLEX. Returns (float32 [D/2] in radians per token,
@@ -44,11 +44,11 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
 
 
 def replaces_attention_factor(config: RopeConfig) -> bool:
-    """A temperature, even "none", takes the place of YaRN's own factor; but where every n-th layer
-    is unrotated, it acts there and the rotated layers keep theirs."""
-    if config.temperature in (None, "none"):
-        return config.temperature == "none"
-    return config.no_rope_layer_interval is None
+    """Whether YaRN's own factor gives way to config.temperature: "none" only takes it away, log_n
+    and llama4 take its place, unless they act in unrotated layers alone."""
+    if config.temperature is None:
+        return False
+    return config.temperature == "none" or config.no_rope_layer_interval is None
 
 
 def rotary_dimensions(config: RopeConfig, head_dim: int) -> int:

@@ -29,10 +29,10 @@ def alibi_bias(positions: Tensor, n_heads: int, factor: float = 1.0) -> Tensor:
 
 
 def xpos_scale(positions: Tensor, pairs: int, factor: float = 1.0, scale_base: int = 512) -> Tensor:
-    """zeta_i^(m / 512 s) with zeta_i = (2i + 0.4 D) / 1.4 D: positions [..., T] -> [..., T, D/2].
+    """zeta_i^(m / (512 s)), zeta_i = (2i + 0.4 D) / (1.4 D): positions [..., T] -> [..., T, D/2].
 
     Queries are multiplied by it and keys divided, so that the score of pair i decays as
-    zeta_i^((m-n) / 512 s), the fast pairs most. Powers of a position have a limit: past 32,695 s
+    zeta_i^((m-n) / (512 s)), the fast pairs most. Powers of a position have a limit: past 32,695 s
     float32 ends, which is a UserError. (Sun et al. 2022, arXiv 2212.10554; torchscale)
     """
     i = torch.arange(pairs, dtype=torch.float32, device=positions.device)

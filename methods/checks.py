@@ -1,7 +1,5 @@
-"""The door: everything that a user may have written wrong about RoPE is refused here, in one line.
-
-Behind it the methods trust their arguments.
-"""
+"""Everything that a user may have written wrong about RoPE is refused here, in one line. So the
+methods can trust their arguments."""
 import functools
 import warnings
 from collections.abc import Sequence
@@ -175,7 +173,7 @@ def check_temperature(fields: dict[str, Any]) -> None:
 
 def check_distance_map(rope_type: str, options: dict[str, Any], fields: dict[str, Any]) -> None:
     """Refuse a map whose L' tokens are not folded into L. (The last query has to see the largest
-    distance; a map's own are not checked one by one.)"""
+    distance; the distances in between are not checked one by one.)"""
     L, names = fields["original_max_position_embeddings"], ", ".join(METHODS[rope_type].settings)
     target = round(L * fields["factor"])
     if target > MOST_POSITIONS:

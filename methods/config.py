@@ -11,8 +11,8 @@ from methods.table import METHODS
 
 @dataclass(frozen=True, eq=False)
 class RopeConfig:
-    """How a model knows positions, in Hugging Face's words (`rope_scaling`, `rope_parameters`).
-    It travels with the weights. A UserError if it cannot work."""
+    """How a model knows positions. It travels with the weights, as a "rope dict" in Hugging Face's
+    words: {"rope_type": "linear", "factor": 2}. A UserError if it cannot work."""
 
     rope_type: str = "default"                            # a key of METHODS
     factor: float = 1.0                                   # s = L'/L, always from the original L

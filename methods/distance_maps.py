@@ -1,8 +1,8 @@
 """Distance maps: near tokens keep their distance, far ones are folded into the trained range.
 
 The other methods change by which angles the pairs turn. These change how far apart two tokens are
-said to be: no pair meets an angle that it was not trained on, and nothing has to be trained. The
-price is the order of far tokens, of which several come to stand at one distance.
+said to be: no pair meets an angle that it was not trained on (or by one step at most), and nothing
+has to be trained. The price is the order of far tokens: several come to stand at one distance.
 
 A map cuts the keys that a query sees into *bands*. In a band the query stands at a place q(m) and
 each key at a place k(n), and they are rotated there: the model sees the distance q(m) - k(n).
@@ -78,11 +78,11 @@ def self_extend(m: Tensor, n: Tensor, original_window: int, factor: float,
 
 def dca(m: Tensor, n: Tensor, original_window: int, factor: float, chunk: int | None = None,
         local: int | None = None) -> list[Band]:
-    """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens; `chunk` is c, the
-    number of distances. They are exact within a chunk, and to the w tokens before; in the chunk
-    before none exceeds c - 1, and all queries stand c - 1 from the beginning of an earlier chunk.
-    By default c = 3L/4 and w = L/4; the authors' code has L/16. (An et al. 2024, arXiv
-    2402.17463)"""
+    """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens, and a key stands at
+    n mod h. A query stands at m mod h for its own chunk, h further for the one before, but at most
+    at c - 1, and at c - 1 for all earlier ones: the nearest w tokens keep their distances. `chunk`
+    is c, the number of distances, by default 3L/4; `local` is w, by default L/4, in the authors'
+    code L/16. (An et al. 2024, arXiv 2402.17463)"""
     c = 3 * original_window // 4 if chunk is None else chunk
     w = original_window // 4 if local is None else local
     h = c - w
@@ -106,7 +106,7 @@ def streaming(m: Tensor, n: Tensor, original_window: int, factor: float, sinks: 
 
 
 def least_stretch(original_window: int, factor: float, w: int) -> float:
-    """The least k with w + (L' - w) / k <= L, where training had L - 1: one step is nothing."""
+    """The least k with w + (L' - w) / k <= L: one step beyond the L - 1 of training."""
     target = round(original_window * factor)
     return max(1.0, (target - w) / max(1, original_window - w))
 
@@ -115,8 +115,8 @@ def least_stretch(original_window: int, factor: float, w: int) -> float:
 
 
 def without_idle_bands(bands: Sequence[Band], n: Tensor) -> list[Band]:
-    """Bands that hold any key, and bands that go on where the one before ends, at the same places,
-    as one: a map that folds nothing is plain RoPE, bit for bit."""
+    """Drop bands in which no query sees a key, and join neighbours that use the same places: a map
+    that folds nothing is then plain RoPE, bit for bit."""
     kept: list[Band] = []
     for band in bands:
         first = band.first.clamp(min=n[..., :1])
@@ -150,8 +150,8 @@ class BandInputs(NamedTuple):
 @torch.compiler.disable  # its tiles depend on numbers in tensors; flex_attention compiles itself
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. `auto` is tiled, and
-    on a GPU, as sdpa, flex_attention. attention, tiled: those of model.py."""
+    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU,
+    flex_attention on a GPU, as sdpa. attention, tiled: model.py's, which imports this file."""
     if len(bands) == 1 and bands[0].keys.is_causal(k.shape[2]):                # nothing is folded
         return attention(*in_band(q, k, v, bands[0]), None, implementation)
     if implementation == "naive":
@@ -180,16 +180,16 @@ def naive_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs])
         q_band, k_band, _ = in_band(q, k, v, band)
         k_band = k_band.repeat_interleave(H // K, dim=1)
         of_band = (q_band @ k_band.transpose(-2, -1)).float() / math.sqrt(D)   # [B, H, T, held]
-        hidden = band.keys.hidden(slice(0, T), slice(0, of_band.shape[-1]))
-        if hidden is not None:
-            of_band = of_band.where(~hidden, scores[..., band.held])
+        masked = band.keys.masked(slice(0, T), slice(0, of_band.shape[-1]))
+        if masked is not None:
+            of_band = of_band.where(~masked, scores[..., band.held])
         scores = scores.slice_scatter(of_band, -1, band.held.start, band.held.stop)
     return scores.softmax(dim=-1).type_as(v) @ v.repeat_interleave(H // K, dim=1)
 
 
 def merge_outputs(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> Tensor:
-    """The same from attention in each band alone, out_b [B, H, T, D] and lse_b [B, H, T], the
-    logarithm of its softmax's denominator:
+    """One softmax over all bands from that of each: its output out_b [B, H, T, D] and lse_b
+    [B, H, T], the logarithm of its denominator:
 
         out = sum_b exp(lse_b - lse) out_b        lse = ln sum_b exp(lse_b)
     """

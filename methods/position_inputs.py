@@ -18,7 +18,7 @@ from rope import cos_sin
 
 
 class PositionInputs(NamedTuple):
-    """For T tokens of a text of S: the last, or those that this GPU has of it."""
+    """For T tokens of a text of S tokens: its last T, or this GPU's share of it."""
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
     k_rope: tuple[Tensor, Tensor]   # cos and sin of the keys, the same but for xPos
     attn_bias: Tensor | None        # added to the scores, [H, 1, S] or [B, H, 1, S]: ALiBi only
@@ -41,26 +41,26 @@ def last_rows(rope: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
 
 
 def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencies: Tensor,
-                     attention_factor: float, text_positions: Tensor, positions: Tensor,
+                     attention_factor: float, all_positions: Tensor, positions: Tensor,
                      context: ContextShard | None = None) -> list[PositionInputs]:
     """One for each layer: the same for all, but that every n-th may be unrotated (interleaved
     NoPE). A temperature then acts in the unrotated layers only, and rotated ones have the method's
     own. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)"""
     every = config.no_rope_layer_interval
     if every is None:
-        inputs = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
+        inputs = position_inputs(config, n_heads, frequencies, attention_factor, all_positions,
                                  positions, config.temperature)
         return [inputs._replace(context=context)] * n_layers
-    rotated = position_inputs(config, n_heads, frequencies, attention_factor, text_positions,
+    rotated = position_inputs(config, n_heads, frequencies, attention_factor, all_positions,
                               positions, temperature=None)._replace(context=context)
     unrotated = unrotated_inputs(config, frequencies, positions)._replace(context=context)
     return [rotated if (layer + 1) % every else unrotated for layer in range(n_layers)]
 
 
 def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, attention_factor: float,
-                    text_positions: Tensor, positions: Tensor, temperature: str | None = None
+                    all_positions: Tensor, positions: Tensor, temperature: str | None = None
                     ) -> PositionInputs:
-    """For the tokens at `positions` [T] or [B, T] of a text at text_positions [S] or [B, S].
+    """For the tokens at `positions` [T] or [B, T] of a text at all_positions [S] or [B, S].
     frequencies, attention_factor: what inv_freq returned. temperature: that of these layers."""
     method = METHODS[config.rope_type]
     cos, sin = cos_sin(frequencies, positions, attention_factor)
@@ -70,22 +70,22 @@ def position_inputs(config: RopeConfig, n_heads: int, frequencies: Tensor, atten
         decay = xpos_scale(positions, len(frequencies), config.factor)
         q_rope, k_rope = (cos * decay, sin * decay), (cos / decay, sin / decay)
     elif method.mechanism == "bias":
-        bias = alibi_bias(text_positions, n_heads, config.factor)
+        bias = alibi_bias(all_positions, n_heads, config.factor)
     elif method.mechanism == "distances":
-        bands = band_inputs(config, frequencies, text_positions, positions, scale)
+        bands = band_inputs(config, frequencies, all_positions, positions, scale)
     return PositionInputs(scaled(q_rope, scale), k_rope, bias, bands)
 
 
-def band_inputs(config: RopeConfig, frequencies: Tensor, text_positions: Tensor, positions: Tensor,
+def band_inputs(config: RopeConfig, frequencies: Tensor, all_positions: Tensor, positions: Tensor,
                 scale: Tensor | None) -> list[BandInputs]:
-    """The bands of a distance map. Keys at text_positions, queries at `positions`."""
-    assert (text_positions.diff(dim=-1) > 0).all(), "a distance map needs ascending positions"
+    """The bands of a distance map. Keys at all_positions, queries at `positions`."""
+    assert (all_positions.diff(dim=-1) > 0).all(), "a distance map needs ascending positions"
     distance_map = METHODS[config.rope_type].distance_map
-    bands = distance_map(positions, text_positions, config.original_max_position_embeddings,
+    bands = distance_map(positions, all_positions, config.original_max_position_embeddings,
                          config.factor, **config.options)
     inputs = []
-    for band in without_idle_bands(bands, text_positions):
-        held, keys = keys_of(band, text_positions).held()
+    for band in without_idle_bands(bands, all_positions):
+        held, keys = keys_of(band, all_positions).held()
         q_rope = scaled(cos_sin(frequencies, band.q), scale)
         k_rope = cos_sin(frequencies, band.k[..., held])
         inputs.append(BandInputs(q_rope, k_rope, held, keys))

@@ -1,6 +1,6 @@
 """Temperatures: queries grow with their position, as the softmax flattens over more keys.
 
-Over n keys whose scores have one standard deviation the largest share shrinks like 1/n. Queries
+Among n keys with equally spread scores the share of one that stands out shrinks like 1/n. Queries
 times ln n / ln L restore what the model had at L (docs/maths.md, section 12). It is an inverse
 temperature, 1/t in YaRN's letters: above 1 it sharpens. Keys in a cache stay as they are.
 """

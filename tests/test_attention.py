@@ -109,16 +109,16 @@ def test_the_tiles_by_hand(seen):
     assert tiles == [(slice(0, 2), [slice(0, 3), slice(3, 4)]),
                      (slice(2, 4), [slice(0, 3), slice(3, 6)]),
                      (slice(4, 5), [slice(0, 3), slice(3, 6), slice(6, 7)])]
-    assert seen.hidden(slice(0, 2), slice(0, 3)) is None
-    assert seen.hidden(slice(0, 2), slice(2, 4)).tolist() == [[[False, True], [False, False]]]
+    assert seen.masked(slice(0, 2), slice(0, 3)) is None
+    assert seen.masked(slice(0, 2), slice(2, 4)).tolist() == [[[False, True], [False, False]]]
 
 
 def test_tiles_of_keys_that_begin_late_and_differ_from_row_to_row():
     seen = KeyRange(torch.tensor([[0, 0, 2], [3, 4, 5]]), torch.tensor([[0, 1, 3], [4, 5, 6]]))
     assert list(seen.tiles(2, 4)) == [(slice(0, 2), [slice(0, 4), slice(4, 5)]),
                                       (slice(2, 3), [slice(2, 6)])]
-    assert seen.hidden(slice(0, 2), slice(3, 5))[1].tolist() == [[[False, True], [True, False]]]
-    assert seen.hidden(slice(0, 2), slice(3, 5))[0].all()
+    assert seen.masked(slice(0, 2), slice(3, 5))[1].tolist() == [[[False, True], [True, False]]]
+    assert seen.masked(slice(0, 2), slice(3, 5))[0].all()
     assert seen.last(1).first.tolist() == [[2], [5]]
 
 

@@ -79,6 +79,9 @@ def test_variants_of_models_with_another_rope():
     first, second = variants(yarn, [2.0])[:2]
     assert first[0] == "as it is" and with_rope(yarn, first[1]).rope == yarn.rope
     assert second[0] == "default"
+    prope = dataclasses.replace(PLAIN, rope=RopeConfig("proportional", partial_rotary_factor=0.5))
+    as_it_is = variants(prope, [2.0])[0][1]
+    assert flags(json.dumps(as_it_is))["factor"] == 1, "trained at factor 1"
     moved = dataclasses.replace(PLAIN, rope=RopeConfig(random_positions=500))
     assert all(with_rope(moved, rope).rope.random_positions == 500
                for _, rope in variants(moved, [2.0]))

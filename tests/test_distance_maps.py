@@ -18,7 +18,7 @@ from common.meter import peak_bytes
 from methods import METHODS, RopeConfig, inv_freq, position_inputs
 from methods.checks import largest_distance
 from methods.distance_maps import Band, attention_in_bands, merge_outputs, without_idle_bands
-from methods.flex import flex_part
+from methods.flex import block_mask, flex_part
 from model import TiledAttention, attention
 from rope import cos_sin
 from weights import load_config, load_model, save_model
@@ -187,6 +187,25 @@ def test_the_path_of_gpus_gives_the_same(name, settings):
     expected = attention_in_bands(q, k, v, bands, "naive", attention, tiled)
     got = attention_in_bands(q, k, v, bands, "tiled", attention, flex)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("T, S", [(1, 1), (5, 300), (128, 128), (300, 300), (257, 700)])
+def test_blocks_of_flex_attention_are_those_in_which_keys_are_seen(T, S):
+    """Beside PyTorch's own way, which looks at every place. For causal ranges, windows, ranges
+    without a key, and two rows of a batch."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    m = torch.arange(S - T, S)
+    ranges = [(torch.zeros_like(m), m + 1), ((m - 99).clamp(min=0), m + 1),
+              (torch.zeros_like(m), (m - 150).clamp(min=0))]
+    ranges.append(tuple(torch.stack(ends) for ends in zip(*ranges[:2])))
+    for first, stop in ranges:
+        got = block_mask(KeyRange(first, stop), 2, S)
+        low, high = first.expand(2, -1), stop.expand(2, -1)
+        want = create_block_mask(lambda b, h, t, s: (low[b, t] <= s) & (s < high[b, t]),
+                                 len(torch.atleast_2d(first)), None, T, S, device="cpu")
+        assert torch.equal(got.to_dense(), want.to_dense())
+        assert torch.equal(got.full_kv_num_blocks.int(), want.full_kv_num_blocks.int())
+        assert got.shape == want.shape
 
 
 def test_sdpa_is_refused_where_it_gives_no_lse(tmp_path):

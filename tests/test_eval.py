@@ -13,6 +13,7 @@ import torch
 
 import eval as evaluation
 from common.cli import run_command
+from common.device import matmul_precision
 from common.errors import UserError
 from data.corpus import validation_documents
 from data.decoding import decoded_pieces
@@ -238,6 +239,9 @@ def test_pytorchs_newer_switches_do_no_harm():
             torch.get_float32_matmul_precision()
         measured = perplexity(small_model(), random_documents(30), 8, progress=False)
         assert measured["matmul"] == "by backend"
+        with matmul_precision("highest"):
+            pass
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", "they stay"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 

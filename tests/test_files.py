@@ -205,6 +205,11 @@ def test_whole_folder_is_whole_or_not_there(tmp_path):
         assert not out.exists()
     assert names(out.parent) == ["model"]
     assert names(out) == ["whole"]
+    (tmp_path / "killed" / ".saving").mkdir(parents=True)
+    (tmp_path / "killed" / ".saving" / "half").touch()
+    with whole_folder(tmp_path / "killed") as folder:
+        (folder / "whole").write_text("x", encoding="utf-8")
+    assert names(tmp_path / "killed") == ["whole"]
     with pytest.raises(UserError, match="exists and is not empty: name a new folder"):
         with whole_folder(out):
             raise AssertionError("the folder that is there would be written over")

@@ -386,8 +386,8 @@ def test_settings_name_the_method_as_the_flag_does(recorded, base, run_finetune,
 @pytest.mark.parametrize("model", ["out", "out-direct"])
 def test_an_extended_model_is_extended_from_its_original_window(recorded, done, run_finetune,
                                                                 tmp_path, L, model):
-    """Factors never compound: a model that was extended by 2 and is now by 4 has the window 4L, and
-    fine-tuned directly it is plain RoPE."""
+    """Factors never compound: a model that was extended by 2 and is now by 4 has the window 4L. "No
+    change" and "fine-tuned directly" are the model with the positions that it has."""
     folder, _ = done
     result = run_finetune(folder / model, tmp_path, "--factor", 4)
     assert (result["original_window"], result["window"]) == (L, 4 * L)
@@ -395,8 +395,11 @@ def test_an_extended_model_is_extended_from_its_original_window(recorded, done, 
     assert pi.config.rope.factor == 4
     assert pi.config.rope.original_max_position_embeddings == L
     assert pi.config.max_seq_len == 4 * L
-    assert (direct.config.rope.rope_type, direct.config.rope.factor) == ("default", 1)
+    own = ("linear", 2) if model == "out" else ("default", 1)
+    assert (direct.config.rope.rope_type, direct.config.rope.factor) == own
     assert direct.config.max_seq_len == 4 * L
+    as_it_is = result["rows"][0]["rope"]
+    assert (as_it_is["rope_type"], as_it_is.get("factor", 1)) == own
     assert batches.seq_len == 4 * L
     assert batches.passkey_longest == L
     with pytest.raises(UserError, match="--factor 1: the target window"):
@@ -510,13 +513,15 @@ def test_short_documents_are_joined(tokenizer, tmp_path, monkeypatch, capsys):
         {"dtype": "uint16", "tokenizer_sha256": tokenizer.sha256}))
     corpus = TokenFile(tmp_path, "val")
     documents, lengths = evaluation_documents(corpus, [40, 60], None, tokenizer)
-    joined = np.concatenate(pieces)
+    joined = np.concatenate([piece[1:] for piece in pieces])
     assert [len(document) for document in documents] == [120, 120, 120]
     for i, document in enumerate(documents):
-        assert document[0] == tokenizer.bos_id
-        assert np.array_equal(document[1:], joined[120 * i:120 * i + 119])
+        assert document[0] == tokenizer.bos_id, "and nowhere else"
+        assert np.array_equal(document[1:], joined[119 * i:119 * i + 119])
     assert lengths == [40, 60]
     assert "shorter ones are joined" in capsys.readouterr().out
+    documents, _ = evaluation_documents(corpus, [300], None, tokenizer)
+    assert list(documents[0]) == [tokenizer.bos_id, *joined], "all that there is"
     documents, _ = evaluation_documents(corpus, [10, 20], None, tokenizer)
     assert np.array_equal(documents[0], pieces[3]), "a document that is long enough is whole"
     documents, lengths = evaluation_documents(corpus, [20, 43], None, tokenizer)
@@ -556,6 +561,13 @@ def test_short_rows_skip_to_all_positions_for_both_sides(recorded, base, run_fin
         assert all(torch.equal(a, b) for a, b in zip(our_batches(step), direct_batches(step)))
     with pytest.raises(UserError, match=f"--row-length {2 * L + 1}: has to be from 1 to L'"):
         run_finetune(base, tmp_path, "--row-length", 2 * L + 1)
+
+
+def test_contiguous_short_rows_are_so_for_both_sides(recorded, base, run_finetune, tmp_path):
+    run_finetune(base, tmp_path, "--row-length", 8, "--passkey-share", 0, "--positions",
+                 "contiguous")
+    (_, ours, _), (_, direct, _) = recorded
+    assert (ours.positions, direct.positions) == ("contiguous", "contiguous")
 
 
 @pytest.mark.parametrize("rope", ["clex", "drope"])

@@ -1150,15 +1150,20 @@ def test_tokenizer_json_makes_the_ids_of_transformers(json_folder, transformers)
         ours.decode([300])
 
 
-def test_a_space_in_front_is_noticed(tmp_path, json_folder):
-    from tokenizers import Tokenizer, pre_tokenizers
+@pytest.mark.parametrize("by", ["pre_tokenizer", "normalizer"])
+def test_a_space_in_front_is_noticed(tmp_path, json_folder, by):
+    """Nor is a text encoded in parts, which would have a space each."""
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
     model = Tokenizer.from_file(str(json_folder / "tokenizer.json"))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if by == "pre_tokenizer":
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        model.normalizer = normalizers.Prepend(" ")
     model.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(
         {"bos_token": {"content": "<|end|>"}, "eos_token": "<|user|>"}))
     tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
-    assert tokenizer.dummy_prefix
+    assert tokenizer.dummy_prefix and not tokenizer.cuttable
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, 2, None)
 
 

@@ -191,3 +191,11 @@ def test_a_folder_of_tokens_is_replaced_by_one_at_a_time(tmp_path, linked):
     assert out.is_symlink() == linked
     assert {path.name for path in tmp_path.iterdir()} - {"links"} == {"tokens"}
     assert [path.name for path in out.iterdir()] == ["meta.json"]
+
+
+def test_a_first_corpus_where_there_are_no_locks(tmp_path, monkeypatch):
+    """Windows: no lock makes the folders above it."""
+    monkeypatch.setattr(common.locks, "flock", None)
+    with replaced_folder(tmp_path / "data" / "corpora" / "python") as folder:
+        (folder / "meta.json").touch()
+    assert (tmp_path / "data" / "corpora" / "python" / "meta.json").exists()

@@ -1,5 +1,6 @@
 """extras/long_window.py: the table of distance maps, and the finding that it is made for."""
 import json
+import math
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def test_the_picture_of_a_map_has_every_distance():
 
 @pytest.mark.parametrize("flags, words", [
     (["--rope", "yarn"], "tries methods itself"),
+    (["--seed", "1"], "Its keys have --seeds"),
     (["--multiples", "0"], "--multiples have to be at least 1"),
     (["--multiples", "4"], "--max-tokens 700 is below the longest length, 1024"),
     (["--methods", '{"rope_type": "yarn", "factor": 2}'], "leave the factor out"),
@@ -100,6 +102,12 @@ def test_the_picture_of_a_map_has_every_distance():
 def test_wrong_input(command, flags, words):
     with pytest.raises(UserError, match=words):
         command(*flags)
+
+
+def test_a_broken_model_is_no_row(command, monkeypatch):
+    monkeypatch.setattr(long_window, "perplexity", lambda *given, **more: {"nll": math.nan})
+    with pytest.raises(UserError, match="the loss is not a number"):
+        command("--methods", "default")
 
 
 def test_folded_distances_find_keys_far_beyond_the_window_and_only_with_a_temperature():

@@ -286,7 +286,9 @@ def test_a_dry_run_plans_with_the_gpus_that_it_is_given(capsys):
         operations[gpus] = float(training)
     assert operations[8] == pytest.approx(8 * operations[1], rel=0.01)
     finetune.main([*flags, "--gpus", "8", "--context-parallel", "4", "--recompute"])
-    assert "step       8 rows x 8192" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "step       8 rows x 8192" in printed
+    assert ", bfloat16, attention" in printed, "as it would be on a GPU"
 
 
 def test_lora_and_eight_bits_reach_the_plan():

@@ -288,6 +288,10 @@ def test_sweep_by_dimensions_and_from_scratch(tmp_path, kept):
     plot.plot_sweep(result, tmp_path / "sweep.png")
     axis, = kept().axes
     assert shown(axis) == {"untrained": {8: 8, 40: 40}, "fine-tuned": {8: -2, 40: 30}}
+    untrained = [row for row in rows if row["steps"] == 0]
+    plot.plot_sweep({**result, "rows": [rows[0], *untrained]}, tmp_path / "sweep.png")
+    axis, = kept().axes
+    assert shown(axis) == {"untrained": {8: 8, 40: 40}}
     scratch = [{**sweep_row("alibi", 0, 10, 6.0), "factor": 1, "passkey": {"100": 0.5, "200": 0.0}}]
     plot.plot_sweep({**result, "rows": scratch}, tmp_path / "sweep.png")
     left, right = kept().axes
@@ -300,7 +304,7 @@ def test_sweep_by_dimensions_and_from_scratch(tmp_path, kept):
                                          "RoPE rope theta 500000.0"),
     ('{"rope_type": "dprope", "interpolated_dims": 8}', "dprope interpolated dims 8")])
 def test_names_of_sweeps_in_the_legend(method, label):
-    assert plot.sweep_label(method) == label
+    assert plot.method_label(method) == label
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -365,6 +369,8 @@ def test_a_method_has_one_colour_in_all_figures(tmp_path, kept):
     assert looks(right) == {"plain RoPE": (BLACK, True, True), "PI": (BLUE, True, True)}
 
     tried = ppl(256, 7.0, rope_type="linear", factor=2.0)
+    tried["command"] = "python eval.py ppl --rope=linear --factor 2"
+    assert not plot.method_of_result(tried)[1]
     tried["command"] = "python eval.py ppl --rope linear --factor 2"
     plot.plot_perplexity([tried, ppl(256, 6.0, "out/pi", rope_type="linear", factor=2.0),
                           ppl(256, 5.0), ppl(256, 6.0, "out/direct")], tmp_path / "figure.png")

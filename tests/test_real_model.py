@@ -64,6 +64,23 @@ def test_rows_are_what_the_folders_measure(command, base, text, tokenizer, tmp_p
     assert len(set(losses)) == 3, "training changes the model"
 
 
+def test_zero_steps_train_nothing(command, monkeypatch, tmp_path):
+    """The rows are those that a training begins with, measured once; the figure has no steps."""
+    monkeypatch.setattr(real_model, "fit", lambda *given: pytest.fail("trained"))
+    folds = '{"rope_type": "self_extend", "temperature": "log_n"}'
+    rows = command("--steps", "0", "--methods", "default", "yarn", folds, "--keys", "2",
+                   figure=True)["rows"]
+    assert [(row["method"], row["steps"], row["keys"]) for row in rows] == [
+        ("default", 0, 2), ("yarn", 0, 2), (folds, 0, 2)]
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.undo()
+    monkeypatch.setattr(real_model, "losses", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(real_model, "passkey", lambda *given, **rest: pytest.fail("found again"))
+    other = tmp_path / "other.json"
+    command("--steps", "0", "--methods", "yarn", "--keys", "2", "--out", str(other))
+    assert json.loads(other.read_text())["rows"] == rows[1:2]
+
+
 def test_what_is_measured_is_kept_and_more_steps_go_on(command, monkeypatch, tmp_path):
     before = command()["rows"]
     trained = []
@@ -171,12 +188,13 @@ def test_bands_are_means_of_losses():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--steps", "0"], "--steps have to be at least 1"),
+    (["--steps", "-1"], "--steps, --keys, --seeds and --lora-rank have to be at least 0"),
+    (["--steps", "0", "--seeds", "0", "1"], "untrained there is one row a method"),
     (["--row-length", "0"], "--row-length 0: has to be from 1 to L' = 512"),
     (["--row-length", "513"], "--row-length 513: has to be from 1"),
     (["--methods", "linear", "nosuch"], "nosuch"),
     (["--methods", '{"rope_type": "yarn", "factor": 4}'], "its own factor contradicts --factor 2"),
-    (["--lora-rank", "-1"], "--lora-rank at least 0"),
+    (["--lora-rank", "-1"], "--lora-rank have to be at least 0"),
     (["--factor", "1"], "--factor 1.0: give a number above 1"),
     (["--text", "missing.txt"], "missing.txt: no such file")])
 def test_wrong_input(command, flags, words):

@@ -253,30 +253,30 @@ def test_linear_divides_every_pair_and_dynamic_grows_from_one(factor):
 def test_the_two_ramps_by_hand():
     turns = torch.tensor([40.0, 32.0, 16.5, 1.0, 0.3], dtype=torch.float64)
     theta = 2 * math.pi * turns / 512
-    keep = rope.ramp_by_rotations(theta, 512, 1.0, 32.0)
+    keep = rope.ramp_by_turns(theta, 512, 1.0, 32.0)
     np.testing.assert_allclose(keep, [1, 1, 0.5, 0, 0], atol=1e-12)
     # pairs that turn 32 times and once within 512 tokens
-    low = rope.pair_with_rotations(64, 1e4, 512, 32)
-    high = rope.pair_with_rotations(64, 1e4, 512, 1)
+    low = rope.pair_with_turns(64, 1e4, 512, 32)
+    high = rope.pair_with_turns(64, 1e4, 512, 1)
     for pair, n in ((low, 32), (high, 1)):
         assert 512 * 1e4 ** (-2 * pair / 64) / (2 * math.pi) == pytest.approx(n, rel=1e-12)
     i = np.arange(32)
     assert 3 < low < 4 and 15 < high < 16
-    keep = rope.ramp_by_dimension(64, 1e4, 512, 1.0, 32.0, truncate=False)
+    keep = rope.ramp_by_pair(64, 1e4, 512, 1.0, 32.0, truncate=False)
     np.testing.assert_allclose(keep, np.clip(1 - (i - low) / (high - low), 0, 1), atol=1e-12)
-    keep = rope.ramp_by_dimension(64, 1e4, 512, 1.0, 32.0, truncate=True)
+    keep = rope.ramp_by_pair(64, 1e4, 512, 1.0, 32.0, truncate=True)
     np.testing.assert_allclose(keep, np.clip(1 - (i - 3) / (16 - 3), 0, 1), atol=1e-12)
     blended = rope.blend(torch.tensor([8.0, 8.0, 8.0]), 4.0, torch.tensor([1.0, 0.5, 0.0]))
     assert blended.tolist() == [8, 5, 2]
 
 
-def test_the_ramp_by_dimension_begins_at_the_first_pair_and_ends_at_d_minus_1():
-    keep = rope.ramp_by_dimension(16, 1e4, 4, 1.0, 32.0, truncate=True)
+def test_the_ramp_by_pair_begins_at_the_first_pair_and_ends_at_d_minus_1():
+    keep = rope.ramp_by_pair(16, 1e4, 4, 1.0, 32.0, truncate=True)
     assert keep.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]                # a step: low = high = 0
     # With base 10 and L = 848 a pair turns once at 17.04: the limit is D-1 = 15.
-    assert math.floor(rope.pair_with_rotations(16, 10.0, 848, 32.0)) == 5
-    assert math.ceil(rope.pair_with_rotations(16, 10.0, 848, 1.0)) == 18
-    keep = rope.ramp_by_dimension(16, 10.0, 848, 1.0, 32.0, truncate=True)
+    assert math.floor(rope.pair_with_turns(16, 10.0, 848, 32.0)) == 5
+    assert math.ceil(rope.pair_with_turns(16, 10.0, 848, 1.0)) == 18
+    keep = rope.ramp_by_pair(16, 10.0, 848, 1.0, 32.0, truncate=True)
     np.testing.assert_allclose(keep, [1, 1, 1, 1, 1, 1, 0.9, 0.8], atol=1e-12)
 
 

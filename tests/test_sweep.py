@@ -20,7 +20,7 @@ from extras import sweep
 from extras.sweep_tables import cell, markdown, sweep_tables
 from model import LLaMA, ModelConfig
 from plot import plot_sweep
-from weights import load_model, save_model
+from weights import load_config, load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,8 @@ def test_other_conditions_are_measured_anew(command):
     (["--seeds", "-1"], "--seeds"),
     (["--lr", "0"], "--lr"),
     (["--text", "a/x.txt", "b/x.txt"], "same name"),
-    (["--methods", '{"rope_type": "yarn", "factor": 8}'], "contradicts")])
+    (["--methods", '{"rope_type": "yarn", "factor": 8}'], "contradicts"),
+    (["--methods", '{"rope_type": "yarn", "factor": 4}', "--factors", "2"], "contradicts")])
 def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
     monkeypatch.setattr(sweep, "fit", None)
     with pytest.raises(UserError, match=words):
@@ -249,6 +250,24 @@ def test_from_scratch_every_way_of_telling_positions(command, L):
     found = [r["perplexity"]["prose"][str(L)] for r in result["rows"]]
     assert found[4] == found[0], "this model has no fourth layer"
     assert len(set(found)) == 5
+
+
+def test_methods_with_rows_of_their_own(command, monkeypatch, place, L):
+    """CLEX and DroPE train on rows of L tokens, so that there are twice as many of them. A direct
+    fine-tuning knows L, too."""
+    rows = {}
+    fit = sweep.fit
+
+    def recorded(model, settings, batches, *given, **more):
+        rows[settings.rope] = batches(0)[0].shape
+        return fit(model, settings, batches, *given, **more)
+
+    monkeypatch.setattr(sweep, "fit", recorded)
+    command("--methods", "clex", "drope", "default", "--factors", "2", "--steps", "1", "--seeds",
+            "0", "--step-tokens", 4 * L, "--trials", "0", folder="rows")
+    assert rows == {"clex": (4, L), "drope": (4, L), "default": (2, 2 * L)}
+    direct = load_config(place / "rows" / "methods" / "default-x2-seed0")
+    assert (direct.original_window, direct.max_seq_len) == (L, 2 * L)
 
 
 def test_dprope_by_the_number_of_interpolated_dimensions(command):

@@ -141,19 +141,17 @@ def rope_flag(rope: dict[str, Any]) -> str:
     return settings["rope_type"] if len(settings) == 1 else json.dumps(settings)
 
 
-def baseline_rope(base: ModelConfig) -> dict[str, Any]:
-    """Plain RoPE, or for a model that was trained with something else (ALiBi, say) that."""
-    own = base.rope.rope_type
-    return {"rope_type": "default" if METHODS[own].extends_rope else own, "factor": 1.0}
+def own_rope(base: ModelConfig) -> dict[str, Any]:
+    """The positions of the model as it is: plain RoPE, or what it was trained or stretched with."""
+    return {"rope_type": base.rope.rope_type, "factor": base.rope.factor, **base.rope.options}
 
 
 def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
-    """Whether `rope` differs from the baseline's. ALiBi and the like are stretched by the factor
-    alone, so they always differ."""
-    name = rope["rope_type"]
-    has_settings = len(rope) > 2  # besides rope_type and factor
-    return (has_settings or name != baseline_rope(base)["rope_type"]
-            or not METHODS[name].extends_rope)
+    """Whether `rope` differs from the model's own. A factor does not stretch plain RoPE."""
+    own = own_rope(base)
+    if rope["rope_type"] == own["rope_type"] == "default":
+        return len(rope) > 2  # it has settings besides rope_type and factor
+    return rope != own
 
 
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,

@@ -10,10 +10,12 @@ arXiv 1910.02054, stage 3.) The GPUs that share a row gather its keys and values
 import dataclasses
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
+from methods.lora import matrix_shapes
 from model import LOSS_CHUNK, ModelConfig
 from weights.size import block_parameters, matrix_parameters, parameter_count
 
@@ -112,12 +114,10 @@ def computer_bytes(config: ModelConfig, plan: Plan, optimiser: int) -> int:
     """What --offload keeps in the computer's memory for each GPU, in bytes: the moments, and its
     rows of weights and gradients. These are pinned, and PyTorch hands out pinned memory in powers
     of two, tensor by tensor. Without norms and LoRA's small matrices."""
-    C, F = config.dim, config.ffn_dim
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    in_block = [(queries, C), (keys, C), (keys, C), (C, queries), (F, C), (F, C), (C, F)]
-    outside = [(config.vocab_size, C)] * (1 if config.tied else 2)
+    in_block = matrix_shapes(config).values()
+    outside = [(config.vocab_size, config.dim)] * (1 if config.tied else 2)
 
-    def pinned(shapes: list[tuple[int, int]], size: int) -> int:
+    def pinned(shapes: Collection[tuple[int, int]], size: int) -> int:
         parts = [math.ceil(rows / plan.gpus) * columns * size for rows, columns in shapes]
         return sum(1 << (part - 1).bit_length() for part in parts)
     block = pinned(in_block, plan.frozen_bytes) if plan.frozen else 2 * pinned(in_block, 4)

@@ -40,8 +40,10 @@ def plan_of(shape: ModelConfig, config: Any, dtype: torch.dtype, row: int) -> Pl
 
 def print_header(shape: ModelConfig, config: Any, device: torch.device, row: int | None = None
                  ) -> None:
-    """What a training will be and take. row: tokens of a row, if not the window."""
-    dtype = choose_dtype(config.dtype, device)
+    """What a training will be and take. row: tokens of a row, if not the window. With --gpus it is
+    planned for GPUs, where "auto" is bfloat16."""
+    dtype = torch.bfloat16 if config.gpus and config.dtype == "auto" else choose_dtype(
+        config.dtype, device)
     row = row or shape.max_seq_len
     plan = plan_of(shape, config, dtype, row)
     rows = config.batch_size * config.accumulate * (plan.gpus // plan.context_shards)

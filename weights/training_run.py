@@ -97,13 +97,12 @@ class TrainingRun:
     def stepping(self) -> Iterator[None]:
         """Ctrl-C is noted, the log is open, and on a GPU the matrix products that autocast leaves
         in float32 use TF32."""
-        precision = torch.get_float32_matmul_precision()
-        if self.model.device.type == "cuda":
-            precision = "high"
+        on_gpu = self.model.device.type == "cuda"
+        products = matmul_precision("high") if on_gpu else contextlib.nullcontext()
         show_bar = self.rank == 0 and self.progress
         bar = tqdm(total=self.config.steps, initial=self.step, desc=self.out.name, unit="step",
                    disable=None if show_bar else True)  # None: a bar only on a terminal
-        with StopSignals() as self.signals, matmul_precision(precision), bar as self.bar:
+        with StopSignals() as self.signals, products, bar as self.bar:
             self.log = None
             if self.rank == 0:
                 self.open_log()
