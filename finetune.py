@@ -32,8 +32,8 @@ from model import ModelConfig
 from plot import plot_finetune
 from train import FitConfig, fit, validation
 from weights import load_config, load_tokenizer, with_rope
-from weights.extension import (changes_positions, complete_flags, file_label, has_short_rows,
-                               load_extended, load_saved, own_rope, phases, prepare_corpus,
+from weights.extension import (baseline_rope, changes_positions, complete_flags, file_label,
+                               has_short_rows, load_extended, load_saved, phases, prepare_corpus,
                                print_phases, rope_flag, row_length, training_batches)
 from weights.plan import planned_gpus, print_header
 from weights.size import parameter_count
@@ -161,11 +161,11 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
     """The rows of the table. The paper has four: the base model beyond its window, the extended
     model untrained and fine-tuned, and as a baseline the base model fine-tuned directly. If --rope
     changes nothing (default) there are two: the base model, as it is and fine-tuned."""
-    own, label = own_rope(base), file_label(rope["rope_type"])
-    as_it_is = Experiment("extrapolation", own)
-    direct = dataclasses.replace(config, rope=rope_flag(own))
+    plain, label = baseline_rope(base), file_label(rope["rope_type"])
+    as_it_is = Experiment("extrapolation", plain)
+    direct = dataclasses.replace(config, rope=rope_flag(plain))
     if not changes_positions(rope, base):  # then direct is the run itself: it goes to config.out
-        return [as_it_is, Experiment("direct_finetuned", own, direct)]
+        return [as_it_is, Experiment("direct_finetuned", plain, direct)]
     extended = dataclasses.replace(config, rope=rope_flag(rope))
     experiments = [as_it_is,
                    Experiment(f"{label}_zero_shot", rope),
@@ -178,7 +178,7 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
         contiguous = whole_rows or config.positions == "contiguous"
         positions = "contiguous" if contiguous else "pose"
         direct = dataclasses.replace(direct, out=direct_out, positions=positions, waits=True)
-        experiments.append(Experiment("direct_finetuned", own, direct))
+        experiments.append(Experiment("direct_finetuned", plain, direct))
     return experiments
 
 

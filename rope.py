@@ -115,8 +115,8 @@ def linear(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:
 
 def ntk(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:
     """NTK-aware: pair i turns at theta_i * s^(-2i/(D-2)), the first as before, the last s times
-    slower. It is RoPE with the base base * s^(D/(D-2)). (bloc97 2023, whom the theory of the neural
-    tangent kernel led to it; Peng et al. 2023, arXiv 2309.00071, section 3.1)"""
+    slower. It is RoPE with the base base * s^(D/(D-2)). (bloc97 2023, who came to it from neural
+    tangent kernel theory; Peng et al. 2023, arXiv 2309.00071, section 3.1)"""
     exponent = -2 * pair_numbers(head_dim) / max(head_dim - 2, 1)
     return rope_frequencies(head_dim, base) * factor ** exponent, 1.0
 

@@ -43,7 +43,7 @@ class FitConfig:
     context_parallel: int = field(1, "GPUs that share the tokens of each row")
     lr: float = field(3e-3, "peak learning rate")
     schedule: str = field("cosine", "after warm-up", choices=["cosine", "linear", "constant"])
-    min_lr: float = field(0.0, "end of cosine and linear, as a share of the peak")
+    min_lr: float = field(0.0, "where the schedules cosine and linear end, as a share of the peak")
     warmup: int = field(100, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.1, "AdamW weight decay, on matrices only")
     optimizer: str = field("adamw", "adamw8bit keeps AdamW's moments in 8 bits, 6 bytes a "

@@ -75,16 +75,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
     """torch.set_float32_matmul_precision(highest, high or medium) for the block only."""
-    try:
+    before = None
+    # RuntimeError: somebody set PyTorch's newer switches, one for each backend. They stay.
+    with contextlib.suppress(RuntimeError):
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody set PyTorch's newer switches, one for each backend: they stay
-        yield
-        return
-    torch.set_float32_matmul_precision(name)
+        torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before:
+            torch.set_float32_matmul_precision(before)
 
 
 def describe_device(device: torch.device) -> str:

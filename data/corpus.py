@@ -163,8 +163,10 @@ def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: 
     if not chosen:
         chosen = sorted(corpus.documents(longest + 1), key=len)[-1:]
     if not chosen:
-        ids = corpus.read(0, count * wanted)
-        ids = ids[ids != tokenizer.bos_id]                  # BOS stands once, at the start of each
+        ids = corpus.read(0, min(2 * count * wanted, len(corpus)))
+        if tokenizer.bos_id != tokenizer.eos_id:
+            ids = ids[ids != tokenizer.bos_id]              # BOS stands once, at the start of each
+        ids = ids[:count * (wanted - 1)]
         size = min(wanted - 1, len(ids))
         pieces = [ids[i:i + size] for i in range(0, len(ids), size)]
         chosen = [np.concatenate([[tokenizer.bos_id], piece])

@@ -171,7 +171,8 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = self.padded_size = max(self.pieces.values()) + 1
         # Byte-level BPE cuts a text into words first. Where a text begins with a space that is not
         # its own, every part would get one.
-        pre_tokenizer, normalizer = (json.dumps(json.loads(data).get(step))
+        steps = json.loads(data)
+        pre_tokenizer, normalizer = (json.dumps(steps.get(step))
                                      for step in ("pre_tokenizer", "normalizer"))
         adds_space = '"add_prefix_space": true' in pre_tokenizer or '"Prepend"' in normalizer
         self.cuttable = '"ByteLevel"' in pre_tokenizer and not adds_space

@@ -113,9 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_flags(flags: LongWindowFlags, base: ModelConfig, lengths: Sequence[int]) -> None:
-    if flags.rope is not None or flags.factor is not None or flags.seed != 0:
+    if flags.rope is not None or flags.factor is not None:
         raise UserError("long_window tries methods itself: name them with --methods; their factor "
-                        "is that of the length. Its keys have --seeds")
+                        "is that of the length")
+    if flags.seed != 0:
+        raise UserError("--seed: give --seeds, those of the keys")
     if min(flags.multiples) < 1 or flags.places < 0 or not flags.seeds:
         raise UserError("--multiples have to be at least 1, --places at least 0, --seeds at least "
                         "one number")

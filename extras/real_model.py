@@ -116,10 +116,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = documents_to_measure(c, tokenizer, window)
     tokens = c.batch_size * c.row_length
     print(f"device     {describe_device(device)}\n"
-          f"model      {c.model}, window {L} -> {window}\n"
-          f"step       {c.batch_size} rows x {c.row_length} = {tokens:,} tokens, at positions up "
-          f"to {window - 1}\n"
-          f"measured   on {', '.join(documents)}: untrained"
+          f"model      {c.model}, window {L} -> {window}")
+    if trained:
+        print(f"step       {c.batch_size} rows x {c.row_length} = {tokens:,} tokens, at positions "
+              f"up to {window - 1}")
+    print(f"measured   on {', '.join(documents)}: untrained"
           + (f" and after {', '.join(map(str, trained))} steps" if trained else ""), flush=True)
 
     report = {
@@ -156,8 +157,9 @@ def check_request(c: RealModelConfig) -> None:
     window = round(load_config(c.model).original_window * c.factor)
     if min(c.keys, *c.steps, *c.seeds, *c.lora_rank) < 0:
         raise UserError("--steps, --keys, --seeds and --lora-rank have to be at least 0")
-    if c.steps == [0] and len(c.seeds) > 1:
-        raise UserError("--seeds: untrained there is one row a method: give one of them")
+    if c.steps == [0] and (len(c.seeds) > 1 or c.lora_rank != [0]):
+        raise UserError("--steps 0: untrained there is one row a method: give one of --seeds, and "
+                        "no --lora-rank")
     if c.batch_size < 1 or not (c.lr > 0 and math.isfinite(c.lr)):
         raise UserError("--batch-size has to be at least 1, --lr above 0")
     if not 1 <= c.row_length <= window:

@@ -73,7 +73,8 @@ class SweepConfig:
     factors: list[float] = field([], "s = L'/L")
     seeds: list[int] = field([], "of the data's order and of the keys: a training each")
     steps: list[int] = field([], "after how many steps to measure; the largest is trained")
-    step_tokens: int | None = field(None, "tokens of a step: rows = step tokens / L', at least one")
+    step_tokens: int | None = field(None, "tokens of a step: rows = step tokens / tokens of a row, "
+                                   "at least one")
     lr: float | None = field(None, "learning rate, constant after 20 steps of warm-up")
     lengths: list[int] = field([], "windows and prompt lengths [half, one, two and four times L]")
     stride: int | None = field(None, "of the perplexity [a quarter of each window]")
@@ -296,8 +297,8 @@ def trained_model(c: SweepConfig, run: Run, steps: int) -> tuple[LLaMA, float]:
     model = starting_model(c, run, device)
     settings = training_settings(c, run, steps)
     settings.fresh = is_past(settings, steps)
-    batches = training_batches(settings, scaled_rope(c, run.method, run.factor),
-                               load_config(c.model), tokenizer, ranks=1)
+    batches = training_batches(settings, model.config.rope.to_dict(), model.config, tokenizer,
+                               ranks=1)
     seconds = fit(model, settings, batches, None, tokenizer, progress=False)
     del model  # its trained weights are in the folder: one model at a time
     return load_model(settings.out, device=device, dtype=dtype), seconds  # as the folder gives it
@@ -409,7 +410,7 @@ def timed_step(c: SweepConfig, factor: float, device: torch.device) -> tuple[flo
     model.recompute = c.recompute
     dtype = choose_dtype(c.dtype, device)
     _, window = original_and_target(c, factor)
-    rows = training_settings(c, run, 1).batch_size
+    rows = max(1, c.step_tokens // window)
     x = torch.randint(0, model.config.vocab_size, (rows, window + 1), device=device)
     steps, tokens = [], []
     for _ in range(3):
@@ -516,7 +517,9 @@ def check_sweep(c: SweepConfig) -> None:
                         "rename one of them")
     base = load_config(c.model)
     for method in [*c.methods, *c.zero_shot]:
-        if any(parse_rope_flag(method).get("factor", factor) != factor for factor in c.factors):
+        rope = parse_rope_flag(method)
+        fixed = not METHODS[rope["rope_type"]].length_dependent     # dynamic NTK's is no stretch
+        if fixed and any(rope.get("factor", factor) != factor for factor in c.factors):
             raise UserError(f"{method}: its own factor contradicts --factors {listed(c.factors)}: "
                             "give one of them")
         for factor in c.factors:

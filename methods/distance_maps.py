@@ -1,8 +1,8 @@
 """Distance maps: near tokens keep their distance, far ones are folded into the trained range.
 
 The other methods change by which angles the pairs turn. These change how far apart two tokens are
-said to be: no pair meets an angle that it was not trained on (or by one step at most), and nothing
-has to be trained. The price is the order of far tokens: several come to stand at one distance.
+said to be: no pair meets an angle that it was not trained on (or one step beyond), and nothing has
+to be trained. The price is the order of far tokens: several come to stand at one distance.
 
 A map cuts the keys that a query sees into *bands*. In a band the query stands at a place q(m) and
 each key at a place k(n), and they are rotated there: the model sees the distance q(m) - k(n).
@@ -151,7 +151,7 @@ class BandInputs(NamedTuple):
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
     """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU,
-    flex_attention on a GPU, as sdpa. attention, tiled: model.py's, which imports this file."""
+    flex_attention on a GPU, as does sdpa. attention, tiled: model.py's, which imports this file."""
     if len(bands) == 1 and bands[0].keys.is_causal(k.shape[2]):                # nothing is folded
         return attention(*in_band(q, k, v, bands[0]), None, implementation)
     if implementation == "naive":

@@ -24,8 +24,8 @@ def flex_part(q: Tensor, k: Tensor, v: Tensor, keys: KeyRange) -> tuple[Tensor, 
 
 
 def block_mask(keys: KeyRange, B: int, S: int) -> Any:
-    """flex_attention's BlockMask of a KeyRange. Which blocks hold anything follows from the ends of
-    the ranges; create_block_mask would store all T x S places to find out."""
+    """flex_attention's BlockMask of a KeyRange. Which blocks may hold anything follows from the
+    least and the greatest ends; create_block_mask would store all T x S places to find out."""
     from torch.nn.attention.flex_attention import BlockMask
     first, stop = keys.first.expand(B, -1), keys.stop.expand(B, -1)                   # [B, T]
 

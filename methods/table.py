@@ -28,7 +28,7 @@ class Method:
     extends_rope: bool = True               # a model trained with plain RoPE may be stretched by it
     trained_on: str = "target"              # training rows: "target" (L' tokens), "original" (L),
                                             # or "random" (L tokens at places of a longer text)
-    full_head: bool = False                 # partial_rotary_factor leaves it the whole head
+    full_head: bool = False                 # it gets the whole head, and its rotated share
     mechanism: str = "angles"               # "bias" on scores, "decay", "network", "distances"
     distance_map: Callable | None = None    # of distance_maps.py, where the mechanism is distances
 

@@ -205,6 +205,9 @@ def test_blocks_of_flex_attention_are_those_in_which_keys_are_seen(T, S):
                                  len(torch.atleast_2d(first)), None, T, S, device="cpu")
         assert torch.equal(got.to_dense(), want.to_dense())
         assert torch.equal(got.full_kv_num_blocks.int(), want.full_kv_num_blocks.int())
+        for row, count in enumerate(want.full_kv_num_blocks[0, 0].tolist()):
+            assert torch.equal(got.full_kv_indices[0, 0, row, :count],
+                               want.full_kv_indices[0, 0, row, :count].int())
         assert got.shape == want.shape
 
 

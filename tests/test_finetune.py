@@ -21,7 +21,8 @@ from eval import passkey, perplexity, sliding_windows
 from finetune import FinetuneConfig
 from methods import RopeConfig, inv_freq
 from model import LLaMA, ModelConfig
-from weights import load_model, load_tokenizer, save_model
+from weights import load_config, load_model, load_tokenizer, save_model
+from weights.extension import complete_flags
 from weights.size import evaluation_flops, flops_per_token
 
 NAMES = ["extrapolation", "pi_zero_shot", "pi_finetuned", "direct_finetuned"]
@@ -385,9 +386,9 @@ def test_settings_name_the_method_as_the_flag_does(recorded, base, run_finetune,
 
 @pytest.mark.parametrize("model", ["out", "out-direct"])
 def test_an_extended_model_is_extended_from_its_original_window(recorded, done, run_finetune,
-                                                                tmp_path, L, model):
-    """Factors never compound: a model that was extended by 2 and is now by 4 has the window 4L. "No
-    change" and "fine-tuned directly" are the model with the positions that it has."""
+                                                                tmp_path, L, model, recwarn):
+    """Factors never compound: a model that was extended by 2 and is now by 4 has the window 4L, and
+    fine-tuned directly it is plain RoPE. A line says that its own scaling is taken off."""
     folder, _ = done
     result = run_finetune(folder / model, tmp_path, "--factor", 4)
     assert (result["original_window"], result["window"]) == (L, 4 * L)
@@ -395,11 +396,10 @@ def test_an_extended_model_is_extended_from_its_original_window(recorded, done, 
     assert pi.config.rope.factor == 4
     assert pi.config.rope.original_max_position_embeddings == L
     assert pi.config.max_seq_len == 4 * L
-    own = ("linear", 2) if model == "out" else ("default", 1)
-    assert (direct.config.rope.rope_type, direct.config.rope.factor) == own
+    assert (direct.config.rope.rope_type, direct.config.rope.factor) == ("default", 1)
     assert direct.config.max_seq_len == 4 * L
-    as_it_is = result["rows"][0]["rope"]
-    assert (as_it_is["rope_type"], as_it_is.get("factor", 1)) == own
+    notes = [str(w.message) for w in recwarn if "are without it, with plain RoPE" in str(w.message)]
+    assert [note.split()[1:3] for note in notes] == ([["has", "linear;"]] if model == "out" else [])
     assert batches.seq_len == 4 * L
     assert batches.passkey_longest == L
     with pytest.raises(UserError, match="--factor 1: the target window"):
@@ -528,6 +528,8 @@ def test_short_documents_are_joined(tokenizer, tmp_path, monkeypatch, capsys):
     assert [list(document) for document in documents] == [list(pieces[8])], "the longest serves"
     documents, lengths = evaluation_documents(corpus, [10, 20], 20, tokenizer)
     assert (len(documents[0]), lengths) == (21, [10, 20])
+    documents, _ = evaluation_documents(corpus, [299], 299, tokenizer)
+    assert len(documents[0]) == 300, "as long as was asked for"
     assert evaluation_documents(corpus, [20, 31], 30, tokenizer)[1] == [20], "31 tokens predict 30"
     with pytest.raises(UserError, match="31 held-out tokens are fewer than the shortest length"):
         evaluation_documents(corpus, [40, 60], 30, tokenizer)
@@ -568,6 +570,10 @@ def test_contiguous_short_rows_are_so_for_both_sides(recorded, base, run_finetun
                  "contiguous")
     (_, ours, _), (_, direct, _) = recorded
     assert (ours.positions, direct.positions) == ("contiguous", "contiguous")
+    base = load_config(base)
+    folders = [complete_flags(FinetuneConfig(row_length=8, positions=positions), base)[2]
+               for positions in ("own", "pose", "contiguous")]
+    assert folders == ["out/direct-rows8-x2"] * 2 + ["out/direct-rows8-contiguous-x2"]
 
 
 @pytest.mark.parametrize("rope", ["clex", "drope"])

@@ -91,7 +91,7 @@ def test_the_picture_of_a_map_has_every_distance():
 
 @pytest.mark.parametrize("flags, words", [
     (["--rope", "yarn"], "tries methods itself"),
-    (["--seed", "1"], "Its keys have --seeds"),
+    (["--seed", "1"], "give --seeds"),
     (["--multiples", "0"], "--multiples have to be at least 1"),
     (["--multiples", "4"], "--max-tokens 700 is below the longest length, 1024"),
     (["--methods", '{"rope_type": "yarn", "factor": 2}'], "leave the factor out"),

@@ -190,6 +190,7 @@ def test_bands_are_means_of_losses():
 @pytest.mark.parametrize("flags, words", [
     (["--steps", "-1"], "--steps, --keys, --seeds and --lora-rank have to be at least 0"),
     (["--steps", "0", "--seeds", "0", "1"], "untrained there is one row a method"),
+    (["--steps", "0", "--lora-rank", "8"], "no --lora-rank"),
     (["--row-length", "0"], "--row-length 0: has to be from 1 to L' = 512"),
     (["--row-length", "513"], "--row-length 513: has to be from 1"),
     (["--methods", "linear", "nosuch"], "nosuch"),

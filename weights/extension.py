@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,10 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     rows += f"-lora{config.lora_rank}" if config.lora_rank else ""
     label += rows
     results = "out/finetune.json" if label == "pi" else f"out/finetune-{label}.json"
-    direct_out = f"{config.out}-direct" if config.out else f"out/direct{rows}-x{config.factor:g}"
+    short = "-contiguous" if config.row_length and config.positions == "contiguous" else ""
+    direct_out = f"out/direct{rows}{short}-x{config.factor:g}"
+    if config.out:
+        direct_out = f"{config.out}-direct"
     config = dataclasses.replace(
         config, out=config.out or f"out/{label}-x{config.factor:g}",
         results=config.results or results, lr=learning_rate_of(config, base))
@@ -79,6 +83,9 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
     check_ranks(config, row_length(config, rope, base.original_window, window))
     check_evaluation(config)
     warn_if_shorter(base, window)
+    if base.rope.rope_type != baseline_rope(base)["rope_type"]:
+        warnings.warn(f"{config.model} has {base.rope.rope_type}; the rows \"no change\" and "
+                      "\"fine-tuned directly\" are without it, with plain RoPE", stacklevel=1)
     return config, rope, direct_out
 
 
@@ -141,17 +148,19 @@ def rope_flag(rope: dict[str, Any]) -> str:
     return settings["rope_type"] if len(settings) == 1 else json.dumps(settings)
 
 
-def own_rope(base: ModelConfig) -> dict[str, Any]:
-    """The positions of the model as it is: plain RoPE, or what it was trained or stretched with."""
-    return {"rope_type": base.rope.rope_type, "factor": base.rope.factor, **base.rope.options}
+def baseline_rope(base: ModelConfig) -> dict[str, Any]:
+    """Plain RoPE, or for a model that was trained with something else (ALiBi, say) that."""
+    own = base.rope.rope_type
+    return {"rope_type": "default" if METHODS[own].extends_rope else own, "factor": 1.0}
 
 
 def changes_positions(rope: dict[str, Any], base: ModelConfig) -> bool:
-    """Whether `rope` differs from the model's own. A factor does not stretch plain RoPE."""
-    own = own_rope(base)
-    if rope["rope_type"] == own["rope_type"] == "default":
-        return len(rope) > 2  # it has settings besides rope_type and factor
-    return rope != own
+    """Whether `rope` differs from the baseline's. ALiBi and the like are stretched by the factor
+    alone, so they always differ."""
+    name = rope["rope_type"]
+    has_settings = len(rope) > 2  # besides rope_type and factor
+    return (has_settings or name != baseline_rope(base)["rope_type"]
+            or not METHODS[name].extends_rope)
 
 
 def load_extended(path: str, rope: dict[str, Any], L: int, window: int, device: torch.device,
