@@ -151,8 +151,8 @@ class TiledAttention(torch.autograd.Function):
         row_sum <- exp(m - m') row_sum + sum_j exp(s_j - m')
         acc     <- exp(m - m') acc     + sum_j exp(s_j - m') v_j
 
-    At the end out = acc / row_sum and lse = m + ln row_sum. Both are returned: distance maps attend
-    to the keys in parts, and a part's out weighs exp(its lse - lse of all).
+    At the end out = acc / row_sum and lse = m + ln row_sum = ln sum_j exp(s_j) (log-sum-exp). Both
+    serve distance maps: they attend to keys in parts, and a part weighs exp(its lse - lse of all).
     Backward recomputes each tile's p = exp(s - lse). With delta = sum_d dout * out - dlse, one
     number a query,
 
@@ -285,7 +285,7 @@ class Attention(nn.Module):
         pos = pos.last(n)
         if pos.bands is None:
             q = apply_rope(q, *pos.q_rope)
-            k = apply_rope(k, *pos.k_rope)                            # k_rope differs in xPos only
+            k = apply_rope(k, *pos.k_rope)              # not q_rope under a temperature or in xPos
         if cache is not None:
             k, v = cache.add_keys(self.layer, k, v)                               # [B, K, S, D]
         if pos.context is not None:                                   # several GPUs share the text

@@ -110,7 +110,7 @@ def linear(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:
     return rope_frequencies(head_dim, base) / factor, 1.0
 
 
-# ---- NTK-aware scaling: fast pairs keep their speed, slow pairs are slowed -----------------------
+# ---- NTK-aware scaling: the faster a pair, the less it is slowed ---------------------------------
 
 
 def ntk(head_dim: int, base: float, factor: float) -> tuple[Tensor, float]:

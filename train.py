@@ -57,8 +57,8 @@ class FitConfig:
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("auto", "number type of matrix products; bfloat16 is autocast over float32 "
                        "weights", choices=["auto", "float32", "bfloat16"])
-    attention: str = field("auto", "auto takes sdpa; tiled for a distance map",
-                           choices=["auto", "naive", "tiled", "sdpa"])
+    attention: str = field("auto", "auto takes sdpa; for a distance map flex_attention on a GPU, "
+                           "else tiled", choices=["auto", "naive", "tiled", "sdpa"])
     compile: bool = field(False, "torch.compile every block")
     recompute: bool = field(False, "keep only each block's input and compute the rest again in the "
                             "backward pass: slower, far less memory")
@@ -158,8 +158,8 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
     device = model.device
     dtype = choose_dtype(config.dtype, device)
     total = torch.zeros((), device=device)
-    # PyTorch averages the gradients of W GPUs, so each divides its sum of losses by 1/W of all the
-    # step's targets. GPUs that share a row have all counted its targets.
+    # The step's loss is the mean over all its targets. PyTorch averages the gradients of W GPUs, so
+    # each divides its sum of losses by 1/W of them. GPUs that share a row have all counted its own.
     targets_per_gpu = mean_over_ranks(count_targets(batch[1])) / config.context_parallel
     targets_per_gpu = targets_per_gpu.clamp(min=1e-30)      # a step without targets has a loss of 0
     for start in range(0, len(batch[0]), config.batch_size):
@@ -167,8 +167,8 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
         micro_batch = [tensor[rows].to(device, non_blocking=True) for tensor in batch]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model.loss(*micro_batch)
-        # The step's loss is the mean over all its targets: this micro-batch weighs as much as its
-        # share of them, 1 / accumulate if all rows have equally many.
+        # A micro-batch weighs as much as its share of the targets: 1 / accumulate if all rows have
+        # equally many.
         loss = loss * float(count_targets(batch[1][rows]) / targets_per_gpu)
         loss.backward()
         total += loss.detach()

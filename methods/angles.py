@@ -44,8 +44,8 @@ def inv_freq(config: RopeConfig, head_dim: int, seq_len: int | None = None,
 
 
 def replaces_attention_factor(config: RopeConfig) -> bool:
-    """Whether YaRN's own factor gives way to config.temperature: "none" only takes it away, log_n
-    and llama4 take its place, unless they act in unrotated layers alone."""
+    """Whether the method's own factor (YaRN's, say) gives way to config.temperature: "none" removes
+    it, log_n and llama4 replace it, unless they act in unrotated layers only."""
     if config.temperature is None:
         return False
     return config.temperature == "none" or config.no_rope_layer_interval is None

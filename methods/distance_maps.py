@@ -55,12 +55,12 @@ def rerope(m: Tensor, n: Tensor, original_window: int, factor: float, window: in
 
 def leaky_rerope(m: Tensor, n: Tensor, original_window: int, factor: float,
                  window: int | None = None, stretch: float | None = None) -> list[Band]:
-    """w + (m - n - w) / k beyond w: far tokens stand k times closer together, and keep their order.
-    By default w = L/2, and k such that L' tokens reach up to L. (Su 2023)"""
+    """w + (m - n - w) / r beyond w: far tokens stand r times closer together, and keep their order.
+    By default w = L/2, and r (`stretch`) such that L' tokens reach up to L. (Su 2023)"""
     w = original_window // 2 if window is None else window
-    k = least_stretch(original_window, factor, w) if stretch is None else stretch
+    r = least_stretch(original_window, factor, w) if stretch is None else stretch
     near = Band(m - w + 1, m + 1, m, n)
-    far = Band(torch.zeros_like(m), m - w + 1, m / k + w - w / k, n / k)
+    far = Band(torch.zeros_like(m), m - w + 1, m / r + w - w / r, n / r)
     return [far, near]
 
 
@@ -106,7 +106,7 @@ def streaming(m: Tensor, n: Tensor, original_window: int, factor: float, sinks: 
 
 
 def least_stretch(original_window: int, factor: float, w: int) -> float:
-    """The least k with w + (L' - w) / k <= L: one step beyond the L - 1 of training."""
+    """The least r with w + (L' - w) / r <= L: one step beyond the L - 1 of training."""
     target = round(original_window * factor)
     return max(1.0, (target - w) / max(1, original_window - w))
 
@@ -150,8 +150,8 @@ class BandInputs(NamedTuple):
 @torch.compiler.disable  # its tiles depend on numbers in tensors; flex_attention compiles itself
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU,
-    flex_attention on a GPU, as does sdpa. attention, tiled: model.py's, which imports this file."""
+    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU;
+    on a GPU flex_attention, also for sdpa. attention, tiled: model.py's, which imports this."""
     if len(bands) == 1 and bands[0].keys.is_causal(k.shape[2]):                # nothing is folded
         return attention(*in_band(q, k, v, bands[0]), None, implementation)
     if implementation == "naive":

@@ -20,7 +20,7 @@ from rope import cos_sin
 class PositionInputs(NamedTuple):
     """For T tokens of a text of S tokens: its last T, or this GPU's share of it."""
     q_rope: tuple[Tensor, Tensor]   # cos and sin of the queries, [T, D/2] or [B, T, D/2]
-    k_rope: tuple[Tensor, Tensor]   # cos and sin of the keys, the same but for xPos
+    k_rope: tuple[Tensor, Tensor]   # of the keys: the same, but for a temperature and for xPos
     attn_bias: Tensor | None        # added to the scores, [H, 1, S] or [B, H, 1, S]: ALiBi only
     bands: list[BandInputs] | None = None    # of a distance map: rotations that take their place
     context: ContextShard | None = None      # where several GPUs share the text
@@ -43,9 +43,9 @@ def last_rows(rope: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
 def inputs_of_layers(config: RopeConfig, n_layers: int, n_heads: int, frequencies: Tensor,
                      attention_factor: float, all_positions: Tensor, positions: Tensor,
                      context: ContextShard | None = None) -> list[PositionInputs]:
-    """One for each layer: the same for all, but that every n-th may be unrotated (interleaved
-    NoPE). A temperature then acts in the unrotated layers only, and rotated ones have the method's
-    own. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)"""
+    """One for each layer. All are the same, unless every n-th layer is left unrotated (interleaved
+    NoPE): then a temperature acts in those layers only, and the rotated ones keep the method's own
+    attention_factor. An unrotated layer sees all keys, whatever the map. (Llama 4; SmolLM3)"""
     every = config.no_rope_layer_interval
     if every is None:
         inputs = position_inputs(config, n_heads, frequencies, attention_factor, all_positions,
