@@ -175,8 +175,8 @@ def list_experiments(config: FinetuneConfig, rope: dict[str, Any], direct_out: s
         wants_baseline = config.row_length is not None or not has_short_rows(config, rope)
     if wants_baseline:
         whole_rows = config.row_length in (None, round(base.original_window * config.factor))
-        contiguous = whole_rows or config.positions == "contiguous"
-        positions = "contiguous" if contiguous else "pose"
+        # Rows of L' tokens reach all positions. Shorter ones have to skip, as those of --rope do.
+        positions = "contiguous" if whole_rows or config.positions == "contiguous" else "pose"
         direct = dataclasses.replace(direct, out=direct_out, positions=positions, waits=True)
         experiments.append(Experiment("direct_finetuned", plain, direct))
     return experiments

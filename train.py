@@ -114,9 +114,9 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     evaluate(model): numbers to log every eval_every steps, and at the end.
     Weights are float32; with bfloat16 the matrix products run under autocast.
     Returns the seconds spent training, those before an interruption counted.
-    UserError: other settings than those of the run in config.out, a model there that no run left,
-    another process that trains there, or a loss or gradient that is not finite, noticed at the next
-    logged step. Stopped: after Ctrl-C, with all steps saved.
+    Raises UserError for other settings than those of the run in config.out, a model there that no
+    run left, another process that trains there, or a loss or gradient that is not finite (noticed
+    at the next logged step), and Stopped after Ctrl-C, with all steps saved.
     """
     validate_settings(config)
     if model.device.type == "cpu" or config.offload:
