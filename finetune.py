@@ -31,11 +31,11 @@ from methods.lora import ATTENTION_MATRICES, BASE_DTYPES
 from model import ModelConfig
 from plot import plot_finetune
 from train import FitConfig, fit, validation
+from training.extension import (baseline_rope, changes_positions, complete_flags, file_label,
+                                has_short_rows, load_extended, load_saved, phases, prepare_corpus,
+                                print_phases, rope_flag, row_length, training_batches)
+from training.plan import planned_gpus, print_header
 from weights import load_config, load_tokenizer, with_rope
-from weights.extension import (baseline_rope, changes_positions, complete_flags, file_label,
-                               has_short_rows, load_extended, load_saved, phases, prepare_corpus,
-                               print_phases, rope_flag, row_length, training_batches)
-from weights.plan import planned_gpus, print_header
 from weights.size import parameter_count
 
 

@@ -27,10 +27,10 @@ from data.tokenizer import Tokenizer, open_tokenizer
 from methods import RopeConfig, parse_rope_flag, training_positions
 from methods.checks import check_attention
 from model import LLaMA, ModelConfig
+from training.plan import print_header, require_memory
+from training.run import (TrainingRun, check_ranks, shard_for_training, trains_sharded,
+                          validate_settings)
 from weights.load import empty_model
-from weights.plan import print_header, require_memory
-from weights.training_run import (TrainingRun, check_ranks, shard_for_training, trains_sharded,
-                                  validate_settings)
 
 
 @dataclass

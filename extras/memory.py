@@ -39,9 +39,9 @@ from finetune import FinetuneConfig
 from methods.lora import add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
 from train import fit
+from training.memory import GIB, training_memory
+from training.plan import plan_of
 from weights import load_config
-from weights.memory import GIB, training_memory
-from weights.plan import plan_of
 from weights.size import parameter_count
 
 PROC_STATUS = Path("/proc/self/status")

@@ -58,9 +58,9 @@ from methods import ALIASES, parse_rope_flag
 from model import LLaMA
 from plot import method_label, plot_real_model
 from train import fit
+from training.extension import load_extended, training_batches
+from training.state import resumable_settings
 from weights import load_config
-from weights.extension import load_extended, training_batches
-from weights.training_state import resumable_settings
 
 PARTS = 16  # of the window L', in which the loss is averaged
 # Shown in the tables, in sixteenths of L': without the first tokens, which have little context.

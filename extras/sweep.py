@@ -53,10 +53,10 @@ from model import LLaMA, ModelConfig
 from plot import plot_sweep
 from rope import angle_bins, angle_disturbance
 from train import fit
+from training.extension import row_length, training_batches
+from training.state import open_state, resumable_settings
 from weights import load_config, load_model, load_tokenizer, with_rope
-from weights.extension import row_length, training_batches
 from weights.size import parameter_count
-from weights.training_state import open_state, resumable_settings
 
 
 @dataclass

@@ -24,11 +24,13 @@ from data.sources import text_files
 from toy_training import (Died, dying, fingerprint, read_metrics, read_state, settings, tiny_model,
                           toy_batches, train_tiny)
 from train import fit
-from weights import load_model, load_tokenizer, plan, save_model, training_run
+from training import plan
+from training import run as training_run
+from training.memory import GIB, Memory
+from training.run import prepare_offload
+from weights import load_model, load_tokenizer, save_model
 from weights.export import export
-from weights.memory import GIB, Memory
 from weights.presets import fetch_smollm2
-from weights.training_run import prepare_offload
 
 ROOT = Path(__file__).resolve().parent.parent
 NESTED = '{"a":' * 3000 + "1" + "}" * 3000

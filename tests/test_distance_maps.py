@@ -21,8 +21,8 @@ from methods.distance_maps import Band, attention_in_bands, merge_outputs, witho
 from methods.flex import block_mask, flex_part
 from model import TiledAttention, attention
 from rope import cos_sin
+from training.extension import complete_flags
 from weights import load_config, load_model, save_model
-from weights.extension import complete_flags
 from weights.flags import describe_attention
 
 MAPS = [name for name, method in METHODS.items() if method.distance_map]

@@ -26,20 +26,21 @@ from common.jobs import parallel_map
 from data.tokenizer import open_tokenizer
 from eval import measure_lengths, perplexity
 from finetune import FinetuneConfig
+from forks import (be_the_script, begin_script, exit_status, finish_script, forked,
+                   free_port)
 from methods import RopeConfig, training_positions
 from methods.lora import LoRA, add_lora, lora_of_flags
 from model import LLaMA, ModelConfig
-from forks import (be_the_script, begin_script, exit_status, finish_script, forked,
-                   free_port)
 from toy_training import read_metrics, settings
 from train import TrainConfig, fit
 from train import new_model as new_model_of_training
-from weights import extension, load_model
+from training import extension
+from training.extension import load_extended, load_saved
+from training.run import check_ranks
+from training.state import save_weights, saved_states
+from weights import load_model
 from weights.export import export
-from weights.extension import load_extended, load_saved
 from weights.save import save_model
-from weights.training_run import check_ranks
-from weights.training_state import save_weights, saved_states
 
 pytestmark = pytest.mark.slow
 V, T, L, ROWS = 13, 16, 8, 8

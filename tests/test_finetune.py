@@ -21,8 +21,8 @@ from eval import passkey, perplexity, sliding_windows
 from finetune import FinetuneConfig
 from methods import RopeConfig, inv_freq
 from model import LLaMA, ModelConfig
+from training.extension import complete_flags
 from weights import load_config, load_model, load_tokenizer, save_model
-from weights.extension import complete_flags
 from weights.size import evaluation_flops, flops_per_token
 
 NAMES = ["extrapolation", "pi_zero_shot", "pi_finetuned", "direct_finetuned"]

@@ -18,8 +18,8 @@ from extras.longrope_search import (LongRopeFlags, main, mean_loss, starting_poi
 from methods import RopeConfig, inv_freq
 from model import LLaMA, ModelConfig
 from rope import yarn_mscale
+from training.extension import load_extended
 from weights import load_model, save_model, with_rope
-from weights.extension import load_extended
 from weights.flags import ModelFlags, rope_from_flags
 from weights.rope_dialects import rope_to_hugging_face
 

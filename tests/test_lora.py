@@ -21,11 +21,11 @@ from methods.lora import (LoRA, LoRALinear, add_lora, lora_of, restored, trainab
 from model import LLaMA, ModelConfig
 from toy_training import V, Died, dying, logged_steps, read_state, toy_batches
 from train import fit, make_optimizer
+from training.extension import complete_flags, load_extended
 from weights import load_config, load_model, save_model
 from weights.__main__ import main as weights_command
 from weights.adapter import adapter_shapes, peft_name, save_adapter, trained_tensors
 from weights.export import export
-from weights.extension import complete_flags, load_extended
 from weights.size import parameter_count
 
 L, FACTOR = 16, 2

@@ -12,11 +12,11 @@ from common.meter import Meter
 from extras.memory import MemoryConfig, shape_of
 from extras.memory import main as bench_memory
 from model import LLaMA, ModelConfig
+from training.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table,
+                             training_memory, would_fit)
+from training.plan import plan_of
 from weights import load_config
-from weights.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table, training_memory,
-                            would_fit)
 from weights.presets import preset_config
-from weights.plan import plan_of
 from weights.size import parameter_count
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -19,9 +19,9 @@ from finetune import FinetuneConfig
 from toy_training import (Died, dying, fingerprint, interrupting, logged_steps, read_metrics,
                           read_state, settings, tiny_model, toy_batches, train_tiny)
 from train import FitConfig, TrainConfig, fit, make_optimizer
+from training.state import resumable_settings
 from weights import load_model
 from weights.save import save_model
-from weights.training_state import resumable_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

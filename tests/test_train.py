@@ -15,7 +15,8 @@ from model import LLaMA
 from reference import adamw_step
 from toy_training import T, V, read_metrics, settings, tiny_model, toy_batches, train_tiny
 from train import fit, learning_rate, make_optimizer, validation
-from weights import load_model, training_run
+from training import run as training_run
+from weights import load_model
 
 # ---- The step ------------------------------------------------------------------------------------
 

@@ -22,13 +22,13 @@ from common.errors import UserError
 from data.tokenizer import train_tokenizer
 from methods import METHODS, RopeConfig
 from model import LLaMA, ModelConfig
+from training.state import resumable_settings, resume_run, save_run
 from weights import load_config, load_model, load_tokenizer, meta, presets, save, save_model
 from weights import with_rope
 from weights.__main__ import main
 from weights.flags import ModelFlags, load_from_flags, warn_if_shorter
 from weights.size import parameter_count
 from weights.tokenizer import has_tokenizer
-from weights.training_state import resumable_settings, resume_run, save_run
 
 # Python 3.12 warns of fork(). The children here use one thread.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

@@ -25,12 +25,12 @@ from methods import METHODS, parse_rope_flag, training_positions
 from methods.checks import check_attention
 from methods.lora import MATRICES, freeze, init_lora, lora_of_flags
 from model import LLaMA, ModelConfig
+from training.plan import planned_gpus, require_memory
+from training.run import (check_ranks, prepare_offload, shard_for_training, trains_sharded,
+                          validate_settings)
 from weights.flags import warn_if_shorter
 from weights.load import load_config, load_model, with_rope
-from weights.plan import planned_gpus, require_memory
 from weights.size import evaluation_flops, flops_per_token, parameter_count
-from weights.training_run import (check_ranks, prepare_offload, shard_for_training,
-                                  trains_sharded, validate_settings)
 
 DEFAULT_CORPUS = "data/corpora/python"
 LARGE = 5e7  # parameters, from which on a learning rate has to be chosen by a person

@@ -28,9 +28,9 @@ from common.errors import Stopped, UserError
 from common.files import remove, whole_file, write_json
 from common.locks import locked
 from model import LLaMA
-from weights.plan import planned_gpus
+from training.plan import planned_gpus
+from training.state import newest_state, resumable_settings, resume_run, save_run
 from weights.size import parameter_count
-from weights.training_state import newest_state, resumable_settings, resume_run, save_run
 
 
 class TrainingRun:

@@ -9,8 +9,8 @@ from common.distributed import join_process_group, on_any_rank
 from common.errors import UserError
 from methods.lora import LoRA, lora_of_flags, trainable_and_frozen
 from model import ModelConfig
+from training.memory import GIB, Plan, describe_fit, memory_table, training_memory
 from weights.flags import describe_attention
-from weights.memory import GIB, Plan, describe_fit, memory_table, training_memory
 from weights.size import flops_per_token, parameter_count
 
 ASSUMED_THROUGHPUT = 4e14  # operations a second of a GPU, to plan with: see print_costs
