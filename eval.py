@@ -22,17 +22,17 @@ import torch
 from common.cache import ResultCache
 from common.cli import Parser, add_flags, field, run_command
 from common.errors import UserError
-from common.grid import accuracy_grid
-from common.jobs import Window, map_windows
 from common.results import require_number, result
 from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
-from data.ranking import check_candidates, rank_passkeys
-from data.retrieval import retrieve_passkeys
 from data.tokenizer import Tokenizer
+from evaluation.generate import GenerateFlags, generate_command
+from evaluation.grid import accuracy_grid
+from evaluation.jobs import Window, map_windows
+from evaluation.ranking import check_candidates, rank_passkeys
+from evaluation.retrieval import retrieve_passkeys
 from model import LLaMA, ModelConfig
 from weights.flags import ModelFlags, load_from_flags
-from weights.generate import GenerateFlags, generate_command
 
 # Written beside every perplexity, as papers differ in both.
 CONVENTIONS = {"bos": "once, at the start of each document",
@@ -170,7 +170,7 @@ def passkey(model: LLaMA, tokenizer: Tokenizer, lengths: Sequence[int] | None = 
 
     Also k_max at the longest length. generation: judge by generating every answer instead of by one
     pass, with the same verdicts. rank: generate nothing, ask whether the key is the most probable
-    of so many (data/ranking.py). Returns the dict of the JSON file.
+    of so many (evaluation/ranking.py). Returns the dict of the JSON file.
     """
     check_candidates(rank)
     prompts = PasskeyPrompts(tokenizer)

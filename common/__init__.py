@@ -1,1 +1,1 @@
-"""What every command shares: flags, errors, whole files, devices, cached results, passes."""
+"""What every command shares: flags, errors, whole files, devices, cached results."""

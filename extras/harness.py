@@ -30,10 +30,10 @@ from tqdm import tqdm
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.jobs import rows_per_pass
 from common.results import result
 from data.tokenizer import Tokenizer
 from eval import sliding_windows, window_and_stride
+from evaluation.jobs import rows_per_pass
 from extras.generation import pad_rows, stream_ragged
 from methods import depends_on_length
 from model import LLaMA, LOSS_CHUNK

@@ -42,11 +42,11 @@ import numpy as np
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.jobs import Window, map_windows
 from common.results import result
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
 from eval import sliding_windows, window_nll
+from evaluation.jobs import Window, map_windows
 from extras.compare import at_factors, variants
 from methods import parse_rope_flag
 from model import LLaMA, ModelConfig

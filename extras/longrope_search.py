@@ -44,7 +44,6 @@ from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
 from common.files import read_json, whole_file
-from common.jobs import parallel_map, row_bytes, rows_per_pass
 from common.results import result
 from common.tables import format_table
 from data.corpus import TokenFile, ensure_corpus, require_same_tokenizer, validation_documents
@@ -52,6 +51,7 @@ from data.needle import NeedlePrompts
 from data.passkey import PasskeyPrompts, random_key
 from data.tokenizer import Tokenizer
 from eval import CONVENTIONS, measure_lengths, perplexity
+from evaluation.jobs import parallel_map, row_bytes, rows_per_pass
 from extras.evolution import EvolutionFlags, Factors, evolve
 from methods import inv_freq
 from model import LLaMA, ModelConfig

@@ -15,13 +15,13 @@ import torch
 
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
-from common.grid import accuracy_grid
 from common.results import result
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.needle import NeedlePrompts
-from data.retrieval import most_probable
 from data.tokenizer import Tokenizer
 from eval import four_lengths, print_by_depth
+from evaluation.grid import accuracy_grid
+from evaluation.retrieval import most_probable
 from model import LLaMA
 from weights.flags import ModelFlags, load_from_flags
 

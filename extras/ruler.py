@@ -43,14 +43,14 @@ from tqdm import tqdm
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.jobs import rows_per_pass
 from common.results import result
 from data.corpus import ensure_corpus, validation_documents
 from data.passkey import GARBAGE, encode_inside
-from data.ranking import check_candidates, log_likelihoods, wins
 from data.sources import read_text
 from data.tokenizer import Tokenizer
 from eval import k_max
+from evaluation.jobs import rows_per_pass
+from evaluation.ranking import check_candidates, log_likelihoods, wins
 from extras.generation import generate_ragged, pad_rows
 from model import LLaMA
 from weights.flags import ModelFlags, load_from_flags

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import eval as evaluation
-from common import grid, jobs
 from common.cache import ResultCache, weight_sample
 from common.device import matmul_precision
-from common.jobs import Window, map_windows, parallel_map, row_bytes, rows_per_pass
 from eval import passkey, perplexity, window_nll
+from evaluation import grid, jobs
+from evaluation.jobs import Window, map_windows, parallel_map, row_bytes, rows_per_pass
 from small_models import Countdown, random_documents, small_model
 
 # ---- ResultCache ---------------------------------------------------------------------------------

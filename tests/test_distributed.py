@@ -22,9 +22,9 @@ import common.distributed as ranks
 from common.cache import ResultCache
 from common.cli import run_command
 from common.errors import UserError
-from common.jobs import parallel_map
 from data.tokenizer import open_tokenizer
 from eval import measure_lengths, perplexity
+from evaluation.jobs import parallel_map
 from finetune import FinetuneConfig
 from forks import (be_the_script, begin_script, exit_status, finish_script, forked,
                    free_port)

@@ -131,7 +131,7 @@ def test_needle_refuses_what_does_not_fit(tokenizer, haystack):
 
 def test_needles_of_an_interrupted_run_are_not_measured_again(tokenizer, haystack, tmp_path,
                                                              monkeypatch):
-    monkeypatch.setattr("common.grid.rows_per_pass", lambda model, length, generating=False: 2)
+    monkeypatch.setattr("evaluation.grid.rows_per_pass", lambda model, length, generating=False: 2)
     model, out = small_model(vocab_size=tokenizer.vocab_size), tmp_path / "out.json"
     torch.set_num_threads(1)
 

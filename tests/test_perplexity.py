@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import reference
-from common import jobs
 from common.errors import UserError
 from eval import bits_per_byte, perplexity, sliding_windows, window_and_stride
+from evaluation import jobs
 from model import LLaMA, ModelConfig
 from small_models import VOCAB, random_documents, small_model
 

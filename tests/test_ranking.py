@@ -9,10 +9,10 @@ import torch
 
 import eval as evaluation
 from common.kv_cache import KVCache
-from data import ranking
 from data.passkey import PasskeyPrompts
-from data.ranking import log_likelihoods, other_keys, wins
 from eval import passkey
+from evaluation import ranking
+from evaluation.ranking import log_likelihoods, other_keys, wins
 from extras import ruler
 from extras.ruler import TASKS, ranking_score
 from methods import RopeConfig

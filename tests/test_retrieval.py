@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import eval as evaluation
-from common import grid
 from common.errors import UserError
-from common.grid import accuracy_grid
 from data.passkey import PasskeyPrompts, encode_inside, random_key
-from data.retrieval import judge, most_probable, retrieve_passkeys
 from eval import k_max, passkey
+from evaluation import grid
+from evaluation.grid import accuracy_grid
+from evaluation.retrieval import judge, most_probable, retrieve_passkeys
 from methods import RopeConfig
 from small_models import Scripted, small_model
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.cache import ResultCache
 from common.errors import UserError
-from common.jobs import parallel_map, row_bytes, rows_per_pass
+from evaluation.jobs import parallel_map, row_bytes, rows_per_pass
 
 
 def accuracy_grid(model: torch.nn.Module, build: Callable, score: Callable,
