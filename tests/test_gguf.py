@@ -943,7 +943,7 @@ def write_zeros(path, config, kind):
 
 def test_a_model_is_never_in_memory_twice(tmp_path):
     """The peak of loading 145 MiB of weights from 40 MiB in Q8_0, and from 145 MiB in float32: the
-    model and its largest tensor, 23 MiB, once more."""
+    model and some 20 MiB, which do not grow with it."""
     config = ModelConfig(dim=1024, n_layers=2, n_heads=8, vocab_size=6000, max_seq_len=64)
     paths = [write_zeros(tmp_path / f"{kind.name}.gguf", config, kind)
              for kind in (Kind.Q8_0, Kind.F32)]
@@ -957,4 +957,4 @@ def test_a_model_is_never_in_memory_twice(tmp_path):
         assert code == 0, printed
         added, size = map(float, printed.split())
         message = f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
-        assert size > 140 and size - 10 < added < size + 23 + 10, message
+        assert size > 140 and size - 10 < added < size + 33, message
