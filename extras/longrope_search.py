@@ -1,6 +1,6 @@
 """LongRoPE: a factor for every pair, found by evolution instead of a formula.
 
-    python extras/longrope_search.py                      # the tiny model to 4 L, ten minutes
+    python extras/longrope_search.py                      # the tiny model to 4 L, an hour on a core
     python extras/longrope_search.py --fitness passkeys --out out/longrope-passkeys.json
     python eval.py ppl --window 1024 --rope "$(cat out/longrope.rope)"
 
