@@ -2,7 +2,7 @@
 
     python extras/sweep.py                    # data/tiny: all methods, s = 2 and 4, two seeds
     python extras/sweep.py --plan dprope      # DPRoPE: how many dimensions, and how many bins
-    python extras/sweep.py --plan scratch     # RoPE, ALiBi, xPos, NoPE, random positions
+    python extras/sweep.py --plan scratch     # trained from scratch: RoPE, ALiBi, xPos, NoPE, ...
     python extras/sweep.py --plan smollm2 --text book.txt    # on one GPU, 8192 -> 16384 tokens
 
 It measures on two kinds of text, says beforehand how long it will take, and ends with tables and a
