@@ -58,9 +58,13 @@ def line_style(i: int, trained: bool = True, again: int = 0) -> dict[str, Any]:
 
 
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
-    """{method: i} for a figure of these methods."""
-    others = [method for method in dict.fromkeys(methods) if method not in METHOD_ORDER]
-    return {method: i for i, method in enumerate([*METHOD_ORDER, *others])}
+    """{method: i} for a figure of these methods. With a temperature a method looks as it does
+    without one, unless both are there."""
+    methods = dict.fromkeys(methods)
+    numbers = {method: i for i, method in enumerate(dict.fromkeys([*METHOD_ORDER, *methods]))}
+    names = Counter(map(map_name, methods))
+    return numbers | {method: numbers.get(map_name(method), numbers[method]) for method in methods
+                      if "temperature" in method and names[map_name(method)] == 1}
 
 
 def line_styles(lines: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
@@ -376,35 +380,38 @@ def plot_sweep(result: dict, path: Path) -> Path:
 
 def plot_real_model(result: dict, path: Path) -> Path:
     """extras/real_model.py: for each kind of text, perplexity by position, untrained and after the
-    last step, and perplexity in the last quarter of L' against the steps of fine-tuning."""
+    last step, and perplexity in the last quarter of L' against the steps of fine-tuning.
+    Where nothing was trained, the kinds of text stand side by side."""
     rows = [r | {"method": f"{method_label(r['method'])}, LoRA r = {r['lora_rank']}"}
             if r.get("lora_rank") else r for r in result["rows"]]
     window, kinds = result["window"], list(rows[0]["nll_by_position"])
     methods = list(dict.fromkeys(r["method"] for r in rows))
     last = {method: max(r["steps"] for r in rows if r["method"] == method) for method in methods}
-    columns = 2 if max(last.values()) > 0 else 1
-    figure, axes = plt.subplots(len(kinds), columns, squeeze=False,
-                                figsize=(5 * columns, 3.7 * len(kinds) + 0.6))
-    for kind, (left, *right) in zip(kinds, axes):
+    trained = max(last.values()) > 0
+    lines, columns = (len(kinds), 2) if trained else (1, len(kinds))
+    figure, axes = plt.subplots(lines, columns, squeeze=False,
+                                figsize=(5 * columns, 3.7 * lines + 0.6))
+    for kind, (left, *right) in zip(kinds, axes if trained else axes.T):
         for r in rows:
             if r["seed"] != result["seed"] or r["steps"] not in (0, last[r["method"]]):
                 continue
             nll = r["nll_by_position"][kind]
             position = [(i + 0.5) * window / len(nll) for i in range(len(nll))]
-            label = f"{method_label(r['method'])}, {r['steps'] or 'no'} steps"
+            label = method_label(r["method"])
+            label += f", {r['steps'] or 'no'} steps" if trained else ""
             style = line_style(method_numbers(methods)[r["method"]], trained=r["steps"] > 0)
             draw_line(left, dict(zip(position, map(math.exp, nll))), label, style)
         mark_windows(left, {"L": result["original_window"]})
         left.set_xlabel("position in the text (tokens)")
         left.set_title(kind, loc="left")  # L stands in the middle
         perplexity_axis(left)
-        points = [(r["method"], r["steps"], last_quarter(r["nll_by_position"][kind]))
-                  for r in rows]
+        points = [(r["method"], r["steps"], last_quarter(r["nll_by_position"][kind])) for r in rows]
         for axis in right:
             draw_means(axis, points, methods)
             axis.set(xlabel="fine-tuning steps", title=f"{kind}: the last quarter of L' = {window}")
             perplexity_axis(axis)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=3 if columns > 1 else 1)
     return save_figure(figure, path)
 
 

@@ -158,8 +158,7 @@ def evaluation_documents(corpus: TokenFile, lengths: Sequence[int], max_tokens: 
         wanted = min(wanted, max_tokens + 1)
     count = max(1, (max_tokens or 16384) // wanted)
     notes = []
-    chosen = [document[:wanted]
-              for document in itertools.islice(corpus.documents(wanted), count)]
+    chosen = [document[:wanted] for document in itertools.islice(corpus.documents(wanted), count)]
     if not chosen:
         chosen = sorted(corpus.documents(longest + 1), key=len)[-1:]
     if not chosen:

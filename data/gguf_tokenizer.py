@@ -214,8 +214,7 @@ def begin_and_end(bos: list[str], eos: list[str], id_of: dict[str, int]) -> dict
     after = [{"SpecialToken": {"id": token, "type_id": 0}} for token in eos]
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    ids = {token: {"id": token, "ids": [id_of[token]], "tokens": [token]}
-           for token in bos + eos}
+    ids = {token: {"id": token, "ids": [id_of[token]], "tokens": [token]} for token in bos + eos}
     return {"type": "TemplateProcessing", "single": [*before, first, *after],
             "pair": [*before, first, second, *after], "special_tokens": ids}
 

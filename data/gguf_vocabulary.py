@@ -108,8 +108,7 @@ def generation_ids(files: dict[str, bytes], keys: dict) -> dict:
     others = [i for i in ends if i != keys["eos_token_id"]]
     found = dict(zip(("eot_token_id", "eom_token_id"), others))
     found["padding_token_id"] = said.get("pad_token_id")
-    return {name: i for name, i in found.items()
-            if type(i) is int and 0 <= i < len(keys["tokens"])}
+    return {name: i for name, i in found.items() if type(i) is int and 0 <= i < len(keys["tokens"])}
 
 
 def sampling_keys(files: dict[str, bytes]) -> dict:

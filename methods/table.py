@@ -57,8 +57,7 @@ STRETCH = ("factor",)
 STRETCH_OF_WINDOW = ("factor", "original_window")
 STRETCH_BY_LENGTH = ("factor", "original_window", "seq_len")
 
-BETAS = {"beta_fast": Setting("float", 32.0),
-         "beta_slow": Setting("float", 1.0)}
+BETAS = {"beta_fast": Setting("float", 32.0), "beta_slow": Setting("float", 1.0)}
 YARN = {**BETAS,
         "truncate": Setting("bool", True),
         "ramp": Setting("str", "index"),

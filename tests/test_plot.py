@@ -391,6 +391,33 @@ def test_methods_without_a_colour_of_their_own_take_those_that_follow():
     assert len({(style["color"], style["marker"]) for style in styles}) == 30
 
 
+def test_texts_read_by_untrained_models_stand_side_by_side_under_a_legend_that_fits(tmp_path, kept):
+    hot = '{"rope_type": "self_extend", "temperature": "log_n"}'
+    for kinds in (["prose", "code"], ["prose"]):
+        rows = [{"method": method, "seed": 0, "steps": 0,
+                 "nll_by_position": {kind: [2.0] * 8 for kind in kinds}}
+                for method in ("default", "linear", "yarn", hot)]
+        plot.plot_real_model({"rows": rows, "window": 512, "original_window": 256, "seed": 0},
+                             tmp_path / "figure.png")
+        figure = kept()
+        axes = figure.axes
+        assert [axis.get_title(loc="left") for axis in axes] == kinds
+        assert len({axis.get_position().y0 for axis in axes}) == 1
+        assert list(looks(axes[0])) == ["plain RoPE", "PI", "yarn", "self_extend temperature log_n"]
+        legend = figure.legends[0].get_window_extent()
+        assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+
+
+def test_with_a_temperature_a_method_has_its_colour_unless_it_stands_beside_itself():
+    hot = '{"rope_type": "rerope", "temperature": "log_n"}'
+    cold = hot.replace("log_n", "llama4")
+    own = plot.METHOD_ORDER.index("rerope")
+    assert plot.method_numbers(["default", hot])[hot] == own
+    both = plot.method_numbers(["rerope", hot, cold])
+    assert both["rerope"] == own
+    assert len({both["rerope"], both[hot], both[cold]}) == 3
+
+
 def test_settings_of_a_method_make_lines_of_their_own(tmp_path, kept):
     rope = {"rope_type": "dprope", "factor": 2.0}
     plot.plot_perplexity([ppl(256, 6.0, **rope, interpolated_dims=8),
@@ -464,6 +491,7 @@ def test_every_method_in_the_committed_results_has_a_colour_of_its_own():
     for path in (ROOT / "results").glob("*.json"):
         rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
         named |= {row.get("method", row["rope"]["rope_type"]) for row in rows}
+    named = {name if "temperature" not in name else plot.map_name(name) for name in named}
     variants = {name for name in named if "bins" in name or "interpolated_dims" in name}
     assert {"default", "linear", "clex", "alibi"} < named
     assert named - variants <= set(plot.METHOD_ORDER)
