@@ -57,14 +57,21 @@ def line_style(i: int, trained: bool = True, again: int = 0) -> dict[str, Any]:
     return style
 
 
+def map_name(method: str) -> str:
+    """The rope_type of a --methods flag."""
+    return json.loads(method)["rope_type"] if method.startswith("{") else method
+
+
 def method_numbers(methods: Iterable[str]) -> dict[str, int]:
-    """{method: i} for a figure of these methods. With a temperature a method looks as it does
-    without one, unless both are there."""
-    methods = dict.fromkeys(methods)
-    numbers = {method: i for i, method in enumerate(dict.fromkeys([*METHOD_ORDER, *methods]))}
-    names = Counter(map(map_name, methods))
-    return numbers | {method: numbers.get(map_name(method), numbers[method]) for method in methods
-                      if "temperature" in method and names[map_name(method)] == 1}
+    """{method: i} for a figure of these methods. One with a temperature has the number of its
+    rope_type, unless another method of the figure has that rope_type, too."""
+    different = dict.fromkeys(methods)
+    numbers = {method: i for i, method in enumerate(dict.fromkeys([*METHOD_ORDER, *different]))}
+    names = Counter(map(map_name, different))
+    for method in different:
+        if "temperature" in method and names[map_name(method)] == 1:
+            numbers[method] = numbers.get(map_name(method), numbers[method])
+    return numbers
 
 
 def line_styles(lines: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
@@ -388,17 +395,15 @@ def plot_real_model(result: dict, path: Path) -> Path:
     methods = list(dict.fromkeys(r["method"] for r in rows))
     last = {method: max(r["steps"] for r in rows if r["method"] == method) for method in methods}
     trained = max(last.values()) > 0
-    lines, columns = (len(kinds), 2) if trained else (1, len(kinds))
-    figure, axes = plt.subplots(lines, columns, squeeze=False,
-                                figsize=(5 * columns, 3.7 * lines + 0.6))
+    high, wide = (len(kinds), 2) if trained else (1, len(kinds))
+    figure, axes = plt.subplots(high, wide, squeeze=False, figsize=(5 * wide, 3.7 * high + 0.6))
     for kind, (left, *right) in zip(kinds, axes if trained else axes.T):
         for r in rows:
             if r["seed"] != result["seed"] or r["steps"] not in (0, last[r["method"]]):
                 continue
             nll = r["nll_by_position"][kind]
             position = [(i + 0.5) * window / len(nll) for i in range(len(nll))]
-            label = method_label(r["method"])
-            label += f", {r['steps'] or 'no'} steps" if trained else ""
+            label = method_label(r["method"]) + (f", {r['steps'] or 'no'} steps" if trained else "")
             style = line_style(method_numbers(methods)[r["method"]], trained=r["steps"] > 0)
             draw_line(left, dict(zip(position, map(math.exp, nll))), label, style)
         mark_windows(left, {"L": result["original_window"]})
@@ -411,7 +416,7 @@ def plot_real_model(result: dict, path: Path) -> Path:
             axis.set(xlabel="fine-tuning steps", title=f"{kind}: the last quarter of L' = {window}")
             perplexity_axis(axis)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center",
-                  ncols=3 if columns > 1 else 1)
+                  ncols=3 if wide > 1 else 1)
     return save_figure(figure, path)
 
 
@@ -441,11 +446,6 @@ def plot_long_window(result: dict, path: Path) -> list[Path]:
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
     maps = path.with_name(f"{path.stem}-maps.png")
     return [save_figure(figure, path), plot_distance_maps(result, maps)]
-
-
-def map_name(method: str) -> str:
-    """The rope_type of a --methods flag."""
-    return json.loads(method)["rope_type"] if method.startswith("{") else method
 
 
 def temperature_of(method: str) -> str:

@@ -391,19 +391,32 @@ def test_methods_without_a_colour_of_their_own_take_those_that_follow():
     assert len({(style["color"], style["marker"]) for style in styles}) == 30
 
 
+def test_every_kind_of_text_has_a_line_of_panels_where_models_were_trained(tmp_path, kept):
+    rows = [{"method": "linear", "seed": 0, "steps": steps,
+             "nll_by_position": {"prose": [2.0] * 8, "code": [1.0] * 8}} for steps in (0, 10)]
+    plot.plot_real_model({"rows": rows, "window": 512, "original_window": 256, "seed": 0},
+                         tmp_path / "figure.png")
+    prose, prose_steps, code, code_steps = kept().axes
+    assert [axis.get_title(loc="left") for axis in (prose, code)] == ["prose", "code"]
+    assert "prose" in prose_steps.get_title() and "code" in code_steps.get_title()
+    assert prose.get_position().y0 == prose_steps.get_position().y0 > code.get_position().y0
+
+
 def test_texts_read_by_untrained_models_stand_side_by_side_under_a_legend_that_fits(tmp_path, kept):
-    hot = '{"rope_type": "self_extend", "temperature": "log_n"}'
+    hot = '{"rope_type": "rerope", "temperature": "log_n"}'
+    other = hot.replace("rerope", "dca")
     for kinds in (["prose", "code"], ["prose"]):
         rows = [{"method": method, "seed": 0, "steps": 0,
                  "nll_by_position": {kind: [2.0] * 8 for kind in kinds}}
-                for method in ("default", "linear", "yarn", hot)]
+                for method in ("default", "linear", "yarn", hot, other)]
         plot.plot_real_model({"rows": rows, "window": 512, "original_window": 256, "seed": 0},
                              tmp_path / "figure.png")
         figure = kept()
         axes = figure.axes
         assert [axis.get_title(loc="left") for axis in axes] == kinds
         assert len({axis.get_position().y0 for axis in axes}) == 1
-        assert list(looks(axes[0])) == ["plain RoPE", "PI", "yarn", "self_extend temperature log_n"]
+        assert list(looks(axes[0])) == ["plain RoPE", "PI", "yarn", "rerope temperature log_n",
+                                        "dca temperature log_n"]
         legend = figure.legends[0].get_window_extent()
         assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
 
@@ -416,6 +429,8 @@ def test_with_a_temperature_a_method_has_its_colour_unless_it_stands_beside_itse
     both = plot.method_numbers(["rerope", hot, cold])
     assert both["rerope"] == own
     assert len({both["rerope"], both[hot], both[cold]}) == 3
+    two = plot.method_numbers([hot, cold])
+    assert two[hot] != two[cold]
 
 
 def test_settings_of_a_method_make_lines_of_their_own(tmp_path, kept):
