@@ -400,7 +400,8 @@ def kills(folder):
             if killed < 20:
                 for pid in pids if chance.random() < 0.3 else [chance.choice(pids)]:
                     os.kill(pid, signal.SIGKILL)
-            statuses = [status_within(60, pid) for pid in pids]
+            # Usually a second. But a dozen processes share a core here: slow is not hanging.
+            statuses = [status_within(300, pid) for pid in pids]
             assert set(statuses) <= {0, 2, -signal.SIGKILL}, statuses
             killed += -signal.SIGKILL in statuses
             if (out / "consolidated.00.pth").exists():
