@@ -397,11 +397,12 @@ def kills(folder):
             while not all(marker.exists() for marker in joined):  # before that, torchrun ends both
                 time.sleep(0.01)
             time.sleep(chance.uniform(0.0, 0.7))
-            if killed < 20:
+            killing = killed < 20
+            if killing:
                 for pid in pids if chance.random() < 0.3 else [chance.choice(pids)]:
                     os.kill(pid, signal.SIGKILL)
-            # Usually a second. But a dozen processes share a core here: slow is not hanging.
-            statuses = [status_within(300, pid) for pid in pids]
+            # A survivor ends soon. A training that nobody kills may be slow beside other tests.
+            statuses = [status_within(60, pid) if killing else exit_status(pid) for pid in pids]
             assert set(statuses) <= {0, 2, -signal.SIGKILL}, statuses
             killed += -signal.SIGKILL in statuses
             if (out / "consolidated.00.pth").exists():
