@@ -429,8 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scored = held_out_documents(c, model) if "perplexity" in c.what else None
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        alone = set(c.what) <= {"attention", "maps"}
-        load_peer = None if alone else peer_loader(c.model, folder)
+        load_peer = peer_loader(c.model, folder) if set(c.what) - {"attention", "maps"} else None
         for what in c.what:
             if what == "attention":
                 new = bench_attention(c, model, dtype)

@@ -98,5 +98,4 @@ def rank_passkeys(model: LLaMA, builder: PasskeyPrompts, prompts: Sequence[np.nd
                   keys: Sequence[str], rank: int) -> list[float]:
     """For each prompt: is its key the most probable of `rank` keys? See wins()."""
     candidates = [[builder.answer(k) for k in (key, *other_keys(key, rank - 1))] for key in keys]
-    scores = log_likelihoods(model, prompts, candidates)
-    return [wins(true, others) for true, *others in scores]
+    return [wins(true, others) for true, *others in log_likelihoods(model, prompts, candidates)]

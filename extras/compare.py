@@ -180,8 +180,7 @@ def compare(flags: CompareFlags, cache: ResultCache) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(CompareFlags, __doc__, argv)
     cache = ResultCache(flags.out, beside=[".png"])
-    measured = compare(flags, cache)
-    cache.write_result(measured)
+    cache.write_result(compare(flags, cache))
     if flags.out:
         figure = plot_compare(read_json(flags.out), Path(flags.out).with_suffix(".png"))
         print(f"wrote {figure}")

@@ -130,8 +130,7 @@ def open_browser(width: int = 1360, height: int = 1240, dark: bool = False) -> I
         options.add_argument("--no-sandbox")                        # which root cannot have
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     try:
-        service = webdriver.ChromeService(shutil.which("chromedriver"))
-        driver = webdriver.Chrome(options, service)
+        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     except WebDriverException as error:
         raise UserError(f"no browser started ({error.msg:.200}): install chromium and "
                         "chromium-driver") from None

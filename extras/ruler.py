@@ -366,8 +366,7 @@ class TaskPrompts:
 
     def shortest(self, samples: int) -> int:
         """Tokens that the first `samples` prompts need with the least haystack, answers counted."""
-        least = self.task.least_size
-        return max(self.tokens(self.sample(i, least)) for i in range(samples))
+        return max(self.tokens(self.sample(i, self.task.least_size)) for i in range(samples))
 
     def with_enough_length(self, samples: int) -> "TaskPrompts":
         """These prompts, or those of the next length that holds so many samples. Each length has

@@ -405,8 +405,7 @@ def estimate(c: SweepConfig, runs: Sequence[Run], tokenizer: Tokenizer,
 
 def timed_step(c: SweepConfig, factor: float, device: torch.device) -> tuple[float, float]:
     """Seconds of a training step at a factor, and of a token in evaluation."""
-    run = Run(c.methods[0], factor, 0, (1,))
-    model = starting_model(c, run, device)
+    model = starting_model(c, Run(c.methods[0], factor, 0, (1,)), device)
     model.recompute = c.recompute
     dtype = choose_dtype(c.dtype, device)
     _, window = original_and_target(c, factor)

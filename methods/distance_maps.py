@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from common.key_range import KeyRange
-from methods.flex import flex_part
+from methods.flex import flex_part, never_compiled
 from rope import apply_rope
 
 
@@ -147,7 +147,7 @@ class BandInputs(NamedTuple):
     keys: KeyRange                  # those that each query sees, counted from the first one held
 
 
-@torch.compiler.disable  # its tiles depend on numbers in tensors; flex_attention compiles itself
+@never_compiled  # its tiles depend on numbers in tensors; flex_attention compiles itself
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
     """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU;

@@ -54,6 +54,15 @@ def in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1)[:, None].int(), columns[:, None].int()
 
 
+def never_compiled(function: Callable) -> Callable:
+    """torch.compiler.disable, which imports the compiler (2 s, 70 MB): only if it is used."""
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return run(*args)
+    return call
+
+
 @functools.cache
 def flex_kernel(compiled: bool) -> Callable:
     """flex_attention. Compiled it is one fused kernel; as it is, for tests, it stores all

@@ -1,16 +1,25 @@
 """What a training step takes is known beforehand: by hand for a small shape, by a meter on a CPU,
-and in the words of --dry-run."""
+and in the words of --dry-run.
+
+As a script this file is what measures: `python tests/test_memory.py FOLDER meter bench`.
+"""
 import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune
 import train
 from common.errors import UserError
 from common.meter import Meter
 from extras.memory import MemoryConfig, shape_of
 from extras.memory import main as bench_memory
+from forks import be_the_script, begin_script, finish_script
 from model import LLaMA, ModelConfig
 from training.memory import (GIB, GPU_SIZES, Plan, describe_fit, fits, memory_table,
                              training_memory, would_fit)
@@ -25,6 +34,17 @@ SHAPE = ModelConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, vocab_size=10, f
 BLOCK = 2 * 8 * 2 * 4 + 2 * 8 * 4 + 3 * 8 * 24 + 2 * 8          # wq wo, wk wv, w1 w2 w3, norms
 ROOT = 2 * 10 * 8 + 8                                            # embedding, output, norm
 P = 3 * BLOCK + ROOT
+
+
+def begin(folder):
+    """conftest.py calls it before the first test of all."""
+    return begin_script(__file__, folder, ACTIONS)
+
+
+@pytest.fixture(scope="module")
+def finish(begun):
+    """finish(action): what an action printed."""
+    return finish_script(*begun)
 
 
 def parts(**changes):
@@ -182,47 +202,63 @@ def test_a_gpu_is_full_at_ninety_percent():
 # ---- By a meter ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["tiled", "sdpa", "naive"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_arithmetic_is_near_the_measured_peak(attention, dtype, recompute, accumulate):
-    """Within 15 %; naive attention, which is there to be read, within 25 %."""
+CASES = {f"{attention}, {dtype}, recompute {recompute}, accumulate {accumulate}":
+         (attention, dtype, recompute, accumulate)
+         for attention, dtype, recompute, accumulate in itertools.product(
+             ["tiled", "sdpa", "naive"], [F32, BF16], [False, True], [1, 2])}
+
+
+def estimated_and_measured_peak(attention, dtype, recompute, accumulate):
+    """Bytes of the last micro-batch of a step."""
     T = 512
     config = ModelConfig(dim=128, n_layers=6, n_heads=4, n_kv_heads=2, vocab_size=256,
                          multiple_of=32)
     model = LLaMA(config, attention=attention, recompute=recompute)
     tokens = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0))
 
-    def micro_batch():
+    def micro_batch(tokens):
         with torch.autocast("cpu", dtype, enabled=dtype != F32):
             loss = model.loss(tokens, tokens)
         loss.backward()
 
     there_before = 12 * parameter_count(config)          # weights and moments
     for _ in range(accumulate - 1):
-        micro_batch()
-        there_before += 4 * parameter_count(config)      # gradients
+        micro_batch(tokens[:, :8])                       # it leaves the gradients of a long one
+        there_before += 4 * parameter_count(config)
     with Meter() as meter:
-        micro_batch()
-    measured = meter.peak + there_before
-    estimate = training_memory(config, Plan(1, T, dtype, attention, accumulate,
-                                            recompute=recompute)).peak
-    limit = 1.25 if attention == "naive" else 1.15
-    assert 1 / limit < estimate / measured < limit
+        micro_batch(tokens)
+    plan = Plan(1, T, dtype, attention, accumulate, recompute=recompute)
+    return training_memory(config, plan).peak, meter.peak + there_before
+
+
+def meter_all(folder):
+    print(json.dumps({name: estimated_and_measured_peak(*case) for name, case in CASES.items()}))
 
 
 @pytest.mark.slow
-def test_the_bench_prints_an_error(tmp_path, capsys):
-    """One process, resident memory. The model is too small for the error itself to say much. LoRA
-    of the same model takes less, by the arithmetic and on the machine."""
+@pytest.mark.parametrize("case", CASES)
+def test_the_arithmetic_is_near_the_measured_peak(finish, case):
+    """Within 15 %; naive attention, which is there to be read, within 25 %."""
+    estimate, measured = json.loads(finish("meter"))[case]
+    limit = 1.25 if case.startswith("naive") else 1.15
+    assert 1 / limit < estimate / measured < limit
+
+
+def bench_twice(folder):
+    """Full fine-tuning, and LoRA of the same model: one process each, resident memory."""
     for rank in (0, 4):
         bench_memory(["--dim", "256", "--n-layers", "4", "--n-heads", "4", "--vocab-size", "2000",
                       "--row-length", "128", "--processes", "1", "--device", "cpu", "--lora-rank",
-                      str(rank), "--out", str(tmp_path / f"memory{rank}.json")])
-    printed = capsys.readouterr().out
+                      str(rank), "--out", f"{folder}-{rank}.json"])
+
+
+@pytest.mark.slow
+def test_the_bench_prints_an_error(begun, finish):
+    """The model is too small for the error itself to say much. LoRA takes less, by the arithmetic
+    and on the machine."""
+    printed = finish("bench")
     assert printed.count("1 process ") == printed.count("   error ") == 2
-    full, lora = (finetune.read_json(tmp_path / f"memory{rank}.json")["memory"][0]
+    full, lora = (finetune.read_json(begun[1] / f"bench-{rank}.json")["memory"][0]
                   for rank in (0, 4))
     for found in (full, lora):
         assert found["error"] == found["estimate"] / found["measured"] - 1
@@ -326,3 +362,9 @@ def test_without_a_dry_run_memory_is_one_line(capsys):
     assert "a GPU      weights  gradients  AdamW" in printed
     assert "fits in    24 GB: yes, 48 GB: yes, 80 GB: yes, 141 GB: yes" in printed
     assert "400 TFLOP/s each (assumed: 40 % of an H100's 989)" in printed
+
+
+ACTIONS = {"meter": meter_all, "bench": bench_twice}
+
+if __name__ == "__main__":
+    be_the_script(ACTIONS, prepare=lambda folder: None)
