@@ -62,8 +62,7 @@ def parallel_map(function: Callable, jobs: Mapping[Any, tuple], model: torch.nn.
         futures = {}
         for key, arguments in jobs.items():
             if key not in cache:
-                compute = functools.partial(function, *arguments)
-                futures[key] = pool.submit(cache.get, key, compute)
+                futures[key] = pool.submit(cache.get, key, functools.partial(function, *arguments))
         for key in jobs:
             if key in futures:
                 yield futures.pop(key).result()  # popped: a result is not kept twice

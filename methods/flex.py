@@ -1,4 +1,5 @@
-"""The fast path of distance maps on a GPU: PyTorch's flex_attention, a band at a time."""
+"""Distance maps and PyTorch's compiler: flex_attention, a band at a time, is the fast path on a
+GPU; all else stays uncompiled."""
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,7 @@ def block_mask(keys: KeyRange, B: int, S: int) -> Any:
         return (first[b, t] <= s) & (s < stop[b, t])
 
     T, begin = first.shape[1], torch.arange(0, S, FLEX_BLOCK, device=first.device)
+    # The last block of queries may be a short one: what fills it sees no key.
     low, high = in_blocks(keys.first, filler=S), in_blocks(keys.stop, filler=0)
     some = (low.amin(-1) < begin + FLEX_BLOCK) & (high.amax(-1) > begin)   # [1 or B, rows, columns]
     all_seen = (low.amax(-1) <= begin) & (high.amin(-1) >= begin + FLEX_BLOCK)

@@ -1,4 +1,5 @@
 """What attention has to know about positions, for every method in the same form."""
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,9 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, all_positions: Tensor, 
     distance_map = METHODS[config.rope_type].distance_map
     bands = distance_map(positions, all_positions, config.original_max_position_embeddings,
                          config.factor, **config.options)
+    for far, near in itertools.pairwise(bands):
+        assert (far.stop <= near.first).all(), "bands go from far to near, and no key is in two"
+    assert (bands[-1].stop == positions + 1).all(), "a query sees itself, and nothing after it"
     inputs = []
     for band in without_idle_bands(bands, all_positions):
         held, keys = keys_of(band, all_positions).held()

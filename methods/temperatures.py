@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def log_n(positions: Tensor, original_window: int) -> Tensor:
-    """max(1, ln(m + 1) / ln L) for a query at m, which sees n = m + 1 keys. (With `streaming` n
-    never exceeds L, and this is too much.) (Su 2021, kexue.fm/archives/8823; Nakanishi 2025, arXiv
-    2501.19399, learns its scale)"""
+    """max(1, ln(m + 1) / ln L) for a query at m, which sees n = m + 1 keys in a text without gaps.
+    (With `streaming` n never exceeds L, and this is too much.) (Su 2021, kexue.fm/archives/8823;
+    Nakanishi 2025, arXiv 2501.19399, learns its scale)"""
     return ((positions + 1.0).log() / math.log(original_window)).clamp(min=1.0)
 
 

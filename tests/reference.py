@@ -272,6 +272,7 @@ def seen_distance(rope, i, j):
         if apart == 0:
             return d
         return (min(i % h + h, c - 1) if apart == 1 else c - 1) - j % h
+    assert kind == "streaming", f"{kind}: write its formula here"
     sinks = rope.get("sinks", 4)
     w = w or max(1, L - sinks)
     if d < w:

@@ -112,7 +112,22 @@ def test_by_default_a_map_folds_what_is_asked_into_the_trained_window(name, L, f
     assert 0 < largest_distance(bands, n) <= L
 
 
-@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "self_extend", "dca"])
+@pytest.mark.parametrize("bands", [
+    lambda m, n: [Band(n[:1], m + 2, m, n)],
+    lambda m, n: [Band(n[:1], m, m, n)],
+    lambda m, n: [Band(n[:1], m - 2, m, n), Band(m - 3, m + 1, m, n)],
+    lambda m, n: [Band(m - 3, m + 1, m, n), Band(n[:1], m - 3, m, n)]],
+    ids=["it sees what comes after it", "not itself", "a key in two bands", "near to far"])
+def test_a_map_that_breaks_the_rules_is_refused(monkeypatch, bands):
+    config, n = RopeConfig.from_dict(rope_dict("rerope", {})), torch.arange(20)
+    theta, factor = inv_freq(config, 8)
+    own = dataclasses.replace(METHODS["rerope"], distance_map=lambda m, n, L, s: bands(m, n))
+    monkeypatch.setitem(METHODS, "rerope", own)
+    with pytest.raises(AssertionError, match="after it|far to near"):
+        position_inputs(config, 4, theta, factor, n, n)
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "streaming"])
 def test_near_tokens_keep_their_distance_and_no_far_one_comes_nearer(name):
     for i in (0, 20, 57, 127):
         seen = seen_by_query(name, {}, 32, 4.0, i)[::-1]

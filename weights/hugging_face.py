@@ -337,8 +337,7 @@ def read_tensors(folder: str | Path, shapes: dict[str, tuple[int, ...]]
         else:  # of two names for one tensor some writers keep this one
             meta_name[OUTPUT] = meta_name.pop(EMBEDDING)
     files = sorted(set(file_of.values()))
-    place = files[0] if len(files) == 1 else folder
-    refuse_missing_and_unknown(place, file_of, meta_name)
+    refuse_missing_and_unknown(files[0] if len(files) == 1 else folder, file_of, meta_name)
     for file in files:
         names = [name for name in file_of if file_of[name] == file]
         for name, tensor in mapped_tensors(file, names):
