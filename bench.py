@@ -325,8 +325,7 @@ def held_out_documents(c: BenchConfig, model: LLaMA) -> tuple[list[np.ndarray], 
         longest = c.tokens + 1 if c.tokens else 0
         return read_documents(c.text, tokenizer, longest, window), window, stride
     corpus = ensure_corpus("data/corpora/python", tokenizer.path)
-    documents = validation_documents(corpus, 2 * window, c.tokens or 2**62, tokenizer)
-    return documents, window, stride
+    return validation_documents(corpus, 2 * window, c.tokens or 2**62, tokenizer), window, stride
 
 
 def bench_perplexity(c: BenchConfig, model: LLaMA, load_peer: PeerLoader, dtype: torch.dtype,

@@ -129,7 +129,7 @@ def largest_score(x: ndarray, theta: ndarray, w: ndarray) -> list[float]:
 
 def noise_targets(length: int, seeds: Iterable[int]) -> ndarray:
     """Standard normal noise to fit, [L, seeds]."""
-    return np.stack([np.random.default_rng(seed).standard_normal(length) for seed in seeds], 1)
+    return np.stack([np.random.default_rng(seed).standard_normal(length) for seed in seeds], axis=1)
 
 
 # ---- Bounds, in units of eta = max |h_i| ---------------------------------------------------------

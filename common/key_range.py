@@ -19,7 +19,7 @@ class KeyRange(NamedTuple):
         return KeyRange(self.first[..., -n:], self.stop[..., -n:])
 
     def held(self) -> tuple[slice, "KeyRange"]:
-        """At least the keys that any query sees, and this range counted from the first of them."""
+        """All keys that some query sees, perhaps more, and this range counted from the first."""
         start, end = int(self.first.min()), int(self.stop.max())
         return slice(start, end), KeyRange(self.first - start, self.stop - start)
 
@@ -39,7 +39,7 @@ class KeyRange(NamedTuple):
         return (s < first) | (s >= stop)
 
     def tiles(self, block_q: int, block_k: int) -> Iterator[tuple[slice, list[slice]]]:
-        """At least the tiles in which anything is seen: yields (rows of q, [columns of k])."""
+        """All tiles in which anything is seen, perhaps more: yields (rows of q, [columns of k])."""
         T = self.first.shape[-1]
         for t in range(0, T, block_q):
             rows = slice(t, min(t + block_q, T))

@@ -433,7 +433,8 @@ def string_match(text: str, answers: list[str]) -> float:
 def ranking_score(values: list[float], answers: int) -> float:
     """The share of the right answers that are more probable than every wrong one, in percent.
     values: log-likelihoods of the candidates, of which the first `answers` are right."""
-    return 100 * sum(wins(true, values[answers:]) for true in values[:answers]) / answers
+    wrong = values[answers:]
+    return 100 * sum(wins(true, wrong) for true in values[:answers]) / answers
 
 
 def effective_length(averages: dict[int, float], threshold: float = 85.6) -> int:

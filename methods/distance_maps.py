@@ -17,9 +17,9 @@ ReRoPE, min(m - n, w), has two:
     L  original_window                           s  factor = L'/L
 
 k(n) may not depend on m: a band's keys are rotated once for all queries. A map takes (m, n, L, s)
-and its settings, and returns its bands from far to near, the last up to m + 1. No key is in two of
-them; one that is in none is not seen. The last query has to see the largest distance: checks.py
-asks it alone. To add a map: a function here, and a row in table.py; CONTRIBUTING.md.
+and its settings, and returns its bands from far to near: each stops where the next one begins or
+before, the last at m + 1. A key in none of them is not seen. The last query has to see the largest
+distance: checks.py looks at no other. To add a map: a function here, a row in table.py.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ from rope import apply_rope
 
 class Band(NamedTuple):
     """The keys at positions first <= n < stop of each query, and where both stand."""
-    first: Tensor   # [T] or [B, T]; it may be negative, or beyond stop
+    first: Tensor   # [T] or [B, T]; both may be negative, and where they cross it is empty
     stop: Tensor    # [T] or [B, T]
     q: Tensor       # [T] or [B, T]: q(m)
     k: Tensor       # [S] or [B, S]: k(n), of all keys
@@ -47,7 +47,7 @@ class Band(NamedTuple):
 def rerope(m: Tensor, n: Tensor, original_window: int, factor: float, window: int | None = None
            ) -> list[Band]:
     """min(m - n, w): all that is far stands at the distance w, by default L/2. There is no limit
-    to the length; s only says how long a text is allowed. (Su 2023, kexue.fm/archives/9708)"""
+    to the length; s only says how long a text may be. (Su 2023, kexue.fm/archives/9708)"""
     w = original_window // 2 if window is None else window
     near = Band(m - w + 1, m + 1, m, n)
     far = Band(torch.zeros_like(m), m - w + 1, torch.full_like(m, w), torch.zeros_like(n))

@@ -85,7 +85,7 @@ def band_inputs(config: RopeConfig, frequencies: Tensor, all_positions: Tensor, 
     bands = distance_map(positions, all_positions, config.original_max_position_embeddings,
                          config.factor, **config.options)
     for far, near in itertools.pairwise(bands):
-        assert (far.stop <= near.first).all(), "bands go from far to near, and no key is in two"
+        assert (far.stop <= near.first).all(), "bands go from far to near, each up to the next"
     assert (bands[-1].stop == positions + 1).all(), "a query sees itself, and nothing after it"
     inputs = []
     for band in without_idle_bands(bands, all_positions):

@@ -25,16 +25,16 @@ os.fsync = lambda file: None
 
 # ---- Long work at the side -----------------------------------------------------------------------
 #
-# A test file with a function begin(folder) starts processes that take minutes. They begin before
-# the first test of all, and its own tests come last. One core is kept for the other tests: beside a
-# dozen processes they would get a fifth of it. And ranks that wait for each other on two cores take
-# half as much time again.
+# A test file with a function begin(folder) starts processes that take a while. They begin before
+# the first test of all, and the tests that want them come last. One core is kept for the other
+# tests: beside a dozen processes they would get a fifth of it. And ranks that wait for each other
+# on two cores take half as much time again.
 
 BEGUN = {}  # test module: (the process that begin() returned, its folder)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: hasattr(item.module, "begin"))
+    items.sort(key=lambda item: "begun" in item.fixturenames)
 
 
 def pytest_collection_finish(session):

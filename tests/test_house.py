@@ -130,7 +130,7 @@ def begin(folder):
                 del sys.modules[name]
             importlib.import_module(first)
             if "torch._dynamo" in sys.modules and not there:
-                sys.exit(first + " imports PyTorch's compiler")
+                sys.exit("importing " + first + " brings PyTorch's compiler")
     """
     with open(folder / "errors", "wb") as errors:
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=errors,
