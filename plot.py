@@ -408,7 +408,7 @@ def plot_real_model(result: dict, path: Path) -> Path:
             draw_line(left, dict(zip(position, map(math.exp, nll))), label, style)
         mark_windows(left, {"L": result["original_window"]})
         left.set_xlabel("position in the text (tokens)")
-        left.set_title(kind, loc="left")  # L stands in the middle
+        left.set_title(kind, loc="left" if window <= 2 * result["original_window"] else "right")
         perplexity_axis(left)
         points = [(r["method"], r["steps"], last_quarter(r["nll_by_position"][kind])) for r in rows]
         for axis in right:

@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import plot
 from common.errors import UserError
@@ -419,6 +420,20 @@ def test_texts_read_by_untrained_models_stand_side_by_side_under_a_legend_that_f
                                         "dca temperature log_n"]
         legend = figure.legends[0].get_window_extent()
         assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("window", [384, 512, 1024])
+def test_the_kind_of_text_and_the_window_of_pre_training_stand_side_by_side(tmp_path, kept, window):
+    rows = [{"method": "default", "seed": 0, "steps": 0,
+             "nll_by_position": {"some long text": [2.0] * 8}}]
+    plot.plot_real_model({"rows": rows, "window": window, "original_window": 256, "seed": 0},
+                         tmp_path / "figure.png")
+    axis = kept().axes[0]
+    titles = [text for text in axis.get_children()
+              if isinstance(text, Text) and text.get_text() == "some long text"]
+    marks = [text for text in axis.texts if text.get_text() == "L"]
+    assert len(titles) == len(marks) == 1
+    assert not titles[0].get_window_extent().overlaps(marks[0].get_window_extent())
 
 
 def test_with_a_temperature_a_method_has_its_colour_unless_it_stands_beside_itself():
