@@ -57,7 +57,7 @@ def in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def never_compiled(function: Callable) -> Callable:
-    """torch.compiler.disable, but it imports the compiler (2 s, 70 MB) only when one is at work."""
+    """Like torch.compiler.disable, but the compiler (2 s, 70 MB) is imported only if it is used."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         run = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
