@@ -45,7 +45,7 @@ class FinetuneConfig(FitConfig):
     rows, constant after warm-up."""
     model: str = field("data/tiny", "pretrained model folder")
     rope: str = field("linear", "scaling method: linear (Position Interpolation), ntk, yarn, ..., "
-                      "or a JSON object. --rope default, plain RoPE, only fine-tunes directly")
+                      "or a JSON object; default (plain RoPE) makes the direct fine-tuning alone")
     factor: float = field(2.0, "s = L'/L; L is always the window of pre-training")
     out: str = field("", "folder of the extended model [out/pi-xFACTOR for linear, else "
                      "out/METHOD-xFACTOR]; the baseline goes to OUT-direct [out/direct-xFACTOR]")
@@ -57,12 +57,12 @@ class FinetuneConfig(FitConfig):
     warmup: int = field(20, "steps of linear warm-up, from 10 % of the peak")
     weight_decay: float = field(0.0, "AdamW weight decay")
     passkey_share: float = field(1.0, "share of rows with passkey prompts, none longer than L")
-    passkey_packed: bool = field(False, "fill these rows with prompts instead of one each (the "
-                                 "model then learns to ignore keys beyond L)")
+    passkey_packed: bool = field(False, "fill these rows with prompts instead of one each (which "
+                                 "seems to teach the model to overlook passkeys beyond L)")
     positions: str = field("own", "positions in training rows. contiguous: 0 .. L'-1; pose: L "
                            "tokens that skip and so reach L'; own: the method's own way",
                            choices=["own", "contiguous", "pose"])
-    row_length: int | None = field(None, "a row's tokens [L', L with pose]; shorter rows take pose")
+    row_length: int | None = field(None, "a row's tokens [L'; L with pose]; below L' implies pose")
     lora_rank: int = field(0, "train A and B of LoRA with this rank r; 0 trains everything "
                            "(LongLoRA has 8)")
     lora_alpha: float = field(16.0, "W x + (alpha / r) B A x")
@@ -73,7 +73,7 @@ class FinetuneConfig(FitConfig):
     text: list[str] = field([], "files and folders to train on; the end of the longest is held out")
     corpus: str = field("data/corpora/python", "token folder; the default one is made if missing")
     corpus_mb: float = field(32.0, "megabytes of Python source in the default corpus")
-    baseline: bool | None = field(None, "also fine-tune directly [not if rows have L tokens only]")
+    baseline: bool | None = field(None, "also fine-tune directly [not if rows have L by default]")
     eval: bool = field(True, "measure perplexity and passkeys before and after")
     lengths: list[int] = field([], "to measure at [half, one, two and four times L, and L']")
     max_tokens: int | None = field(None, "held-out tokens to score [16384, or 2 longest lengths]")

@@ -151,8 +151,8 @@ class TiledAttention(torch.autograd.Function):
         row_sum <- exp(m - m') row_sum + sum_j exp(s_j - m')
         acc     <- exp(m - m') acc     + sum_j exp(s_j - m') v_j
 
-    At the end out = acc / row_sum and lse = m + ln row_sum = ln sum_j exp(s_j) (log-sum-exp). Both
-    serve distance maps: they attend to keys in parts, and a part weighs exp(its lse - lse of all).
+    At the end out = acc / row_sum and lse = m + ln row_sum = ln sum_j exp(s_j) (log-sum-exp). A
+    distance map attends to its bands one by one; the out of each weighs exp(its lse - lse of all).
     Backward recomputes each tile's p = exp(s - lse). With delta = sum_d dout * out - dlse, one
     number a query,
 
@@ -188,7 +188,7 @@ class TiledAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable  # a second derivative raises: backward takes lse for a constant
+    @once_differentiable  # a second derivative raises: it would take the saved lse for a constant
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, bias = ctx.saved_tensors
         K, scale = k.shape[1], 1 / math.sqrt(q.shape[-1])
@@ -283,14 +283,14 @@ class Attention(nn.Module):
         k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, K, T, D]
         pos = pos.last(n)
-        if pos.bands is None:
+        if pos.bands is None:                           # no distance map (methods/distance_maps.py)
             q = apply_rope(q, *pos.q_rope)
             k = apply_rope(k, *pos.k_rope)              # not q_rope under a temperature or in xPos
         if cache is not None:
             k, v = cache.add_keys(self.layer, k, v)                               # [B, K, S, D]
         if pos.context is not None:                                   # several GPUs share the text
             k, v = pos.context.all_tokens(k), pos.context.all_tokens(v)           # [B, K, S, D]
-        if pos.bands is not None:                                     # each band rotates them
+        if pos.bands is not None:                    # a distance map: each band rotates q and k
             out = attention_in_bands(q, k, v, pos.bands, implementation, attention,
                                      TiledAttention.apply)                        # [B, H, n, D]
         elif pos.context is not None:
@@ -376,7 +376,7 @@ class LLaMA(nn.Module):
         if cache is not None:
             cache.add_tokens(tokens, all_positions, frequencies, attention_factor)
         positions = all_positions[..., -tokens.shape[1]:]
-        if self.context is not None:                                    # this GPU's part of it
+        if self.context is not None:                              # this GPU's part of the text
             own = self.context.own(tokens.shape[1])
             tokens, positions = tokens[:, own], all_positions[..., own]
         inputs = inputs_of_layers(self.config.rope, self.config.n_layers, self.config.n_heads,

@@ -14,13 +14,13 @@ Position Interpolation (Chen et al. 2023, arXiv 2306.15595) answers: by angles b
     B  batch    H  heads    T  tokens    D  head_dim    i  pair, 0 .. D/2-1    m  position
     L  original_window      L'  target window      s = L'/L  factor      l  seq_len, tokens so far
 
-A method is a function that returns (inv_freq, attention_factor): its theta_i, the radians that
+A method is a function that returns (inv_freq, attention_factor): its own theta_i, the radians that
 each pair turns per token (float64 [D/2]; inv_freq is Hugging Face's name for them), and a number
 that multiplies cos and sin, 1 for most. Rarer methods, and those that change distances and not
 angles, are in methods/; formulas in docs/maths.md. From a flag to attention:
 
     --rope, --factor  ->  RopeConfig                                     methods/config.py
-    LLaMA.hidden      ->  inv_freq looks the method up and calls it      methods/angles.py
+    LLaMA.hidden      ->  inv_freq() looks the method up and calls it    methods/angles.py
                       ->  inputs_of_layers calls cos_sin                 methods/position_inputs.py
     Attention.forward ->  apply_rope
 """
@@ -63,7 +63,7 @@ def rotate_pairs(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def cos_sin(inv_freq: Tensor, positions: Tensor, attention_factor: float = 1.0
             ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles m * theta_i, two tensors [..., T, D/2]: positions m [T] or [B, T].
+    """cos and sin of the angles m * theta_i, times attention_factor: [T] or [B, T] -> [.., T, D/2].
     Always float32: bfloat16 rounds position 257 to 256, and pair 0 would be a radian behind."""
     with torch.autocast(inv_freq.device.type, enabled=False):
         angles = positions[..., None].float() * inv_freq.float()

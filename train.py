@@ -114,8 +114,8 @@ def fit(model: LLaMA, config: FitConfig, batches: Batches,
     evaluate(model): numbers to log every eval_every steps, and at the end.
     Weights are float32; with bfloat16 the matrix products run under autocast.
     Returns the seconds spent training, those before an interruption counted.
-    Raises UserError for other settings than those of the run in config.out, a model there that no
-    run left, another process that trains there, or a loss or gradient that is not finite (noticed
+    Raises UserError for other settings than those of the run in config.out, a model there without a
+    run, another process that trains there, or a loss or gradient that is not finite (noticed
     at the next logged step), and Stopped after Ctrl-C, with all steps saved.
     """
     validate_settings(config)
@@ -159,7 +159,7 @@ def add_gradients(model: LLaMA, batch: Sequence[Tensor], config: FitConfig) -> T
     dtype = choose_dtype(config.dtype, device)
     total = torch.zeros((), device=device)
     # The step's loss is the mean over all its targets. PyTorch averages the gradients of W GPUs, so
-    # each divides its sum of losses by 1/W of them. GPUs that share a row have all counted its own.
+    # each divides its losses by (all targets) / W. GPUs that share a row each counted it whole.
     targets_per_gpu = mean_over_ranks(count_targets(batch[1])) / config.context_parallel
     targets_per_gpu = targets_per_gpu.clamp(min=1e-30)      # a step without targets has a loss of 0
     for start in range(0, len(batch[0]), config.batch_size):

@@ -26,7 +26,7 @@ class Batches:
                      method's work.
     packed           True: such a row is full of prompts. False: it is text with one prompt in it.
                      Packing has a side effect when L' > L: keys farther away than L are there in
-                     training and never the answer, so a model learns to overlook just these.
+                     training and never the answer, which seems to teach a model to overlook them.
     positions        None for 0 .. T-1, or a function (rng of the step, rng of the row, T) -> [T]:
                      a batch then has a third tensor, positions [B, T]
     """

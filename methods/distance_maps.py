@@ -1,8 +1,8 @@
 """Distance maps: near tokens keep their distance, far ones are folded into the trained range.
 
 The other methods change by which angles the pairs turn. These change how far apart two tokens are
-said to be: no pair meets an angle that it was not trained on (or one step beyond), and nothing has
-to be trained. The price is the order of far tokens: several come to stand at one distance.
+said to be: no pair turns further than in training (or by one step at most), and nothing has to be
+trained. The price is the order of far tokens: most maps put several of them at one distance.
 
 A map cuts the keys that a query sees into *bands*. In a band the query stands at a place q(m) and
 each key at a place k(n), and they are rotated there: the model sees the distance q(m) - k(n).
@@ -17,9 +17,9 @@ ReRoPE, min(m - n, w), has two:
     L  original_window                           s  factor = L'/L
 
 k(n) may not depend on m: a band's keys are rotated once for all queries. A map takes (m, n, L, s)
-and its settings, and returns its bands from far to near: each stops where the next one begins or
-before, the last at m + 1. A key in none of them is not seen. The last query has to see the largest
-distance: checks.py looks at no other. To add a map: a function here, a row in table.py.
+and its settings, and returns its bands from far to near: each ends at or before the start of the
+next, the last at m + 1. A key in none of them is not seen. The largest distance of all has to be
+seen by the last query: checks.py looks at no other. To add one: a function here, a row in table.py.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -46,8 +46,8 @@ class Band(NamedTuple):
 
 def rerope(m: Tensor, n: Tensor, original_window: int, factor: float, window: int | None = None
            ) -> list[Band]:
-    """min(m - n, w): all that is far stands at the distance w, by default L/2. There is no limit
-    to the length; s only says how long a text may be. (Su 2023, kexue.fm/archives/9708)"""
+    """min(m - n, w): all that is far stands at the distance w, by default L/2. It reads any length,
+    whatever s is. (Su 2023, kexue.fm/archives/9708)"""
     w = original_window // 2 if window is None else window
     near = Band(m - w + 1, m + 1, m, n)
     far = Band(torch.zeros_like(m), m - w + 1, torch.full_like(m, w), torch.zeros_like(n))
@@ -79,11 +79,11 @@ def self_extend(m: Tensor, n: Tensor, original_window: int, factor: float,
 
 def dca(m: Tensor, n: Tensor, original_window: int, factor: float, chunk: int | None = None,
         local: int | None = None) -> list[Band]:
-    """Dual Chunk Attention. The text is cut into chunks of h = c - w tokens, and a key stands at
-    n mod h. A query stands at m mod h for its own chunk, h further for the one before, but at most
-    at c - 1, and at c - 1 for all earlier ones: the nearest w tokens keep their distances. `chunk`
-    is c, the number of distances, by default 3L/4; `local` is w, by default L/4, in the authors'
-    code L/16. (An et al. 2024, arXiv 2402.17463)"""
+    """Dual Chunk Attention: c distances (`chunk`, by default 3L/4), the nearest w of them exact
+    (`local`, by default L/4, in the authors' code L/16). The text is cut into chunks of h = c - w
+    tokens, and a key stands at n mod h. A query stands at m mod h for its own chunk; for the one
+    before h further, but at most at c - 1; for all earlier ones at c - 1. (An et al. 2024, arXiv
+    2402.17463)"""
     c = 3 * original_window // 4 if chunk is None else chunk
     w = original_window // 4 if local is None else local
     h = c - w
@@ -107,7 +107,7 @@ def streaming(m: Tensor, n: Tensor, original_window: int, factor: float, sinks: 
 
 
 def least_stretch(original_window: int, factor: float, w: int) -> float:
-    """The least r with w + (L' - w) / r <= L: one step beyond the L - 1 of training."""
+    """The least r with w + (L' - w) / r <= L: the farthest of L' tokens stands at L - 1/r."""
     target = round(original_window * factor)
     return max(1.0, (target - w) / max(1, original_window - w))
 
@@ -151,8 +151,8 @@ class BandInputs(NamedTuple):
 @never_compiled  # its tiles depend on numbers in tensors; flex_attention compiles itself
 def attention_in_bands(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[BandInputs],
                        implementation: str, attention: Callable, tiled: Callable) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU;
-    on a GPU flex_attention, also for sdpa. attention, tiled: model.py's, which imports this."""
+    """q [B, H, T, D], k and v [B, K, S, D], not yet rotated -> [B, H, T, D]. auto: tiled on a CPU,
+    flex_attention on a GPU (as is sdpa). `attention` and `tiled` are handed in by model.py."""
     if len(bands) == 1 and bands[0].keys.is_causal(k.shape[2]):                # nothing is folded
         return attention(*in_band(q, k, v, bands[0]), None, implementation)
     if implementation == "naive":

@@ -1,7 +1,7 @@
 """Temperatures: queries grow with their position, as the softmax flattens over more keys.
 
 Among n keys with equally spread scores the share of one that stands out shrinks like 1/n. Queries
-times ln n / ln L restore what the model had at L (docs/maths.md, section 12). It is an inverse
+times ln n / ln L give most or part of it back (docs/maths.md, section 12). The factor is an inverse
 temperature, 1/t in YaRN's letters: above 1 it sharpens. Keys in a cache stay as they are.
 """
 import math
@@ -12,8 +12,8 @@ from torch import Tensor
 
 def log_n(positions: Tensor, original_window: int) -> Tensor:
     """max(1, ln(m + 1) / ln L) for a query at m, which sees n = m + 1 keys in a text without gaps.
-    (With `streaming` n never exceeds L, and this is too much.) (Su 2021, kexue.fm/archives/8823;
-    Nakanishi 2025, arXiv 2501.19399, learns its scale)"""
+    (With `streaming` it sees L keys at most, and this is too much.) (Su 2021,
+    kexue.fm/archives/8823; Nakanishi 2025, arXiv 2501.19399, learns its scale)"""
     return ((positions + 1.0).log() / math.log(original_window)).clamp(min=1.0)
 
 
