@@ -22,7 +22,7 @@ import torch
 from common.cache import ResultCache
 from common.cli import Parser, add_flags, field, run_command
 from common.errors import UserError
-from common.results import require_number, result
+from common.results import require_numbers, result
 from data.corpus import check_max_tokens, ensure_corpus, read_documents, validation_documents
 from data.passkey import PasskeyPrompts, random_key
 from data.tokenizer import Tokenizer
@@ -89,6 +89,7 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
         nll += batch_nll
         tokens += batch_tokens
     mean = float(nll.sum() / tokens.sum())
+    require_numbers(mean)
     ppl = math.inf if mean > 700 else math.exp(mean)        # math.exp raises above 709.7
     return result(model, seed, perplexity=ppl, nll=mean,
                   tokens=int(tokens.sum()), documents=len(documents), window=window, stride=stride,
@@ -275,7 +276,6 @@ def perplexity_command(flags: PerplexityFlags, cache: ResultCache) -> dict[str, 
         corpus = ensure_corpus(flags.corpus, tokenizer.path)
         documents = validation_documents(corpus, length, most_tokens, tokenizer)
     found = perplexity(model, documents, window, stride, flags.seed, bins=flags.bins, cache=cache)
-    require_number(found["nll"])
     found |= bits_per_byte(found["nll"], documents, tokenizer)
     print(f"perplexity {found['perplexity']:.4f}   ({found['nll']:.4f} nats a token, "
           f"{found['bits_per_byte']:.4f} bits a byte; {found['tokens']:,} tokens of "

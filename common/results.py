@@ -1,5 +1,4 @@
 """What every result says: which model, with which positions, measured where and by what."""
-import math
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ def matmul_mode(model: torch.nn.Module) -> str | None:
         return "by backend"
 
 
-def require_number(loss: float) -> None:
-    """A UserError for a loss that is not a number, which should be no result."""
-    if math.isnan(loss):
-        raise UserError("the loss is not a number: the weights are damaged, or the dtype cannot "
+def require_numbers(computed: Any, name: str = "the loss") -> None:
+    """A UserError for losses or logits that are not numbers, which should be no result."""
+    if torch.as_tensor(computed).isnan().any():
+        raise UserError(f"{name} is not a number: the weights are damaged, or the dtype cannot "
                         "hold what is computed: try --dtype float32")

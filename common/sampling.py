@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.results import require_numbers
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token a row: logits [B, V] -> [B]."""
+    require_numbers(logits, "an answer's probability")
     if temperature <= 0:
         return logits.argmax(dim=-1)
     probabilities, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)

@@ -72,7 +72,8 @@ def files_of_keys(keys: dict) -> dict[str, bytes]:
 def companions_of_keys(keys: dict, metadata: dict) -> dict[str, bytes]:
     """{name: bytes} of chat_template.jinja, if there is one, and generation_config.json."""
     ends = [keys.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    ids = [i for i in dict.fromkeys(ends) if type(i) is int and 0 <= i < len(keys["tokens"])]
+    ids = [i for i in ends if type(i) is int and 0 <= i < len(keys["tokens"])]
+    ids = list(dict.fromkeys(ids))
     how = {"bos_token_id": keys["bos_token_id"], "eos_token_id": ids if len(ids) > 1 else ids[0]}
     padding = keys.get("padding_token_id")
     if type(padding) is int and 0 <= padding < len(keys["tokens"]):

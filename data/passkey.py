@@ -32,15 +32,21 @@ def encode_inside(tokenizer: Tokenizer, text: str) -> list[int]:
 
 class PasskeyPrompts:
     """Builds prompts for one tokenizer. `shortest` is the length in tokens, answer included, of a
-    prompt without garbage."""
+    prompt without garbage. (Where a tokenizer joins digits, keys differ in length: the longest of
+    a hundred.)"""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.introduction = [tokenizer.bos_id, *tokenizer.encode(INTRODUCTION)]
         self.garbage = np.array(encode_inside(tokenizer, GARBAGE + " "), dtype=np.int64)
         self.question = encode_inside(tokenizer, QUESTION)
-        key = max(len(self.information(k)) + len(self.answer(k)) for k in ("00000", "12345"))
-        self.shortest = len(self.introduction) + key + len(self.question)
+        some_keys = [f"{number:05}" for number in range(0, 100_000, 1009)]
+        self.shortest = max(map(self.shortest_with, some_keys))
+
+    def shortest_with(self, key: str) -> int:
+        """The length in tokens of this key's prompt without garbage, answer included."""
+        of_key = len(self.information(key)) + len(self.answer(key))
+        return len(self.introduction) + of_key + len(self.question)
 
     def information(self, key: str) -> list[int]:
         """The ids of the sentence that tells the key."""
@@ -63,7 +69,7 @@ class PasskeyPrompts:
         fill = length - len(self.introduction) - behind - len(answer)
         if fill < 0:
             raise UserError(f"a passkey prompt of {length} tokens is too short: this tokenizer "
-                            f"needs at least {self.shortest}")
+                            f"needs at least {length - fill} for the key {key}")
         before = round(depth * fill) if distance is None else fill + behind - distance
         before = min(max(before, 0), fill)
         prompt = np.concatenate([self.introduction, self.filler(before), information,
@@ -84,7 +90,7 @@ class PasskeyPrompts:
         """A training document: BOS, prompt, answer, EOS. Key, depth and length are random; the
         length without EOS is at most `longest`."""
         key = random_key(rng)
-        length = int(rng.integers(self.shortest, longest + 1))
+        length = max(int(rng.integers(self.shortest, longest + 1)), self.shortest_with(key))
         prompt, answer = self.build(key, length, depth=rng.random())
         return np.concatenate([prompt, answer, [self.tokenizer.eos_id]])
 

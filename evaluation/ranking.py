@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.kv_cache import KVCache
+from common.results import require_numbers
 from data.passkey import PasskeyPrompts, random_key
 from model import LLaMA
 
@@ -68,6 +69,7 @@ def batch_log_likelihoods(model: LLaMA, prompts: Tensor, candidates: Sequence[Te
         scores[:, i] = -nll.double().sum(dim=1).cpu()
         cache.rewind(T - 1)
         unread = prompts[:, -1:]  # is read again: its logits predict the candidate's first token
+    require_numbers(scores, "an answer's probability")
     return scores
 
 

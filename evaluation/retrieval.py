@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from common.results import require_numbers
 from data.tokenizer import Tokenizer
 from methods import depends_on_length
 from model import LLaMA, stream
@@ -88,5 +89,7 @@ def most_probable(model: LLaMA, prompts: Sequence[np.ndarray], answers: Sequence
     rows = [np.concatenate([prompt, answer]) for prompt, answer in zip(prompts, answers)]
     ids = torch.from_numpy(np.stack(rows)).to(model.device)                      # [B, T]
     longest = max(map(len, answers))
-    greedy = model(ids, last=longest + 1).argmax(dim=-1).cpu()                  # [B, longest + 1]
+    logits = model(ids, last=longest + 1)                                 # [B, longest + 1, V]
+    require_numbers(logits, "an answer's probability")
+    greedy = logits.argmax(dim=-1).cpu()                                        # [B, longest + 1]
     return [row[longest - len(answer):].tolist() for row, answer in zip(greedy, answers)]

@@ -26,7 +26,7 @@ from common.tables import format_table
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from eval import CONVENTIONS, four_lengths, measure_lengths
 from methods import METHODS, RopeConfig, inv_freq, parse_rope_flag
-from methods.checks import check_attention
+from methods.checks import check_attention, check_value
 from model import ModelConfig
 from plot import plot_compare
 from weights import load_config, load_tokenizer, with_rope
@@ -90,7 +90,8 @@ def turning_share(config: ModelConfig) -> float:
     """The share of pairs that complete a turn within L: p-RoPE lets the others stand still."""
     frequencies, _ = inv_freq(RopeConfig(rope_theta=config.rope.base), config.head_dim)
     turning = frequencies * config.original_window >= 2 * math.pi
-    return int(turning.sum()) / (config.head_dim // 2)
+    share, pairs = int(turning.sum()) / (config.head_dim // 2), turning.sum()
+    return share if share * config.head_dim // 2 == pairs else math.nextafter(share, 1)
 
 
 def at_factors(rope: dict, factors: Sequence[float]) -> list[Variant]:
@@ -107,7 +108,7 @@ def at_factors(rope: dict, factors: Sequence[float]) -> list[Variant]:
         elif value is not True and not isinstance(value, list):
             name += f"={value}"
     if rope.get("factor") is not None:
-        factors = [rope["factor"]]
+        factors = [check_value("factor", rope["factor"], "float")]
     elif rope_type == "default" or METHODS[rope_type].length_dependent:
         return [(name, rope)]
     return [(f"{name} x{factor:g}", rope | {"factor": factor}) for factor in factors]

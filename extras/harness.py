@@ -63,6 +63,7 @@ class Sampling(NamedTuple):
 class Prompt(NamedTuple):
     ids: list[int]
     sampling: Sampling
+    seed: int       # of its own, so that repeats of one prompt are sampled independently
 
 
 def sampling_of(settings: dict, window: int) -> Sampling:
@@ -72,9 +73,10 @@ def sampling_of(settings: dict, window: int) -> Sampling:
     if new_tokens >= window:
         raise UserError(f"{new_tokens} tokens are to be generated in a window of {window}: give a "
                         "longer --max-length")
-    if settings.get("num_beams", 1) != 1:
-        raise UserError("a task asks for beam search, which there is not here: set num_beams to 1 "
-                        "in its generation_kwargs")
+    for name, off in {"num_beams": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}.items():
+        if settings.get(name, off) not in (off, None):
+            raise UserError(f"a task asks for {name} {settings[name]}, which there is not here: "
+                            f"set it to {off} in its generation_kwargs")
     until = settings.get("until") or []
     if isinstance(until, str):
         until = [until]
@@ -87,17 +89,18 @@ def sampling_of(settings: dict, window: int) -> Sampling:
 class Harness(LM):
     """A model as the harness wants it. max_length: tokens read at a time [the model's window];
     stride: of the windows over whole texts [max_length / 4]; truncate: a context that is too long
-    loses its beginning ("left") or its "middle" (LongBench)."""
+    loses its beginning ("left") or its "middle" (LongBench); seed: of sampled answers."""
 
     def __init__(self, model: LLaMA, tokenizer: Tokenizer, max_length: int | None = None,
                  stride: int | None = None, bos: bool = True, truncate: str = "left",
-                 cache: ResultCache | None = None):
+                 cache: ResultCache | None = None, seed: int = 0):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.max_length, self.stride = window_and_stride(model, max_length, stride)
         self.bos = bos
         self.truncate = truncate
+        self.seed = seed
         self.truncated = 0  # contexts so far
         self.cache = (cache or ResultCache()).for_model(model, "harness")
 
@@ -133,11 +136,13 @@ class Harness(LM):
     def generate_until(self, requests: Sequence) -> list[str]:
         """(context, settings) -> the continuation, up to the first of settings["until"]"""
         prompts = []
-        for request in requests:
+        for number, request in enumerate(requests):
             context, settings = request.args
             sampling = sampling_of(settings, self.max_length)
-            ids = self.start(self.tokenizer.encode(context))
-            prompts.append(Prompt(self.cut(ids, self.max_length - sampling.new_tokens), sampling))
+            ids = self.cut(self.start(self.tokenizer.encode(context)),
+                           self.max_length - sampling.new_tokens)
+            seed = (1_000_003 * self.seed + number) % 2**63 if sampling.temperature > 0 else 0
+            prompts.append(Prompt(ids, sampling, seed))
         return self.in_batches(prompts, "answers", lambda prompt: prompt.sampling,
                                self.continuations, generating=True)
 
@@ -232,7 +237,7 @@ class Harness(LM):
             logits = self.model.logits(h)                                     # [n, V]
             logprob = logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
             parts.append(logprob.cpu().double())
-            greedy.append(logits.argmax(dim=-1) == target)
+            greedy.append((logits.argmax(dim=-1) == target).cpu())
         counts = [row.scored for row in rows]
         return [[logprob.sum().item(), hits.all().item()] for logprob, hits in
                 zip(torch.cat(parts).split(counts), torch.cat(greedy).split(counts))]
@@ -247,7 +252,8 @@ class Harness(LM):
         new = [[] for _ in prompts]
         texts = [None] * len(prompts)  # of the prompts whose answer has ended
         steps = stream_ragged(self.model, pad_rows(ids, self.model.device), lengths,
-                              sampling.new_tokens, sampling.temperature, sampling.top_p, (eos,))
+                              sampling.new_tokens, sampling.temperature, sampling.top_p, (eos,),
+                              prompts[0].seed)
         for position, tokens in enumerate(steps, start=min(lengths)):
             for i, token in enumerate(tokens.tolist()):
                 if texts[i] is not None or position < lengths[i]:
@@ -351,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_from_flags(flags)
     cache = ResultCache(flags.out)
     harness = Harness(model, tokenizer, flags.max_length, flags.stride, flags.bos,
-                      flags.truncate, cache)
+                      flags.truncate, cache, flags.seed)
     bos = "once, in front of each text" if flags.bos else "none"
     print(f"harness    lm_eval {lm_eval.__version__}, window {harness.max_length}, BOS {bos}, too "
           f"long contexts lose their {flags.truncate.replace('left', 'beginning')}")

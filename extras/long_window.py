@@ -28,7 +28,7 @@ from common.cli import field, parse, run_command
 from common.device import choose_device
 from common.errors import UserError
 from common.files import check_output, read_json
-from common.results import require_number, result
+from common.results import result
 from common.tables import format_accuracy
 from data.corpus import ensure_corpus, read_documents, validation_documents
 from data.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = load_config(flags.model)
     L = base.original_window
     lengths = [n * L for n in sorted(set(flags.multiples))]
+    flags.seeds = list(dict.fromkeys(flags.seeds))
     check_flags(flags, base, lengths)
     tokenizer = load_tokenizer(flags.model, base.vocab_size)
     documents = documents_for(flags, tokenizer, lengths[-1])
@@ -94,7 +95,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             del model  # one at a time: the next may need the memory
             model, _ = load_from_flags(at_length(flags, method, n / L), quiet=not first)
             measured = perplexity(model, documents, n, cache=cache)
-            require_number(measured["nll"])
             row["perplexity"][n] = measured["perplexity"]
             row["passkey"][n] = share_of_keys(model, tokenizer, n, flags, cache)
             print(f"{method_label(method)}, {n} tokens: perplexity {row['perplexity'][n]:.2f}, "
@@ -118,9 +118,9 @@ def check_flags(flags: LongWindowFlags, base: ModelConfig, lengths: Sequence[int
                         "is that of the length")
     if flags.seed != 0:
         raise UserError("--seed: give --seeds, those of the keys")
-    if min(flags.multiples) < 1 or flags.places < 0 or not flags.seeds:
-        raise UserError("--multiples have to be at least 1, --places at least 0, --seeds at least "
-                        "one number")
+    if min(flags.multiples) < 1 or flags.places < 0 or min(flags.seeds, default=-1) < 0:
+        raise UserError("--multiples have to be at least 1, --places at least 0, and --seeds one "
+                        "or more numbers of at least 0")
     if flags.max_tokens < lengths[-1]:
         raise UserError(f"--max-tokens {flags.max_tokens} is below the longest length, "
                         f"{lengths[-1]}: give at least as many, or smaller --multiples")

@@ -63,7 +63,7 @@ from weights.flags import ModelFlags, load_from_flags
 STARTS = {"linear": "PI", "ntk": "NTK", "yarn": "YaRN"}
 COMPARED = ["default", "linear", "ntk", "ntk_by_parts", "yarn"]
 LEAST = {"texts": 1, "population": 1, "parents": 1, "iterations": 0, "mutations": 0,
-         "crossovers": 0, "seed": 0}
+         "crossovers": 0, "seed": 0, "max_tokens": 1, "depths": 1, "trials": 0}
 
 
 @dataclass
@@ -221,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     c = parse(LongRopeFlags, __doc__, argv)
     for name, least in LEAST.items():
         if getattr(c, name) < least:
-            raise UserError(f"--{name} {getattr(c, name)}: has to be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: has to be at least "
+                            f"{least}")
     if not (1 < c.factor and math.isfinite(c.factor)):
         raise UserError(f"--factor {c.factor}: give a number above 1")
     if not 0 < c.mutation_probability <= 1:

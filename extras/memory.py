@@ -41,6 +41,7 @@ from model import LLaMA, ModelConfig
 from train import fit
 from training.memory import GIB, training_memory
 from training.plan import plan_of
+from training.run import validate_settings
 from weights import load_config
 from weights.size import parameter_count
 
@@ -142,14 +143,14 @@ def second_step_peak(c: MemoryConfig, device: torch.device, folder: str) -> int:
 def memory_in_use(device: torch.device) -> int:
     """Bytes now: resident, or on CUDA allocated."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated(device)
     return kilobytes("VmRSS") * 1024
 
 
 def forget_peak(device: torch.device) -> None:
     """The peak is looked for from now on."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")    # see man 5 proc
 
@@ -157,7 +158,7 @@ def forget_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Bytes at most since then."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return kilobytes("VmHWM") * 1024
 
 
@@ -183,8 +184,14 @@ def check(c: MemoryConfig, device: torch.device) -> None:
     check_output(c.out)
     if device.type == "mps" or device.type == "cpu" and not PROC_STATUS.exists():
         raise UserError("memory is measured on Linux (/proc/self/status) and on CUDA only")
+    validate_settings(settings_of(c))
     if c.lora_rank < 0:
         raise UserError(f"--lora-rank {c.lora_rank}: has to be at least 1; 0 is no LoRA")
+    chunks = 2 * c.context_parallel if c.context_parallel > 1 else 1
+    if min(c.context_parallel, c.row_length) < 1 or c.row_length % chunks:
+        raise UserError(f"--context-parallel {c.context_parallel}, --row-length {c.row_length}: "
+                        "give numbers from 1 on, and rows that can be cut into two chunks for each "
+                        "process that shares them")
     if min(c.processes) < 1:
         raise UserError(f"--processes {min(c.processes)}: has to be at least 1")
     if device.type == "cuda" and max(c.processes) > torch.cuda.device_count():

@@ -41,8 +41,9 @@ def needle(model: LLaMA, tokenizer: Tokenizer, documents: Sequence[np.ndarray],
     """answer_share() of the sentence's second half, by the prompt's length and the needle's depth.
 
     documents: the haystack, arrays of token ids with BOS in front. `floor` is the same share where
-    the sentence is hidden nowhere: what grammar alone tells. Methods that depend on the length have
-    the frequencies of the whole prompt throughout. Returns the dict of the JSON file.
+    the sentence is hidden nowhere (`trials` prompts a length): what grammar alone tells. Methods
+    that depend on the length have the frequencies of the whole prompt throughout. Returns the dict
+    of the JSON file.
     """
     prompts = NeedlePrompts(tokenizer, documents)
 
@@ -88,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                    cache=cache)
     print_by_depth(found)
     floor = ", ".join(f"{share:.2f} at {length}" for length, share in found["floor"].items())
-    print(f"without the needle {floor}   (share of the answer's tokens; {flags.depths} depths x "
-          f"{flags.trials} needles; {found['seconds']:.1f} s)")
+    print(f"without the needle {floor}, of {flags.trials} prompts   (share of the answer's tokens; "
+          f"{flags.depths} depths x {flags.trials} needles; {found['seconds']:.1f} s)")
     cache.write_result(found)
 
 

@@ -155,8 +155,8 @@ def check_request(c: RealModelConfig) -> None:
     if not (1 < c.factor and math.isfinite(c.factor)):
         raise UserError(f"--factor {c.factor}: give a number above 1")
     window = round(load_config(c.model).original_window * c.factor)
-    if min(c.keys, *c.steps, *c.seeds, *c.lora_rank) < 0:
-        raise UserError("--steps, --keys, --seeds and --lora-rank have to be at least 0")
+    if min(c.keys, c.warmup, *c.steps, *c.seeds, *c.lora_rank) < 0:
+        raise UserError("--steps, --warmup, --keys, --seeds and --lora-rank have to be at least 0")
     if c.steps == [0] and (len(c.seeds) > 1 or c.lora_rank != [0]):
         raise UserError("--steps 0: untrained there is one row a method: give one of --seeds, and "
                         "no --lora-rank")

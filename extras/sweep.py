@@ -511,6 +511,8 @@ def check_sweep(c: SweepConfig) -> None:
     if c.stride is not None and not 1 <= c.stride <= c.lengths[0]:
         raise UserError(f"--stride {c.stride}: has to be from 1 to the shortest window, "
                         f"{c.lengths[0]}")
+    if not 0 <= (c.passkey_share or 0) <= 1:
+        raise UserError(f"--passkey-share {c.passkey_share}: give a share from 0 to 1")
     if len({Path(path).stem for path in c.text}) < len(c.text):
         raise UserError("--text: two files have the same name, which is that of their column: "
                         "rename one of them")
@@ -531,6 +533,8 @@ def check_texts(c: SweepConfig, tokenizer: Tokenizer) -> None:
     if label in [Path(path).stem for path in c.text]:
         raise UserError(f"--text: the name {label} is that of the corpus in the tables: rename the "
                         "file")
+    if c.text:
+        read_documents(c.text, tokenizer, 1, 0)
     shortest = PasskeyPrompts(tokenizer).shortest
     if c.trials and shortest > c.lengths[0]:
         raise UserError(f"--lengths {c.lengths[0]}: a passkey prompt needs {shortest} tokens: give "

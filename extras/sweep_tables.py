@@ -26,15 +26,12 @@ def sweep_tables(result: dict) -> list[Table]:
     rows = result["rows"]
     kind = list(rows[0]["perplexity"])[0]
 
-    def perplexity_at_target(row: dict) -> float | None:
-        return row["perplexity"][kind].get(str(row["window"]))
-
     tables = [
         table_by_window(rows, [str(n) for n in result["lengths"]]),
         table_by_steps(rows, "Perplexity at L' after so many steps (PI Table 3)",
-                       perplexity_at_target, 2),
+                       lambda row: (row["perplexity"][kind], str(row["window"])), 2),
         table_by_steps(rows, "k_max after so many steps (PI Table 4)",
-                       lambda row: row.get("k_max"), 0)]
+                       lambda row: (row, "k_max"), 0)]
     return [table for table in tables if table[2]]
 
 
@@ -71,9 +68,10 @@ def table_by_window(rows: Sequence[dict], lengths: Sequence[str]) -> Table:
              "passkey at L'"], body)
 
 
-def table_by_steps(rows: Sequence[dict], title: str, value: Callable[[dict], float | None],
+def table_by_steps(rows: Sequence[dict], title: str, place: Callable[[dict], tuple[dict, str]],
                    digits: int) -> Table:
-    """Methods that were measured after at least three numbers of steps."""
+    """Methods that were measured after at least three numbers of steps. place(row): the dict and
+    the key of its value there, if it was measured."""
     steps = sorted({row["steps"] for row in rows})
     groups = grouped_by_seed(rows)
     methods = sorted(dict.fromkeys((row["factor"], row["method"]) for row in rows),
@@ -82,8 +80,8 @@ def table_by_steps(rows: Sequence[dict], title: str, value: Callable[[dict], flo
     for factor, method in methods:
         cells = []
         for n in steps:
-            values = [value(row) for row in groups.get((factor, method, n), [])]
-            cells.append(cell([each for each in values if each is not None], digits))
+            places = [place(row) for row in groups.get((factor, method, n), [])]
+            cells.append(cell([where[key] for where, key in places if key in where], digits))
         if len([text for text in cells if text]) > 2:
             body.append([f"{factor:g}", method_label(method), *cells])
     return title, ["s", "method", *map(str, steps)], body

@@ -148,9 +148,9 @@ def check_method(rope_type: str, options: dict[str, Any], fields: dict[str, Any]
         check_dprope(settings, fields["original_max_position_embeddings"], fields["factor"])
     elif METHODS[rope_type].distance_map is not None:
         check_distance_map(rope_type, options, fields)
-    elif rope_type == "clex" and settings["max_factor"] < 1:
-        raise UserError(f"clex max_factor {settings['max_factor']:g}: the largest t, which begins "
-                        "at 1")
+    elif rope_type == "clex" and (settings["max_factor"] < 1 or settings["max_factor"] % 1):
+        raise UserError(f"clex max_factor {settings['max_factor']:g}: the largest t, a whole "
+                        "number from 1 on")
     elif rope_type == "clex" and fields["factor"] > settings["max_factor"]:
         raise UserError(f"clex max_factor {settings['max_factor']:g}: it has to cover factor "
                         f"{fields['factor']:g}")

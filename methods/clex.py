@@ -17,7 +17,7 @@ def clex(head_dim: int, base: float, factor: float, original_window: int, seq_le
 
 
 def clex_time(original_window: int, seq_len: int, max_factor: float) -> float:
-    """t = ceil(l/L), from 1 to max_factor."""
+    """t = ceil(l/L), from 1 to max_factor: whole, as in training."""
     return min(max(1.0, math.ceil(seq_len / original_window)), max_factor)
 
 

@@ -1,5 +1,4 @@
 """Positions of training rows other than 0, 1, 2, ...: PoSE, random positions, CLEX's."""
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -55,7 +54,7 @@ def training_positions(config: RopeConfig, original: int, target: int, scheme: s
     if scheme == "pose":
         return lambda step_rng, row_rng, length: pose_positions(row_rng, length, target)
     if scheme == "own" and METHODS[config.rope_type].trained_on == "random":
-        largest_t = math.floor(config.setting("max_factor"))
+        largest_t = int(config.setting("max_factor"))
 
         def clex_positions(step_rng: Generator, row_rng: Generator, length: int) -> np.ndarray:
             t = int(step_rng.integers(1, largest_t + 1))  # one for the step: it sets the angles

@@ -11,7 +11,7 @@ from common.errors import UserError
 from data.corpus import validation_documents
 from data.passkey import PasskeyPrompts
 from eval import passkey, perplexity
-from extras.compare import main, variants
+from extras.compare import main, turning_share, variants
 from methods import METHODS, RopeConfig, inv_freq
 from model import LLaMA, ModelConfig
 from weights import load_model, save_model, with_rope
@@ -49,6 +49,17 @@ def test_rope_flags_that_cannot_work_are_refused(rope, factor, words):
 
 # --------------------------------------------------------------------------------------------------
 # The plan
+
+
+@pytest.mark.parametrize("head_dim, window", [(64, 256), (88, 28), (88, 3000), (104, 60)])
+def test_all_pairs_that_turn_in_the_window_go_on_turning(head_dim, window):
+    """Not one less: 15 / 44 * 88 // 2 is 14 in floating-point numbers."""
+    config = ModelConfig(dim=2 * head_dim, n_heads=2, max_seq_len=window)
+    plain, _ = inv_freq(config.rope, head_dim)
+    share = turning_share(config)
+    rope = RopeConfig("proportional", 2.0, window, partial_rotary_factor=share)
+    turning, _ = inv_freq(rope, head_dim)
+    assert int((turning > 0).sum()) == int((plain * window >= 2 * math.pi).sum()) > 0
 
 
 def test_variants_are_every_method_that_suits_the_model():
@@ -149,7 +160,9 @@ def test_compare_measures_what_ppl_and_passkey_measure(tmp_path, tokenizer, corp
     (["--rope", "linear"], "--methods"),
     (["--text", "x.txt", "--max-tokens", "500", "--lengths", "256", "512"],
      "--max-tokens 500 is below"),
-    (["--methods", '{"rope_type": "yarn", "ramp": "steep"}'], "ramp")])
+    (["--methods", '{"rope_type": "yarn", "ramp": "steep"}'], "ramp"),
+    (["--methods", '{"rope_type": "linear", "factor": "x"}'], "factor"),
+    (["--methods", '{"rope_type": "linear", "factor": [2]}'], "factor")])
 def test_compare_refuses_before_it_measures(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         main(["--out", str(tmp_path / "c.json"), *flags])

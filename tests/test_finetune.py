@@ -418,6 +418,11 @@ def test_a_large_model_needs_a_learning_rate(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_positions_skip_in_one_way(base, run_finetune, tmp_path):
+    with pytest.raises(UserError, match="both say how positions skip"):
+        run_finetune(base, tmp_path, "--rope", '{"random_positions": 5000}', "--positions", "pose")
+
+
 def test_the_baselines_folder_is_not_the_pretrained_models(base, run_finetune, tmp_path):
     shutil.copytree(base, tmp_path / "out-direct")
     with pytest.raises(UserError, match="the pretrained model would be written over"):

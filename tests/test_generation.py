@@ -183,6 +183,14 @@ def test_no_new_tokens_are_none_for_any_length():
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_is_chosen_among_numbers_that_are_none(temperature):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = math.nan
+    with pytest.raises(UserError, match="an answer's probability is not a number"):
+        sample(logits, temperature, 1.0, torch.Generator())
+
+
 def test_a_greedy_sample_draws_nothing():
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.5]])
     generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from tokenizers import pre_tokenizers
 
 from common.errors import UserError
 from data import gguf_file
-from data.gguf_tokenizer import SPLIT_PATTERNS
+from data.gguf_tokenizer import SPLIT_PATTERNS, companions_of_keys
 from data import tokenizer as tokenizer_module
 from data.tokenizer import Tokenizer, open_tokenizer
 from methods import RopeConfig, inv_freq
@@ -958,3 +958,11 @@ def test_a_model_is_never_in_memory_twice(tmp_path):
         added, size = map(float, printed.split())
         message = f"{added:.0f} MiB at the peak for a model of {size:.0f} MiB"
         assert size > 140 and size - 10 < added < size + 33, message
+
+
+@pytest.mark.parametrize("odd", [[3, 4], {"a": 1}, 3.0, "3", -1, 9, None])
+def test_an_end_token_that_is_no_id_is_left_out(odd):
+    keys = {"tokens": list("abcdefgh"), "bos_token_id": 1, "eos_token_id": 2, "eot_token_id": odd,
+            "eom_token_id": 5}
+    how = json.loads(companions_of_keys(keys, {})["generation_config.json"])
+    assert how["eos_token_id"] == [2, 5]

@@ -209,9 +209,27 @@ def test_sampling_is_what_a_task_asks_for(tokenizer):
     assert one != two and cold == alone(adapter.model, tokenizer, "def", 12)
 
 
+def test_repeats_of_a_question_are_sampled_each_by_itself(tokenizer, tmp_path, monkeypatch):
+    """In batches of one, too, from one --seed to the next, and where answers are kept."""
+    model, cache = make(tokenizer), ResultCache(tmp_path / "out.json")
+    hot = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 3.0}
+    monkeypatch.setattr(harness, "rows_per_pass", lambda *given: 1)
+
+    def sampled(seed):
+        return Harness(model, tokenizer, cache=cache, seed=seed).generate_until(
+            asked(*[("def", hot)] * 4))
+
+    first, second = sampled(0), sampled(1)
+    assert len({*first, *second}) == 8
+    assert (sampled(0), sampled(1)) == (first, second)
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"until": []}, "256 tokens are to be generated in a window of 64"),
-    ({"max_gen_toks": 4, "num_beams": 2}, "beam search")])
+    ({"max_gen_toks": 4, "num_beams": 2}, "asks for num_beams 2"),
+    ({"max_gen_toks": 4, "do_sample": True, "top_k": 1}, "asks for top_k 1.* set it to 0"),
+    ({"max_gen_toks": 4, "do_sample": True, "min_p": 0.1}, "asks for min_p 0.1"),
+    ({"max_gen_toks": 4, "repetition_penalty": 1.3}, "asks for repetition_penalty 1.3")])
 def test_what_cannot_be_generated_is_refused(tokenizer, settings, words):
     with pytest.raises(UserError, match=words):
         Harness(make(tokenizer), tokenizer).generate_until(asked(("x", settings)))

@@ -1,6 +1,5 @@
 """extras/long_window.py: the table of distance maps, and the finding that it is made for."""
 import json
-import math
 
 import pytest
 import torch
@@ -92,6 +91,7 @@ def test_the_picture_of_a_map_has_every_distance():
 @pytest.mark.parametrize("flags, words", [
     (["--rope", "yarn"], "tries methods itself"),
     (["--seed", "1"], "give --seeds"),
+    (["--seeds", "-1"], "--seeds one or more numbers of at least 0"),
     (["--multiples", "0"], "--multiples have to be at least 1"),
     (["--multiples", "4"], "--max-tokens 700 is below the longest length, 1024"),
     (["--methods", '{"rope_type": "yarn", "factor": 2}'], "leave the factor out"),
@@ -104,10 +104,9 @@ def test_wrong_input(command, flags, words):
         command(*flags)
 
 
-def test_a_broken_model_is_no_row(command, monkeypatch):
-    monkeypatch.setattr(long_window, "perplexity", lambda *given, **more: {"nll": math.nan})
-    with pytest.raises(UserError, match="the loss is not a number"):
-        command("--methods", "default")
+def test_a_seed_counts_once(command):
+    """The same keys twice are no more keys."""
+    assert command("--methods", "default", "--seeds", "1", "0", "1")["seeds"] == [1, 0]
 
 
 def test_folded_distances_find_keys_far_beyond_the_window_and_only_with_a_temperature():

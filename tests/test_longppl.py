@@ -1,6 +1,7 @@
 """extras/longppl.py: which tokens are key, what a model loses on them, and who may say so."""
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from common.cache import ResultCache
 from common.cli import run_command
+from common.errors import UserError
 from data.tokenizer import train_tokenizer
 from extras import longppl as module
 from extras.longppl import (LongPPLFlags, key_tokens, list_judged, long_perplexity, longppl, main,
@@ -188,6 +190,7 @@ def test_rows_are_the_model_as_it_is_and_with_every_rope(folder):
     ("--short 0", "--short 0"), ("--stride 0", "--stride 0"), ("--stride 13", "--short, 12"),
     ("--max-tokens 95", "at least a piece of 96"), ("--length 0", "below the --length"),
     ("--factor 0.5", "at least 1"), ("--rope rotten", "unknown"),
+    ('--rope {"rope_type":"linear","factor":"2"}', "factor"),
     ("--text @short.txt", "no file has 96 tokens"), ("--text @none.txt", "no such file"),
     ("", "no token needs the long context")])
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, flags, words_of_it):
@@ -196,6 +199,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, flags, words_of_i
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: "), error
     assert error.count("\n") == 1 and words_of_it in error, error
+
+
+@pytest.mark.parametrize("broken, whose", [("base", "the loss"), ("long", "the evaluator's loss")])
+def test_a_broken_model_is_no_result(folder, tmp_path, every_token_is_key, monkeypatch, broken,
+                                     whose):
+    load = module.load_from_flags
+
+    def load_broken(flags, **more):
+        model, tokenizer = load(flags, **more)
+        if Path(flags.model).name == broken:
+            torch.nn.init.constant_(model.output.weight, math.nan)
+        return model, tokenizer
+
+    monkeypatch.setattr(module, "load_from_flags", load_broken)
+    with pytest.raises(UserError, match=f"{whose} is not a number"):
+        main(words(folder, "--out", str(tmp_path / "r.json")))
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_the_same_weights_may_choose_with_another_rope(folder, every_token_is_key):

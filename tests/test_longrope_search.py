@@ -279,6 +279,9 @@ def test_the_comparison_is_that_of_eval_on_held_out_documents(model_folder, corp
     (["--texts", "0"], "--texts 0: has to be at least 1"),
     (["--texts", "100"], "100 are wanted"),
     (["--iterations", "-1"], "--iterations -1"),
+    (["--trials", "-1"], "--trials -1: has to be at least 0"),
+    (["--depths", "0"], "--depths 0: has to be at least 1"),
+    (["--max-tokens", "-5"], "--max-tokens -5: has to be at least 1"),
     (["--mutation-probability", "0"], "--mutation-probability"),
     (["--rope", '{"rope_type": "linear", "factor": 2}'], "plain RoPE")])
 def test_requests_that_cannot_work_are_refused(model_folder, corpus_folder, tmp_path, wrong, words,

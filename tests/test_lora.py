@@ -575,6 +575,7 @@ A_NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda f: rewrite(f / "adapter_config.json", modules_to_save=None), "is none of this adapter"),
     (lambda f: rewrite(f / "params.json", lora=None), "has no `lora` with the base_dtype"),
     (lambda f: rewrite(f / "params.json", dim=64), "dim is 64, and the base model has 32"),
+    (lambda f: rewrite(f / "params.json", max_seq_len=None), "max_seq_len, .* is missing"),
     (lambda f: (f / "adapter_model.safetensors").unlink(), "no such file: copy it beside"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 99), "damaged, cut off"),
     (lambda f: overwrite_tensors(f / "adapter_model.safetensors", lambda t: t.pop(A_NAME)),

@@ -18,7 +18,7 @@ import finetune
 import train
 from common.errors import UserError
 from common.meter import Meter
-from extras.memory import MemoryConfig, shape_of
+from extras.memory import MemoryConfig, forget_peak, memory_in_use, peak_memory, shape_of
 from extras.memory import main as bench_memory
 from forks import be_the_script, begin_script, finish_script
 from model import LLaMA, ModelConfig
@@ -275,11 +275,28 @@ def test_the_bench_takes_the_shape_of_a_model():
 @pytest.mark.parametrize("flags, words", [
     (["--processes", "0"], "--processes 0"),
     (["--lora-rank", "-1"], "--lora-rank -1: has to be at least 1"),
-    (["--processes", "4", "--context-parallel", "3"], "--context-parallel 3 does not divide")])
+    (["--context-parallel", "0"], "--context-parallel 0, --row-length 512: give numbers from 1 on"),
+    (["--row-length", "0"], "--row-length 0: give numbers from 1 on"),
+    (["--processes", "3", "--context-parallel", "3"], "rows that can be cut into two chunks"),
+    (["--batch-size", "0"], "--batch-size 0: has to be at least 1"),
+    (["--accumulate", "0"], "--accumulate 0: has to be at least 1"),
+    (["--processes", "4", "--context-parallel", "3", "--row-length", "12"],
+     "--context-parallel 3 does not divide")])
 def test_what_the_bench_cannot_measure_is_one_line(flags, words):
     with pytest.raises(UserError, match=words) as error:
         bench_memory([*flags, "--device", "cpu"])
     assert "\n" not in str(error.value)
+
+
+def test_the_bench_reads_the_memory_of_its_own_gpu(monkeypatch):
+    """Not that of the first one, where it does not train."""
+    asked = []
+    for name in ("memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: asked.append(device))
+    device = torch.device("cuda:1")
+    for function in (memory_in_use, forget_peak, peak_memory):
+        function(device)
+    assert asked == [device] * 3
 
 
 # ---- The flags -----------------------------------------------------------------------------------

@@ -581,7 +581,7 @@ WRONG = [
     *each(LONG, attention_factor=("1", 0, 100.0)),
     *each(DPROPE, threshold=("0",), bins=(4.5, 0, -3, "360", 361), interpolated_dims=(-1, 7.5)),
     *each({"rope_type": "abf"}, new_rope_theta=(1.0, 0, -5e5, "5e5")),
-    *each({"rope_type": "clex", **L64}, max_factor=(0.5, -1, "16", True)),
+    *each({"rope_type": "clex", **L64}, max_factor=(0.5, 2.5, -1, "16", True)),
     ({"rope_type": "clex", **L64, "factor": 20.0}, ["max_factor 16", "factor 20"]),
     *each({"rope_type": "drope", **L64}, log_scale=(-1, "x", False)),
     # lists

@@ -270,7 +270,7 @@ def first_row(config, way="own", step=0, row=0):
 
 
 def test_which_positions_training_draws():
-    clex = config_of("clex", original_max_position_embeddings=16, max_factor=5.5)
+    clex = config_of("clex", original_max_position_embeddings=16, max_factor=5)
     yarn = RopeConfig("yarn", 4.0, 16)
     assert first_row(RopeConfig()) is None and first_row(yarn) is None
     assert first_row(clex, "contiguous") is None
@@ -282,7 +282,7 @@ def test_which_positions_training_draws():
 
 
 def test_clex_trains_at_one_t_for_all_rows_of_a_step():
-    clex = config_of("clex", original_max_position_embeddings=16, max_factor=5.5)
+    clex = config_of("clex", original_max_position_embeddings=16, max_factor=5)
     ends = [{first_row(clex, step=step, row=row)[-1] for row in range(3)} for step in range(60)]
     assert all(len(end) == 1 for end in ends)
     assert set().union(*ends) == {16 * t - 1 for t in range(1, 6)}        # t = 1 .. max_factor

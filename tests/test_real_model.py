@@ -188,7 +188,8 @@ def test_bands_are_means_of_losses():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--steps", "-1"], "--steps, --keys, --seeds and --lora-rank have to be at least 0"),
+    (["--steps", "-1"], "--steps, --warmup, --keys, --seeds and --lora-rank have to be at least"),
+    (["--warmup", "-1"], "--warmup, --keys"),
     (["--steps", "0", "--seeds", "0", "1"], "untrained there is one row a method"),
     (["--steps", "0", "--lora-rank", "8"], "no --lora-rank"),
     (["--row-length", "0"], "--row-length 0: has to be from 1 to L' = 512"),

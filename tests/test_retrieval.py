@@ -208,6 +208,42 @@ def nearsighted(tokenizer, builder, reach):
     return Scripted(tokenizer, builder, script)
 
 
+@pytest.mark.parametrize("how", [{}, {"generation": True}, {"rank": 3}], ids=str)
+def test_a_broken_model_does_not_score_zero(tokenizer, builder, how):
+    model = small_model(vocab_size=tokenizer.vocab_size, max_seq_len=builder.shortest)
+    torch.nn.init.constant_(model.output.weight, float("nan"))
+    with pytest.raises(UserError, match="is not a number: the weights are damaged"):
+        passkey(model, tokenizer, depths=1, trials=1, progress=False, **how)
+
+
+class JoinedDigits:
+    """A tokenizer that joins some digits: 98012 has three tokens, 12345 has five."""
+    bos_id, eos_id, dummy_prefix = 1, 2, False
+
+    def encode(self, text):
+        return [3 + ord(piece[0]) for piece in re.findall("98|01|00|77|.|\n", text)]
+
+
+def test_prompts_of_a_tokenizer_that_joins_digits():
+    builder = PasskeyPrompts(JoinedDigits())
+    lengths = {key: builder.shortest_with(key) for key in ("00000", "98012", "12345", "77001")}
+    assert lengths["00000"] < lengths["12345"] == builder.shortest
+    for key, n in lengths.items():
+        prompt, answer = builder.build(key, n, depth=0.5)
+        assert len(prompt) + len(answer) == n
+        with pytest.raises(UserError, match=f"needs at least {n} for the key {key}"):
+            builder.build(key, n - 1, depth=0.5)
+
+
+def test_a_training_prompt_has_room_for_the_longest_keys(monkeypatch):
+    """Also where none of the keys that were tried is as long."""
+    builder = PasskeyPrompts(JoinedDigits())
+    longest = builder.shortest
+    builder.shortest -= 3
+    lengths = {len(builder.document(np.random.default_rng(seed), longest)) for seed in range(300)}
+    assert max(lengths) == longest + 1 and len(lengths) > 2, "EOS follows"
+
+
 def test_accuracy_by_depth_runs_from_the_beginning_to_the_end(tokenizer, builder):
     model, lengths = nearsighted(tokenizer, builder, 120), [200, 100]
     measured = passkey(model, tokenizer, lengths, depths=5, trials=3, progress=False)

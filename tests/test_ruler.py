@@ -488,6 +488,7 @@ def test_without_a_text_the_haystack_is_the_corpus(folder, corpus_folder, capsys
 @pytest.mark.parametrize("argv, words", [
     ("--tasks niah", "invalid choice: 'niah'"), ("--lengths 100", "give longer --lengths"),
     ("--samples 0", "samples 0"), ("--lengths 0", "lengths 0"),
+    ("--threshold nan", "--threshold nan: give a percentage"), ("--threshold 101", "percentage"),
     ("--template x", "with {task} in it"), ("--text @none.txt", "no such file"),
     ("--text @empty.txt", "no word in it"), ("--factor 2", "needs --rope")])
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, argv, words):

@@ -180,6 +180,9 @@ def test_other_conditions_are_measured_anew(command):
     (["--seeds", "-1"], "--seeds"),
     (["--lr", "0"], "--lr"),
     (["--text", "a/x.txt", "b/x.txt"], "same name"),
+    (["--methods", "linear", "--text", "missing.txt"], "missing.txt: no such file"),
+    (["--passkey-share", "2"], "--passkey-share 2.0: give a share from 0 to 1"),
+    (["--passkey-share", "nan"], "--passkey-share nan"),
     (["--methods", '{"rope_type": "yarn", "factor": 8}'], "contradicts"),
     (["--methods", '{"rope_type": "yarn", "factor": 4}', "--factors", "2"], "contradicts")])
 def test_mistakes_are_told_before_any_work(command, flags, words, monkeypatch):
@@ -358,11 +361,17 @@ def test_only_several_numbers_of_dimensions_make_a_figure_of_them(tmp_path):
 
 
 def test_a_blow_up_is_shown_as_such():
-    rows = [made_up("default", 2.0, 0, 0, 50.0, 0)
-            | {"perplexity": {"Python": {"100": None, "200": None}}}]
+    """Also where another seed of the same training has none: its mean alone would hide it."""
+    blown_up = {"perplexity": {"Python": {"100": None, "200": None}}}
+    rows = [made_up("default", 2.0, 0, 0, 50.0, 0) | blown_up]
     by_window = sweep_tables({"rows": rows, "lengths": [100, 200]})[0]
     assert by_window[2][0][3:5] == ["inf", "inf"]
     assert math.isinf(float(cell([None], 2)))
+    for steps in (5, 10):
+        rows += [made_up("default", 2.0, seed, steps, 9.0, 40) for seed in (0, 1)]
+    rows[-1] |= blown_up
+    by_steps = sweep_tables({"rows": rows, "lengths": [100, 200]})[1]
+    assert by_steps[2] == [["2", "plain RoPE", "inf", "10.00 ±0.00", "inf"]]
 
 
 @pytest.mark.slow

@@ -80,6 +80,9 @@ def complete_flags(config: Any, base: ModelConfig) -> tuple[Any, dict[str, Any],
                             f"most L = {base.original_window}")
         if config.positions == "own" and own_way == "target" and config.row_length < window:
             config = dataclasses.replace(config, positions="pose")
+    if config.positions == "pose" and rope.get("random_positions"):
+        raise UserError("--positions pose and random_positions: both say how positions skip: give "
+                        "one of them")
     check_ranks(config, row_length(config, rope, base.original_window, window))
     check_evaluation(config)
     warn_if_shorter(base, window)

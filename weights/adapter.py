@@ -135,6 +135,8 @@ def adapted_config(folder: str | Path, base: ModelConfig) -> ModelConfig:
     """
     file = find_file(folder, "params.json")
     params = read_params(file)
+    if params.get("max_seq_len") is None:
+        raise UserError(f"{file}: max_seq_len, the window of the adapter, is missing")
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"):
         if params.get(name) != getattr(base, name):
             raise UserError(f"{file}: {name} is {params.get(name)}, and the base model has "
