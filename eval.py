@@ -89,7 +89,6 @@ def perplexity(model: LLaMA, documents: Sequence[np.ndarray], window: int | None
         nll += batch_nll
         tokens += batch_tokens
     mean = float(nll.sum() / tokens.sum())
-    require_numbers(mean)
     ppl = math.inf if mean > 700 else math.exp(mean)        # math.exp raises above 709.7
     return result(model, seed, perplexity=ppl, nll=mean,
                   tokens=int(tokens.sum()), documents=len(documents), window=window, stride=stride,
@@ -113,6 +112,7 @@ def window_nll(model: LLaMA, documents: Sequence[np.ndarray], batch: Sequence[Wi
     position = torch.arange(first, T, device=model.device).expand_as(targets)  # of the token read
     new = position >= skip[:, None]            # bool [B, T-first], not scored by the window before
     nll = model.nll(hidden[new], targets[new]).cpu().double().numpy()          # [N]
+    require_numbers(nll)
     bin_of_token = position[new].cpu().numpy() * bins // window                # [N]
     return (np.bincount(bin_of_token, weights=nll, minlength=bins).tolist(),
             np.bincount(bin_of_token, minlength=bins).tolist())

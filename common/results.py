@@ -1,4 +1,5 @@
 """What every result says: which model, with which positions, measured where and by what."""
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def matmul_mode(model: torch.nn.Module) -> str | None:
 
 
 def require_numbers(computed: Any, name: str = "the loss") -> None:
-    """A UserError for losses or logits that are not numbers, which should be no result."""
-    if torch.as_tensor(computed).isnan().any():
+    """A UserError for losses or logits that are NaN or +infinity, which should be no result."""
+    if not (torch.as_tensor(computed) < math.inf).all():
         raise UserError(f"{name} is not a number: the weights are damaged, or the dtype cannot "
                         "hold what is computed: try --dtype float32")

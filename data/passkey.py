@@ -69,7 +69,7 @@ class PasskeyPrompts:
         fill = length - len(self.introduction) - behind - len(answer)
         if fill < 0:
             raise UserError(f"a passkey prompt of {length} tokens is too short: this tokenizer "
-                            f"needs at least {length - fill} for the key {key}")
+                            f"needs at least {max(self.shortest, length - fill)}")
         before = round(depth * fill) if distance is None else fill + behind - distance
         before = min(max(before, 0), fill)
         prompt = np.concatenate([self.introduction, self.filler(before), information,
@@ -90,6 +90,8 @@ class PasskeyPrompts:
         """A training document: BOS, prompt, answer, EOS. Key, depth and length are random; the
         length without EOS is at most `longest`."""
         key = random_key(rng)
+        while self.shortest_with(key) > max(longest, self.shortest):
+            key = random_key(rng)
         length = max(int(rng.integers(self.shortest, longest + 1)), self.shortest_with(key))
         prompt, answer = self.build(key, length, depth=rng.random())
         return np.concatenate([prompt, answer, [self.tokenizer.eos_id]])

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
-from common.results import result
+from common.results import require_numbers, result
 from data.tokenizer import Tokenizer
 from eval import sliding_windows, window_and_stride
 from evaluation.jobs import rows_per_pass
@@ -73,14 +73,17 @@ def sampling_of(settings: dict, window: int) -> Sampling:
     if new_tokens >= window:
         raise UserError(f"{new_tokens} tokens are to be generated in a window of {window}: give a "
                         "longer --max-length")
-    for name, off in {"num_beams": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}.items():
+    sampled = settings.get("do_sample", settings.get("temperature", 0) > 0)
+    unknown = {"num_beams": 1, "repetition_penalty": 1}
+    unknown |= {"top_k": 0, "min_p": 0} if sampled else {}
+    for name, off in unknown.items():
         if settings.get(name, off) not in (off, None):
             raise UserError(f"a task asks for {name} {settings[name]}, which there is not here: "
                             f"set it to {off} in its generation_kwargs")
     until = settings.get("until") or []
     if isinstance(until, str):
         until = [until]
-    if not settings.get("do_sample", settings.get("temperature", 0) > 0):
+    if not sampled:
         return Sampling(new_tokens, 0.0, 1.0, tuple(until))
     return Sampling(new_tokens, settings.get("temperature", 1.0), settings.get("top_p", 1.0),
                     tuple(until))
@@ -237,6 +240,7 @@ class Harness(LM):
             logits = self.model.logits(h)                                     # [n, V]
             logprob = logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0]
             parts.append(logprob.cpu().double())
+            require_numbers(parts[-1], "an answer's probability")
             greedy.append((logits.argmax(dim=-1) == target).cpu())
         counts = [row.scored for row in rows]
         return [[logprob.sum().item(), hits.all().item()] for logprob, hits in
@@ -290,7 +294,8 @@ class HarnessFlags(ModelFlags):
                           choices=["left", "middle"])
     by: str = field("", "also scores by a number in the documents, as `length` in LongBench-E")
     edges: list[int] = field([4000, 8000], "where one group of --by ends and the next begins")
-    seed: int = field(1234, "of the choice of examples: the harness's own")
+    seed: int = field(1234, "of the choice of examples, where it is the harness's own, and of "
+                      "sampled answers")
 
 
 def find_tasks(flags: HarnessFlags) -> Any:

@@ -44,7 +44,7 @@ from common.cache import ResultCache
 from common.cli import field, parse, run_command
 from common.errors import UserError
 from common.files import read_json, whole_file
-from common.results import result
+from common.results import require_numbers, result
 from common.tables import format_table
 from data.corpus import TokenFile, ensure_corpus, require_same_tokenizer, validation_documents
 from data.needle import NeedlePrompts
@@ -137,6 +137,7 @@ def mean_loss(model: LLaMA, rope: dict[str, Any], ids: Tensor, targets: Tensor) 
         hidden = candidate.hidden(some_ids.to(model.device), last=targets.shape[1])
         nll = candidate.nll(hidden.flatten(0, 1), some_targets.flatten().to(model.device))
         total += nll.double().sum().item()
+    require_numbers(total)
     return total / int((targets != -100).sum())
 
 

@@ -590,9 +590,9 @@ def print_scores(measured: dict) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(RulerFlags, __doc__, argv)
-    model, tokenizer = load_from_flags(flags)
     if not 0 <= flags.threshold <= 100:
         raise UserError(f"--threshold {flags.threshold}: give a percentage, from 0 to 100")
+    model, tokenizer = load_from_flags(flags)
     L = model.config.original_window
     lengths = flags.lengths or [L, 2 * L, 4 * L]
     essay, haystack = [], "no essays"

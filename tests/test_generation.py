@@ -184,9 +184,12 @@ def test_no_new_tokens_are_none_for_any_length():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_token_is_chosen_among_numbers_that_are_none(temperature):
-    logits = torch.zeros(2, 5)
-    logits[1, 3] = math.nan
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_no_token_is_chosen_among_numbers_that_are_none(temperature, number):
+    logits = torch.full((2, 5), -math.inf)
+    logits[:, 0] = 1
+    assert sample(logits, temperature, 1.0, torch.Generator()).tolist() == [0, 0]
+    logits[1, 3] = number
     with pytest.raises(UserError, match="an answer's probability is not a number"):
         sample(logits, temperature, 1.0, torch.Generator())
 

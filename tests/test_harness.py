@@ -235,6 +235,20 @@ def test_what_cannot_be_generated_is_refused(tokenizer, settings, words):
         Harness(make(tokenizer), tokenizer).generate_until(asked(("x", settings)))
 
 
+def test_what_greedy_answers_do_not_use_may_be_set(tokenizer):
+    greedy = {"max_gen_toks": 4, "do_sample": False, "top_k": 50, "min_p": 0.1}
+    adapter = Harness(make(tokenizer), tokenizer)
+    assert adapter.generate_until(asked(("x", greedy))) == [
+        alone(adapter.model, tokenizer, "x", 4)]
+
+
+def test_a_broken_model_has_no_score(tokenizer):
+    model = make(tokenizer)
+    torch.nn.init.constant_(model.output.weight, float("nan"))
+    with pytest.raises(UserError, match="an answer's probability is not a number"):
+        Harness(model, tokenizer).loglikelihood(asked(*PAIRS))
+
+
 def test_cached_answers_are_not_computed_again(tokenizer, tmp_path, monkeypatch):
     out, computed = tmp_path / "out.json", []
 

@@ -182,8 +182,8 @@ def test_the_product_does_not_grow_unnoticed():
     processes, compiled blocks, decoding and memory: 80; the meter, from the tests: 45; fewer passes
     over a tile: 5. What a review found: the blocks of flex_attention, rows of a sweep's methods,
     joined documents, and others: 50. Another one: numbers that are none, repeats of a sampled
-    answer, keys of joined digits, and flags that were refused after the work: 35."""
-    assert sum(map(lines_of_code, product_files())) <= 12067
+    answer, keys of joined digits, and flags that were refused after the work: 42."""
+    assert sum(map(lines_of_code, product_files())) <= 12074
     for file in (ROOT / "docs" / "playground").iterdir():
         assert max(map(len, file.read_text("utf-8").splitlines())) <= 100, file
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import reference
+from common.cache import ResultCache
 from common.errors import UserError
 from eval import bits_per_byte, perplexity, sliding_windows, window_and_stride
 from evaluation import jobs
@@ -173,6 +174,19 @@ def test_a_hopeless_model_is_infinite_and_a_broken_one_is_no_result():
     torch.nn.init.constant_(model.output.weight, math.nan)
     with pytest.raises(UserError, match="the loss is not a number: the weights are damaged"):
         perplexity(model, random_documents(30), 8, 8, progress=False)
+
+
+def test_what_a_broken_model_computed_is_not_kept(tmp_path):
+    """The same command works once the weights are whole again."""
+    model, cache = small_model(), ResultCache(tmp_path / "r.json")
+    whole = model.output.weight[3, 3].item()
+    for value in (math.nan, whole):
+        torch.nn.init.constant_(model.output.weight[3, 3], value)
+        if math.isnan(value):
+            with pytest.raises(UserError, match="not a number"):
+                perplexity(model, random_documents(30), 8, 8, progress=False, cache=cache)
+    kept = perplexity(model, random_documents(30), 8, 8, progress=False, cache=cache)
+    assert kept["nll"] == nll(model, random_documents(30), 8, 8)
 
 
 @pytest.mark.parametrize("window, stride, lengths, words", [
