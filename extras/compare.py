@@ -89,9 +89,10 @@ def suitable_methods(config: ModelConfig) -> list[dict]:
 def turning_share(config: ModelConfig) -> float:
     """The share of pairs that complete a turn within L: p-RoPE lets the others stand still."""
     frequencies, _ = inv_freq(RopeConfig(rope_theta=config.rope.base), config.head_dim)
-    turning = frequencies * config.original_window >= 2 * math.pi
-    share, pairs = int(turning.sum()) / (config.head_dim // 2), turning.sum()
-    return share if share * config.head_dim // 2 == pairs else math.nextafter(share, 1)
+    turning = int((frequencies * config.original_window >= 2 * math.pi).sum())
+    share = turning / (config.head_dim // 2)
+    # p-RoPE turns floor(share D / 2) pairs, which rounding may make one less: 15 / 44 of 44.
+    return share if share * config.head_dim // 2 == turning else math.nextafter(share, 1)
 
 
 def at_factors(rope: dict, factors: Sequence[float]) -> list[Variant]:

@@ -104,6 +104,18 @@ def test_wrong_input(command, flags, words):
         command(*flags)
 
 
+def test_a_broken_model_is_no_row(command, base, tmp_path, tokenizer):
+    model = load_model(base)
+    torch.nn.init.constant_(model.output.weight, 3e38)              # finite, but no product with it
+    (tmp_path / "broken").mkdir()
+    torch.save(model.state_dict(), tmp_path / "broken" / "consolidated.00.pth")
+    for name in ("params.json", "tokenizer.model"):
+        (tmp_path / "broken" / name).write_bytes((base / name).read_bytes())
+    with pytest.raises(UserError, match="the loss is not a number"):
+        command("--methods", "default", "--model", str(tmp_path / "broken"))
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_a_seed_counts_once(command):
     """The same keys twice are no more keys."""
     assert command("--methods", "default", "--seeds", "1", "0", "1")["seeds"] == [1, 0]

@@ -235,7 +235,7 @@ def test_prompts_of_a_tokenizer_that_joins_digits():
             builder.build(key, n - 1, depth=0.5)
 
 
-def test_a_training_prompt_has_room_for_the_longest_keys(monkeypatch):
+def test_a_training_prompt_has_room_for_the_longest_keys():
     """Also where none of the keys that were tried is as long."""
     builder = PasskeyPrompts(JoinedDigits())
     longest = builder.shortest
