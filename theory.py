@@ -288,8 +288,7 @@ def measure_fit(length: int = 2048) -> dict:
     """Chen et al.'s Figure 2: sizes for several precisions and ridges, and two curves to draw."""
     theta = rope_frequencies(HEAD_DIM).numpy()
     rows = []
-    for dtype, ridges in (("float32", [0, 1e-3, 1, 10]),
-                          ("float64", [0, 1e-8, 1e-6, 1e-3, 1, 10])):
+    for dtype, ridges in (("float32", [0, 1e-3, 1, 10]), ("float64", [0, 1e-8, 1e-6, 1e-3, 1, 10])):
         for ridge in ridges:
             sizes = fit_sizes(theta, length, ridge, dtype)
             rows.append({"precision": dtype, "ridge": ridge, **sizes})

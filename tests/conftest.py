@@ -15,6 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Packages of requirements-extra.txt: a test that needs one is skipped where it is not installed.
+EXTRAS = {line.split(">=")[0].split()[0].replace("-", "_")
+          for line in (ROOT / "requirements-extra.txt").read_text("utf-8").splitlines()
+          if line.strip() and not line.startswith("#")}
 # Tensors here are tiny: handing them to a second thread costs more than it brings. The same in
 # commands that tests start: their threads would wait for each other, busily, on a core that works.
 torch.set_num_threads(1)

@@ -96,6 +96,7 @@ def test_offload_without_torchrun_needs_a_gpu_and_a_new_pytorch(monkeypatch):
 
 def test_the_gpu_of_a_device_without_a_number_is_the_first(monkeypatch):
     chosen = []
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))       # or newer
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(training_run.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(training_run, "backend", lambda: "")

@@ -41,6 +41,10 @@ def measured(place):
     return call
 
 
+needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"),
+                                        reason="needs transformers")
+
+
 def note_precision(monkeypatch, name, found):
     """Have bench's function `name` append PyTorch's precision to `found` when it is called."""
     function = getattr(bench, name)
@@ -51,7 +55,7 @@ def note_precision(monkeypatch, name, found):
     monkeypatch.setattr(bench, name, noting)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="it is the peer")
+@needs_transformers
 def test_both_sides_are_measured_and_have_the_same_perplexity(measured, monkeypatch):
     before = torch.get_float32_matmul_precision()
     found = []
@@ -184,6 +188,7 @@ def sending(pipe, number):
     return lambda: pipe.send((number, os.getpid()))
 
 
+@needs_transformers
 def test_compiled_on_both_sides(measured, monkeypatch):
     """Every block of both; nothing is compiled in this test."""
     compiled = []

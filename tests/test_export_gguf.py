@@ -3,11 +3,13 @@ import json
 import math
 import sys
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+
+gguf = pytest.importorskip("gguf")     # an extra, as tokenizers is; CI installs both
+
 from test_gguf import SIZE, TOKENS, make, train
 from test_sentencepiece_json import train_sentencepiece
 from test_weights import same

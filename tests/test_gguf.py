@@ -9,14 +9,15 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
 import torch
-from gguf import GGMLQuantizationType as Kind
 from test_weights import added_at_the_peak, in_child, same
+
+gguf = pytest.importorskip("gguf")     # an extra, as tokenizers is; CI installs both
+tokenizers = pytest.importorskip("tokenizers")
+from gguf import GGMLQuantizationType as Kind
 from tokenizers import pre_tokenizers
 
 from common.errors import UserError
@@ -228,6 +229,7 @@ def test_q6_k_by_hand(tmp_path):
 def test_a_hugging_face_model_by_way_of_the_converter(tmp_path, kv_heads):
     """The converter permutes q's and k's rows out of Hugging Face's order; the logits are those of
     transformers before."""
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(

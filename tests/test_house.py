@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import EXTRAS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOT_FILES = {"rope", "model", "train", "finetune", "eval", "theory", "plot", "bench"}
@@ -186,6 +187,35 @@ def test_the_product_does_not_grow_unnoticed():
     assert sum(map(lines_of_code, product_files())) <= 12074
     for file in (ROOT / "docs" / "playground").iterdir():
         assert max(map(len, file.read_text("utf-8").splitlines())) <= 100, file
+
+
+# ---- Without the extras --------------------------------------------------------------------------
+
+
+def extras_imported_at_once(source):
+    """Packages that a test file imports at its top, without having asked for them before."""
+    asked, found = set(), set()
+    for node in ast.parse(source).body:
+        value = getattr(node, "value", None)
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "pytest.importorskip":
+            asked.add(value.args[0].value)
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [
+            alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[0] for name in names} & EXTRAS - asked
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("*.py")), ids=lambda f: f.name)
+def test_no_test_file_needs_an_extra_to_be_collected(file):
+    """One such import ends the collection of all tests."""
+    assert extras_imported_at_once(file.read_text(encoding="utf-8")) == set()
+
+
+def test_such_an_import_is_noticed():
+    assert extras_imported_at_once("import torch, gguf.constants") == {"gguf"}
+    assert extras_imported_at_once("from peft import PeftModel") == {"peft"}
+    asked = 'peft = pytest.importorskip("peft")\n'
+    assert extras_imported_at_once(asked + "from peft import PeftModel\nimport gguf") == {"gguf"}
 
 
 @pytest.mark.parametrize("file", product_files(), ids=module_of)

@@ -9,8 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
+
+pytest.importorskip("safetensors")     # an extra, as tokenizers is; CI installs both
+pytest.importorskip("tokenizers")
+import safetensors.torch
 
 import weights.hugging_face
 from common.cli import run_command

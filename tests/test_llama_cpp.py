@@ -6,16 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
+
+pytest.importorskip("xllamacpp")  # CI installs it: requirements-extra.txt
+tokenizers = pytest.importorskip("tokenizers")
+
 from test_gguf import PRE, SIZE, make, train
 from test_sentencepiece_json import MODELS, train_sentencepiece
 
 from data.sentencepiece_json import CHECK_TEXTS
 from weights import load_config, load_model, load_tokenizer, save_model
 from weights.__main__ import main
-
-pytest.importorskip("xllamacpp")  # CI installs it: requirements-extra.txt
 
 ROOT = Path(__file__).resolve().parent.parent
 L = 256  # of data/tiny

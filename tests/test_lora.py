@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from weights.size import parameter_count
 L, FACTOR = 16, 2
 ROPE = {"rope_type": "linear", "factor": float(FACTOR)}
 TOKENS = torch.randint(0, V, (2, L * FACTOR), generator=torch.Generator().manual_seed(5))
+needs_safetensors = pytest.mark.skipif(find_spec("safetensors") is None, reason="needs safetensors")
 SHAPES = {"plain": {}, "grouped": {"n_kv_heads": 1}, "tied": {"tied": True, "n_kv_heads": 2}}
 
 
@@ -288,6 +290,7 @@ def dies_before_change(n, folder, save):
     return status == 9
 
 
+@needs_safetensors
 @pytest.mark.parametrize("before, after", [("adapter", "adapter"), ("model", "adapter"),
                                            ("adapter", "model"), ("nothing", "adapter")])
 def test_killed_between_files_it_is_one_model_or_the_other(bases, tmp_path, before, after):
@@ -333,6 +336,7 @@ def test_killed_between_files_it_is_one_model_or_the_other(bases, tmp_path, befo
 # ---- What a run leaves ---------------------------------------------------------------------------
 
 
+@needs_safetensors
 @pytest.mark.parametrize("name", RUNS)
 def test_the_folder_loads_as_the_trained_model(runs, name):
     """Merged, in float32; and without LoRA's part it is another model."""
@@ -350,6 +354,7 @@ def test_the_folder_loads_as_the_trained_model(runs, name):
     assert (logits(untrained) - logits(loaded)).abs().max() > 0.1
 
 
+@needs_safetensors
 def test_a_window_that_no_factor_says_travels_too(bases, tmp_path):
     """Direct fine-tuning: plain RoPE, and a window of 2 L."""
     plain = {"rope_type": "default", "factor": 1.0}
@@ -371,6 +376,7 @@ def test_the_folder_has_no_copy_of_the_base(runs):
     assert read_state(config.out)["model"].keys() == trained_tensors(model).keys()
 
 
+@needs_safetensors
 def test_fine_tuning_goes_on_from_an_adapter(runs, tmp_path):
     """The base may be an adapter's folder itself; another RoPE may be asked for as of any model."""
     config, model = runs["grouped"]
@@ -381,6 +387,7 @@ def test_fine_tuning_goes_on_from_an_adapter(runs, tmp_path):
     assert load_model(second.out, rope={"rope_type": "yarn", "factor": 4}).config.max_seq_len == 64
 
 
+@needs_safetensors
 def test_a_base_with_a_network_for_its_positions(tmp_path):
     """CLEX's network belongs to CLEX: an adapter with other positions does without, and CLEX asked
     for begins untrained."""
@@ -394,6 +401,7 @@ def test_a_base_with_a_network_for_its_positions(tmp_path):
     assert load_model(config.out, rope={"rope_type": "clex"}).clex is not None
 
 
+@needs_safetensors
 def test_the_base_may_move_with_the_adapter(runs, bases, tmp_path, monkeypatch):
     """A relative path counts from the working directory, and else from the adapter's folder."""
     config, model = runs["plain"]
@@ -411,8 +419,10 @@ def test_the_base_may_move_with_the_adapter(runs, bases, tmp_path, monkeypatch):
 # ---- Others read it ------------------------------------------------------------------------------
 
 
+@needs_safetensors
 @pytest.mark.parametrize("name", RUNS)
 def test_the_merged_export_has_the_logits_of_the_adapted_model(runs, name, tmp_path):
+    pytest.importorskip("transformers")
     from transformers import LlamaForCausalLM
     config, model = runs[name]
     export(config.out, "hf", tmp_path / "hf")
@@ -421,8 +431,11 @@ def test_the_merged_export_has_the_logits_of_the_adapted_model(runs, name, tmp_p
         torch.testing.assert_close(theirs(TOKENS).logits, logits(model), rtol=0, atol=1e-4)
 
 
+@needs_safetensors
 @pytest.mark.parametrize("to, out", [("meta", "m"), ("gguf", "m.gguf")])
 def test_other_exports_are_merged_too(runs, to, out, tmp_path):
+    if to == "gguf":
+        pytest.importorskip("gguf")
     config, model = runs["tied"]
     export(config.out, to, tmp_path / out)
     torch.testing.assert_close(logits(load_model(tmp_path / out)), logits(model), rtol=0,
@@ -431,6 +444,7 @@ def test_other_exports_are_merged_too(runs, to, out, tmp_path):
 
 @pytest.mark.parametrize("name", [*SHAPES, "alone", "all"])
 def test_peft_gives_the_same_logits(runs, name, tmp_path):
+    pytest.importorskip("peft")
     from peft import PeftModel
     from transformers import LlamaForCausalLM
     config, model = runs[name]
@@ -444,6 +458,7 @@ def test_peft_gives_the_same_logits(runs, name, tmp_path):
 
 
 def test_peft_writes_the_names_that_we_write(bases):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import LlamaConfig, LlamaForCausalLM
     config = load_config(bases["grouped"])
@@ -464,6 +479,7 @@ def test_peft_writes_the_names_that_we_write(bases):
 
 def test_adamw_in_8_bits(tmp_path):
     """Near AdamW, the same after an interruption, and its moments are bytes. (Uncompiled.)"""
+    pytest.importorskip("torchao")
     model = base_model(dim=64, n_layers=1)
     save_model(model, tmp_path / "base")
     config = settings(tmp_path / "base", tmp_path / "run", lora_rank=0, optimizer="adamw8bit",
@@ -492,6 +508,7 @@ def test_adamw_in_8_bits(tmp_path):
 # ---- Flags and mistakes --------------------------------------------------------------------------
 
 
+@needs_safetensors
 def test_the_command_makes_it(corpus_folder, tokenizer, tmp_path, capsys):
     base = base_model(vocab_size=tokenizer.vocab_size)
     save_model(base, tmp_path / "base", tokenizer)
@@ -532,7 +549,7 @@ def test_wrong_flags_are_one_line(bases, changes, words):
 
 
 def test_lora_has_folders_of_its_own(bases):
-    config = settings(bases["plain"], "", lora_rank=8, lora_alpha=16.0)
+    config = settings(bases["plain"], "", lora_rank=8, lora_alpha=16.0, eval=False)
     config, _, direct_out = complete_flags(config, load_config(bases["plain"]))
     assert (config.out, direct_out) == ("out/pi-lora8-x2", "out/direct-lora8-x2")
     assert config.results == "out/finetune-pi-lora8.json"
@@ -557,6 +574,7 @@ def overwrite_tensors(file, change):
 A_NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
+@needs_safetensors
 @pytest.mark.parametrize("damage, words", [
     (lambda f: rewrite(f / "adapter_config.json", base_model_name_or_path="gone/model"),
      "the base model gone/model is not there: put it back"),
@@ -590,6 +608,7 @@ def test_a_damaged_adapter_is_one_line(runs, tmp_path, damage, words):
     assert "\n" not in str(error.value)
 
 
+@needs_safetensors
 def test_another_base_is_noticed(runs, tmp_path):
     """Of the same shape: one number of the corner of one matrix differs."""
     folder = shutil.copytree(runs["plain"][0].out, tmp_path / "adapter")
@@ -608,6 +627,15 @@ def test_a_missing_package_is_named(bases, monkeypatch):
     config = settings(bases["plain"], "", optimizer="adamw8bit")
     with pytest.raises(UserError, match="pip install torchao"):
         make_optimizer(adapted(config), config)
+
+
+def test_without_safetensors_no_training_begins_that_could_not_be_measured(bases, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    base = load_config(bases["plain"])
+    config = FinetuneConfig(model=str(bases["plain"]), lora_rank=2, lr=1e-3)
+    with pytest.raises(UserError, match="--lora-rank: pip install safetensors to measure it"):
+        complete_flags(config, base)
+    complete_flags(dataclasses.replace(config, eval=False), base)
 
 
 def test_add_lora_is_all_that_is_needed():

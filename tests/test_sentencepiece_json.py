@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import sentencepiece
-import tokenizers
 from conftest import ROOT
+
+tokenizers = pytest.importorskip("tokenizers")    # an extra; CI installs it, and gguf for test_gguf
+
 from test_gguf import SAMPLE, TRICKY, make
 
 from data.gguf_tokenizer import sentencepiece_model

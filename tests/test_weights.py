@@ -805,9 +805,10 @@ def nested_tensor():
 def test_what_poses_as_a_tensor(saved, name, tensor, new_format):
     state = {**make().state_dict(), name: tensor}
     torch.save(state, saved / CHECKPOINT, _use_new_zipfile_serialization=new_format)
-    words = ("consolidated.00.pth: (damaged .a tensor is called|damaged, cut off|"
-             ".* is (sparse or without|torch.int8))")
-    with pytest.raises(UserError, match=words) as error:
+    words = "damaged .a tensor is called|damaged, cut off|.* is (sparse or without|torch.int8)"
+    if tensor.is_nested:        # newer PyTorch stores the name of a function, which we do not call
+        words += "|refused, since loading it would run code"
+    with pytest.raises(UserError, match=f"consolidated.00.pth: ({words})") as error:
         load_model(saved)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400
@@ -840,6 +841,10 @@ def test_a_number_among_the_parts(tmp_path):
 def test_a_file_is_not_a_folder(saved):
     with pytest.raises(UserError, match="a file: give the folder"):
         load_model(saved / CHECKPOINT)
+
+
+def test_four_bytes_are_no_gguf_file(saved):
+    pytest.importorskip("gguf")
     (saved / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="model.gguf: damaged or cut off"):
         load_model(saved / "model.gguf")

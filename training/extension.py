@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,7 @@ import torch
 import torch.distributed as dist
 
 from common.device import choose_device, memory_per_rank
-from common.distributed import (join_process_group, on_any_rank, shard_weights,
-                                wait_for_all_ranks)
+from common.distributed import join_process_group, on_any_rank, shard_weights, wait_for_all_ranks
 from common.errors import UserError
 from common.files import check_output
 from data.batches import Batches
@@ -96,11 +96,10 @@ def check_lora(config: Any, rope_type: str) -> None:
     """A UserError for settings of LoRA that cannot work, or that do nothing."""
     rank, matrices = config.lora_rank, config.lora_matrices
     if rank == 0:
-        for f in dataclasses.fields(config):
-            changes_lora = f.name.startswith("lora_") or f.name == "base_dtype"
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            if changes_lora and getattr(config, f.name) != default:
-                raise UserError(f"--{f.name.replace('_', '-')} is for LoRA: give --lora-rank, too "
+        for name, default in vars(type(config)()).items():
+            of_lora = name.startswith("lora_") or name == "base_dtype"
+            if of_lora and getattr(config, name) != default:
+                raise UserError(f"--{name.replace('_', '-')} is for LoRA: give --lora-rank, too "
                                 "(LongLoRA has 8)")
         return
     if rank < 0:
@@ -122,6 +121,8 @@ def check_evaluation(config: Any) -> None:
     """A UserError for settings of the measurements that cannot work."""
     if config.eval and not config.dry_run:
         check_output(config.results, "--results", beside=[".png"])
+        if config.lora_rank and find_spec("safetensors") is None:
+            raise UserError("--lora-rank: pip install safetensors to measure it, or give --no-eval")
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"--max-tokens {config.max_tokens}: give at least 1")
     if config.lengths and min(config.lengths) < 1:
