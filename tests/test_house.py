@@ -199,8 +199,11 @@ def extras_imported_at_once(source):
         value = getattr(node, "value", None)
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "pytest.importorskip":
             asked.add(value.args[0].value)
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [
-            alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
         found |= {name.split(".")[0] for name in names} & EXTRAS - asked
     return found
 
